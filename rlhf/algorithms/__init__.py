@@ -1,0 +1,1 @@
+"""The algorithms: one file each, pure mathematics first, then configuration, then the trainer."""

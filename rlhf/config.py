@@ -1,0 +1,325 @@
+"""One dataclass per concern with flat, unique field names, and the parser that fills them.
+
+A configuration file is YAML. Its top level holds fields shared by the stages; the sections `sft:`, `reward:`
+and `ppo:` hold fields of one stage and win over the shared ones. The command line wins over both.
+The docstring under a field is its entry in `docs/configuration.md`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+STAGES = ("sft", "reward", "ppo")
+EMBEDDED_BASE = "default"
+"""`base_model` of the embedded tiny GPT-NeoX."""
+
+
+@dataclass
+class RunConfig:
+    """Where a run writes, its seed, and how often it logs."""
+
+    output_dir: str = "runs/default"
+    """Directory of the whole run; each stage writes into a subdirectory (`sft`, `reward`, `ppo`)."""
+    cache_dir: str = "runs/.cache"
+    """Tokenised data and the embedded base model are kept here under content keys."""
+    seed: int = 1
+    """Seed of initialisation, data order and sampling."""
+    log_every_steps: int = 10
+    """Optimizer steps (PPO: iterations) between two lines of `metrics.jsonl`."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside `metrics.jsonl`."""
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project; needs the `wandb` package."""
+
+
+@dataclass
+class ModelConfig:
+    """Which base model, and which of its weights train."""
+
+    base_model: str = EMBEDDED_BASE
+    """Model directory or hub name to start from; `default` is the embedded tiny Korean GPT-NeoX."""
+    trust_remote_code: bool = False
+    """Allow model code shipped with a hub repository to run."""
+    attn_implementation: str = "sdpa"
+    """Attention kernel by its `transformers` name: sdpa, eager, flash_attention_2."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Load the frozen base in 8-bit (LLM.int8) or 4-bit NF4 with double quantisation (QLoRA); needs LoRA."""
+    lora_rank: int = 0
+    """Rank r of LoRA; 0 trains every weight."""
+    lora_alpha: int = 16
+    """LoRA scaling numerator (KULLM: 16)."""
+    lora_dropout: float = 0.0
+    """Dropout on LoRA inputs (KULLM: 0.05)."""
+    lora_targets: list[str] = field(default_factory=list)
+    """Names of the linear modules to adapt; empty picks the attention projections of the architecture."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    model_dropout: float = 0.0
+    """Dropout probability set on the base model while it trains (KULLM-RLHF: none)."""
+
+
+@dataclass
+class EngineConfig:
+    """DeepSpeed: how states are partitioned and in which precision they live."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """ZeRO stage (Rajbhandari et al. 2020): 1 partitions optimizer states, 2 gradients too, 3 weights too."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """Keep optimizer states (`optimizer`) and, under ZeRO-3, the weights too (`all`) in CPU memory."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Compute precision; `auto` is bf16 where the accelerator has it, else fp32."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global L2 norm; 0 turns clipping off."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed json file merged into the generated settings; a contradiction is an error."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """AdamW in full precision, or bitsandbytes' 8-bit states, also paged (LawBot)."""
+    learning_rate: float = 1e-5
+    """Peak learning rate (PPO: of the actor)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay on matrices; biases and norms have none."""
+    adam_betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Adam's beta1 and beta2 (DeepSpeed-Chat: 0.9, 0.95)."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the learning rate after the warm-up; cosine and linear end at 0."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up; wins over `warmup_ratio` when above 0."""
+    warmup_ratio: float = 0.0
+    """Share of all optimizer steps used for linear warm-up."""
+
+
+@dataclass
+class BatchConfig:
+    """How many sequences make a step, and for how long."""
+
+    global_batch_size: int = 32
+    """Sequences (reward: prompts) of one optimizer step over all devices."""
+    micro_batch_size: int = 8
+    """Sequences (reward: prompts) of one forward pass on one device."""
+    epochs: float = 1.0
+    """Passes over the training data."""
+    max_steps: int = 0
+    """Stop after this many optimizer steps (PPO: iterations); 0 means `epochs` decides."""
+
+
+@dataclass
+class DataConfig:
+    """How rows become tokens; the data sets themselves are named by each stage's own field."""
+
+    template: str = "kullm"
+    """Prompt template: kullm, alpaca, koalpaca, law_polyglot, chat (the tokenizer's own), none, or a file."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used stops the run, or is counted and listed in `skipped_rows.jsonl`."""
+    max_prompt_tokens: int = 256
+    """Longer prompts lose their beginning (KULLM-RLHF: 256)."""
+    max_response_tokens: int = 256
+    """Longer responses lose their end and their end-of-sequence token; PPO samples at most this many (KULLM-RLHF: 256)."""
+    eval_fraction: float = 0.0
+    """Share of the prompts held out (by a hash of the prompt) where no evaluation data is named."""
+    stage_split: str | None = None
+    """Split each data set over sft, reward and ppo by a hash of the prompt, such as `2,4,4`; unset uses all of it."""
+
+
+@dataclass
+class SFTDataConfig(DataConfig):
+    """Data of supervised fine-tuning."""
+
+    sft_data: list[str] = field(default_factory=lambda: ["sample:sft_train"])
+    """Data sets: a path, a directory, a hub name, `sample:NAME`, or a mapping {path, columns, format, weight, split}."""
+    sft_eval_data: list[str] = field(default_factory=list)
+    """Held-out data sets; empty holds out `eval_fraction` of `sft_data`."""
+
+
+@dataclass
+class RewardDataConfig(DataConfig):
+    """Data of the reward model."""
+
+    preference_data: list[str] = field(default_factory=lambda: ["sample:preference_train"])
+    """Data sets of pairs or rankings (the two may be blended); the same forms as `sft_data`."""
+    preference_eval_data: list[str] = field(default_factory=list)
+    """Held-out data sets; empty holds out `eval_fraction` of `preference_data`."""
+
+
+@dataclass
+class PPODataConfig(DataConfig):
+    """Data of PPO."""
+
+    prompt_data: list[str] = field(default_factory=lambda: ["sample:prompts_train"])
+    """Data sets of prompts; the same forms as `sft_data`."""
+    prompt_eval_data: list[str] = field(default_factory=list)
+    """Held-out prompts; empty holds out `eval_fraction` of `prompt_data`."""
+    ptx_data: list[str] = field(default_factory=list)
+    """Data sets of the ptx mixture (prompt and response); needed when `ptx_coef` is above 0."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used, with what was given, what is needed and what to do."""
+
+
+T = TypeVar("T")
+
+
+def load_config_file(path: str | Path, stage: str) -> dict[str, Any]:
+    """Read a YAML file into the flat fields of one stage (shared fields, overlaid by the stage's section).
+
+    Raises ConfigError when the file is missing, is not YAML, or is not a mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"configuration file not found: {path} (looked in {Path.cwd()})")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not a YAML file: {error}") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path} must hold a mapping of field names to values, not {type(content).__name__}"
+        )
+    shared = {name: value for name, value in content.items() if name not in STAGES}
+    section = content.get(stage) or {}
+    if not isinstance(section, dict):
+        raise ConfigError(f"{path}: section `{stage}:` must hold a mapping of field names to values")
+    return {**shared, **section}
+
+
+def parse_config(
+    stage: str,
+    config_classes: Sequence[type],
+    argv: Sequence[str] | None = None,
+    *,
+    default_config: str | Path | None = None,
+    known_fields: AbstractSet[str] = frozenset(),
+) -> tuple[Any, ...]:
+    """Fill `config_classes` from the defaults, then `--config FILE`, then the command line.
+
+    `default_config` is read when the command line names neither `--config` nor `--base_model`: it tunes the
+    embedded default and would not suit another model. `known_fields` are names of other stages that a shared
+    file may hold and this stage passes over. `--local_rank`, which launchers add, is dropped: the
+    rank is read from the environment. Returns one instance per class, in order.
+    Raises ConfigError for an unknown field (with the nearest known names) or a value of the wrong type.
+    """
+    from trl import TrlParser
+
+    arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
+    parser = TrlParser(config_classes, prog=f"step {stage}", allow_abbrev=False)
+    config_path, arguments = _take_config_option(arguments)
+    if config_path is None and default_config is not None and not _names_base_model(arguments):
+        config_path = str(default_config)
+    if config_path is not None:
+        values = load_config_file(config_path, stage)
+        own = {item.name: item for config in config_classes for item in dataclasses.fields(config)}
+        _check_names(values, known_fields | own.keys(), config_path)
+        values = {name: value for name, value in values.items() if name in own}
+        parser.set_defaults_with_config(
+            **{name: _checked(name, value, own[name], config_path) for name, value in values.items()}
+        )
+    return tuple(parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False))
+
+
+def save_config(path: Path, configs: Sequence[Any]) -> None:
+    """Write the configuration in force as YAML that `--config` reads back."""
+    merged = {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
+    path.write_text(yaml.safe_dump(merged, allow_unicode=True, sort_keys=False), encoding="utf-8")
+
+
+def _names_base_model(arguments: Sequence[str]) -> bool:
+    for argument in arguments:
+        if argument.split("=")[0] in ("--base_model", "--base-model"):
+            return True
+    return False
+
+
+def _take_config_option(arguments: list[str]) -> tuple[str | None, list[str]]:
+    for index, argument in enumerate(arguments):
+        if argument == "--config":
+            if index + 1 == len(arguments):
+                raise ConfigError("--config needs the path of a YAML file after it")
+            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+        if argument.startswith("--config="):
+            return argument.split("=", 1)[1], arguments[:index] + arguments[index + 1 :]
+    return None, arguments
+
+
+def _without_local_rank(arguments: list[str]) -> list[str]:
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in ("--local_rank", "--local-rank"):
+            skip = True
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(argument)
+    return kept
+
+
+def _check_names(values: dict[str, Any], known: AbstractSet[str], path: str) -> None:
+    for name in values:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=3)
+            hint = f"did you mean {', '.join(near)}?" if near else "see docs/configuration.md for every field"
+            raise ConfigError(f"{path}: unknown field `{name}`; {hint}")
+
+
+def _checked(name: str, value: Any, item: dataclasses.Field[Any], path: str) -> Any:
+    """Convert a YAML value to the field's type where that loses nothing (1 -> 1.0, "5e-5" -> 5e-5)."""
+    kind = str(item.type)
+    wrong = ConfigError(f"{path}: field `{name}` needs {kind}, got {value!r} ({type(value).__name__})")
+    if kind.startswith("list["):
+        entries = value if isinstance(value, list) else [value]
+        if kind == "list[float]":
+            return [_number(entry, wrong) for entry in entries]
+        return [json.dumps(entry, ensure_ascii=False) if isinstance(entry, dict) else str(entry) for entry in entries]
+    if value is None:
+        if "None" in kind:
+            return None
+        raise wrong
+    if kind == "float":
+        return _number(value, wrong)
+    if kind == "int":
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise wrong
+        return value
+    if kind == "bool":
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if kind.startswith("Literal"):
+        choices = _choices(kind)
+        if str(value) not in choices:
+            raise ConfigError(f"{path}: field `{name}`={value!r} is not one of {', '.join(choices)}")
+        return value
+    return str(value)
+
+
+def _choices(kind: str) -> list[str]:
+    return [choice.strip().strip("\"'") for choice in kind[len("Literal[") : -1].split(",")]
+
+
+def _number(value: Any, wrong: ConfigError) -> float:
+    if isinstance(value, bool):
+        raise wrong
+    try:
+        return float(value)  # YAML reads 5e-5 as a string
+    except (TypeError, ValueError):
+        raise wrong from None

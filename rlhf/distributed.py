@@ -1,0 +1,156 @@
+"""Rank, world size, seeding, statistics over all ranks, and logging from rank 0.
+
+Everything works in a single process without a launcher: the world is then of size one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger("rlhf")
+
+
+def rank() -> int:
+    """This process's rank, 0 in a world of one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes, 1 without a launcher."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """True on rank 0, which writes files and prints."""
+    return rank() == 0
+
+
+def init_world(timeout_minutes: float = 60.0) -> torch.device:
+    """Join the launcher's world, or make a world of one, and return this rank's device.
+
+    Raises OSError when the launcher's port is taken, naming the port and the option that changes it.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    if not dist.is_initialized():
+        if "RANK" not in os.environ:
+            os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+            os.environ["MASTER_PORT"] = str(free_port())
+        elif os.environ["RANK"] == "0":
+            _check_port(os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"]))
+        deepspeed.init_distributed(
+            dist_backend=accelerator.communication_backend_name() if accelerator.is_available() else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(minutes=timeout_minutes),
+            verbose=False,
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    accelerator.set_device(local_rank)
+    return torch.device(accelerator.device_name(local_rank))
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _check_port(address: str, port: int) -> None:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store listens there
+        return
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            raise OSError(
+                f"port {port} on {address} cannot be used for the rendezvous ({error.strerror}): another run may "
+                f"hold it; choose a free one with `deepspeed --master_port PORT ...`"
+            ) from error
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch alike on every rank.
+
+    Sampling does not use these generators: it draws from streams keyed by prompt (see `rlhf.generation`).
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Element-wise sum of `values` over all ranks, as a new tensor."""
+    total = values.clone()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """True on every rank when `flag` is true on one. A collective: every rank must call it."""
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) > 0)
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def rank_zero_first(path: Path, make: Callable[[], None], *, poll_seconds: float = 0.5) -> None:
+    """Let rank 0 make the file or directory `path` while the others poll for it.
+
+    There is no collective inside, so `make` may take hours without running into a collective's time-out.
+    `make` must create `path` atomically (write beside, then rename). When it fails, rank 0 leaves
+    `<path>.failed` for the others, which raise RuntimeError with its message.
+    """
+    failed = path.with_name(path.name + ".failed")
+    if is_main():
+        failed.unlink(missing_ok=True)
+        if path.exists():
+            return
+        try:
+            make()
+        except BaseException as error:
+            failed.parent.mkdir(parents=True, exist_ok=True)
+            failed.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
+            raise
+        return
+    started = time.time()
+    while not path.exists():
+        if failed.exists() and failed.stat().st_mtime >= started - 1:
+            raise RuntimeError(f"rank 0 could not make {path}: {failed.read_text(encoding='utf-8')}")
+        time.sleep(poll_seconds)
+
+
+def setup_logging() -> None:
+    """Print the library's messages on rank 0 only, and quieten the libraries below."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.INFO if is_main() else logging.ERROR)
+    for name in ("DeepSpeed", "deepspeed", "transformers", "datasets", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)

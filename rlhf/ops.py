@@ -1,0 +1,100 @@
+"""Masked statistics and log-probabilities: pure functions of tensors (torch only).
+
+`mask` is True where an element counts; everything outside it changes no result.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from rlhf.types import IGNORE_INDEX
+
+KLEstimator = Literal["k1", "k2", "k3"]
+
+
+def masked_sum(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Sum of `values` where `mask` is True. Both of one shape; returns a scalar."""
+    return torch.where(mask, values, torch.zeros_like(values)).sum()
+
+
+def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean of `values` where `mask` is True; raises ValueError when the mask is empty."""
+    count = mask.sum()
+    if count == 0:
+        raise ValueError("masked_mean of an empty mask: no element counts")
+    return masked_sum(values, mask) / count
+
+
+def masked_variance(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Population variance (divided by the count) of `values` where `mask` is True."""
+    mean = masked_mean(values, mask)
+    return masked_mean((values - mean) ** 2, mask)
+
+
+def masked_whiten(
+    values: torch.Tensor, mask: torch.Tensor, *, shift_mean: bool = True, eps: float = 1e-8
+) -> torch.Tensor:
+    """Scale to variance 1 over the mask and, with `shift_mean`, shift to mean 0; 0 outside the mask.
+
+    Rewards are whitened with `shift_mean=False`, which keeps their mean (Huang et al., "The N implementation
+    details of RLHF with PPO"). Hand in the values of all ranks: statistics of a shard are not those of the batch.
+    """
+    mean = masked_mean(values, mask)
+    whitened = (values - mean) * torch.rsqrt(masked_variance(values, mask) + eps)
+    if not shift_mean:
+        whitened = whitened + mean
+    return torch.where(mask, whitened, torch.zeros_like(whitened))
+
+
+def logprobs_from_logits(logits: torch.Tensor, token_ids: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Log-probability of `token_ids` [B, T] under `logits` [B, T, V] / temperature, as float32 [B, T].
+
+    The log-softmax runs in float32 whatever the dtype of the logits; `logits` is not changed in place.
+    """
+    scaled = logits.float() / temperature
+    return scaled.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1) - scaled.logsumexp(-1)
+
+
+def entropy_from_logits(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """Entropy in nats of softmax(logits / temperature): [B, T, V] -> [B, T], float32."""
+    logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed cross-entropy in nats of the labels [B, L] that are not -100 under logits [B, L, V].
+
+    `logits[:, t]` predicts `labels[:, t + 1]`.
+    """
+    vocabulary = logits.shape[-1]
+    return F.cross_entropy(
+        logits[:, :-1].float().reshape(-1, vocabulary),
+        labels[:, 1:].reshape(-1),
+        ignore_index=IGNORE_INDEX,
+        reduction="sum",
+    )
+
+
+def estimate_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: KLEstimator) -> torch.Tensor:
+    """Per-token estimate of KL(actor || reference) from tokens sampled by the actor; shapes alike.
+
+    With d = log pi_actor - log pi_ref (Schulman, "Approximating KL divergence", 2020):
+    k1 = d (unbiased, any sign); k2 = d^2 / 2 (biased, small variance); k3 = exp(-d) - 1 + d (unbiased, never negative).
+    """
+    log_ratio = logprobs - ref_logprobs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio**2
+    if estimator == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    raise ValueError(f"kl_estimator={estimator!r} is not one of k1, k2, k3")
+
+
+def last_true(mask: torch.Tensor) -> torch.Tensor:
+    """Column of the last True in each row of `mask` [B, T]: [B]; 0 for a row without one."""
+    columns = torch.arange(mask.shape[1], device=mask.device)
+    return torch.where(mask, columns, torch.zeros_like(columns)).amax(dim=1)

@@ -1,0 +1,313 @@
+"""The two loops there are: offline (batches -> updates) and on-policy (prompts -> experience -> updates)."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from rlhf.config import BatchConfig, RunConfig
+from rlhf.distributed import all_reduce_sum, any_rank, is_main, logger, rank, world_size
+from rlhf.metrics import MeanMeter, MetricsWriter, write_json
+
+Batch = TypeVar("Batch")
+
+
+class Plan(Protocol):
+    """The arithmetic of a batch (see `rlhf.engine.BatchPlan`)."""
+
+    @property
+    def global_batch_size(self) -> int: ...
+    @property
+    def micro_batch_size(self) -> int: ...
+    @property
+    def world_size(self) -> int: ...
+    @property
+    def accumulation_steps(self) -> int: ...
+
+
+class NonFiniteError(RuntimeError):
+    """A loss that is not finite, with the step and the tensor."""
+
+
+class DataOrder:
+    """The order of examples: an endless stream of shuffled epochs, the same on every rank.
+
+    Step s takes examples s*G to (s+1)*G of the stream, so no batch is ever partial. Within a step examples are
+    sorted by length before they are cut into micro-batches, which saves padding and changes no gradient: losses
+    are normalised over the whole global batch.
+    """
+
+    def __init__(self, lengths: Sequence[int], plan: Plan, seed: int) -> None:
+        if not lengths:
+            raise ValueError("no training example: the data set is empty")
+        self._lengths = lengths
+        self._plan = plan
+        self._seed = seed
+
+    def steps(self, epochs: float) -> int:
+        """Optimizer steps that `epochs` passes take (the last one runs on into the next pass)."""
+        return max(1, math.ceil(round(epochs * len(self._lengths), 6) / self._plan.global_batch_size))
+
+    def indices(self, step: int) -> list[int]:
+        """Examples of the global batch of `step`, longest first."""
+        size, total = self._plan.global_batch_size, len(self._lengths)
+        chosen = []
+        for position in range(step * size, (step + 1) * size):
+            epoch, offset = divmod(position, total)
+            chosen.append(int(self._permutation(epoch)[offset]))
+        return sorted(chosen, key=lambda index: (-self._lengths[index], index))
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """This rank's micro-batches of `step`: every world_size-th one, equally many on every rank."""
+        chosen, size = self.indices(step), self._plan.micro_batch_size
+        parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+        return parts[rank() :: self._plan.world_size]
+
+    def _permutation(self, epoch: int) -> torch.Tensor:
+        if getattr(self, "_epoch", None) != epoch:
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+            self._order = torch.randperm(len(self._lengths), generator=generator)
+            self._epoch = epoch
+        return self._order
+
+
+def accumulate_step(
+    engine: Any,
+    micro_batches: Sequence[Batch],
+    *,
+    count: Callable[[Batch], float],
+    loss_sum: Callable[[Batch], torch.Tensor],
+    step: int,
+    name: str = "loss",
+) -> float:
+    """One optimizer step over all micro-batches of all ranks; returns the loss of the global batch.
+
+    `loss_sum(batch)` is a sum over `count(batch)` elements (tokens or prompts). It is divided by the count of the
+    *global* batch, so neither the split into micro-batches nor the number of ranks changes the gradient
+    (TRL#583). Raises NonFiniteError on every rank when one rank's loss is not finite.
+    """
+    device = engine.device
+    total = all_reduce_sum(torch.tensor(float(sum(count(batch) for batch in micro_batches)), device=device))
+    if total == 0:
+        raise ValueError(f"step {step}: no element of the batch counts for {name}; check the data and the masks")
+    scale = len(micro_batches) * world_size()  # DeepSpeed divides by both
+    running = torch.zeros((), device=device)
+    for batch in micro_batches:
+        loss = loss_sum(batch) / total
+        if any_rank(not bool(torch.isfinite(loss)), device):
+            raise NonFiniteError(
+                f"{name} is not finite at step {step} (this rank's value: {loss.item()}); lower the learning rate, "
+                "check the data, or train in bf16 or fp32 rather than fp16"
+            )
+        engine.backward(loss * scale)
+        engine.step()
+        running += loss.detach()
+    return float(all_reduce_sum(running))
+
+
+class Trainer(ABC, Generic[Batch]):
+    """The offline loop: epochs, accumulation, evaluation, logging, saving the best model.
+
+    An algorithm writes `collate`, `length`, `loss_count`, `loss_sum` and `evaluate`. `export` writes the model;
+    `best_metric` (lower is better) decides which evaluation's model is kept. Without evaluation data the last
+    model is exported.
+    """
+
+    best_metric = "eval_loss"
+
+    def __init__(
+        self,
+        engine: Any,
+        train: Sequence[Any],
+        evaluation: Sequence[Any],
+        *,
+        plan: Plan,
+        batch: BatchConfig,
+        run: RunConfig,
+        directory: Path,
+        stage: str,
+        eval_every_steps: int,
+        export: Callable[[], None],
+    ) -> None:
+        self.engine = engine
+        self.train = train
+        self.evaluation = evaluation
+        self.plan = plan
+        self.run = run
+        self.directory = directory
+        self.eval_every_steps = eval_every_steps
+        self.export = export
+        self.order = DataOrder([self.length(example) for example in train], plan, run.seed)
+        self.total_steps = batch.max_steps or self.order.steps(batch.epochs)
+        self.writer = MetricsWriter(directory, run, stage=stage)
+        self.meter = MeanMeter()
+        self.stage = stage
+
+    @abstractmethod
+    def length(self, example: Any) -> int:
+        """Tokens of an example, for sorting."""
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Any]) -> Batch:
+        """Examples -> a batch on the CPU."""
+
+    @abstractmethod
+    def loss_count(self, batch: Batch) -> float:
+        """Elements the loss of this batch is a sum over."""
+
+    @abstractmethod
+    def loss_sum(self, batch: Batch) -> torch.Tensor:
+        """Summed loss of a batch on the device; adds its metrics to `self.meter`."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, Any]:
+        """Metrics on the held-out data, named `eval_...`; every rank gets the same."""
+
+    def fit(self) -> dict[str, Any]:
+        """Train; returns {"before": metrics, "after": metrics of the exported model, "best_step", "seconds"}."""
+        started = time.perf_counter()
+        before = self._evaluate_and_log(0)
+        best, best_step = before, 0
+        self.engine.train()
+        progress = tqdm(total=self.total_steps, desc=self.stage, unit="step", disable=not is_main())
+        for step in range(1, self.total_steps + 1):
+            batches = [
+                self.collate([self.train[index] for index in part]).to(self.engine.device)  # type: ignore[attr-defined]
+                for part in self.order.micro_batches(step - 1)
+            ]
+            loss = accumulate_step(
+                self.engine, batches, count=self.loss_count, loss_sum=self.loss_sum, step=step, name=f"{self.stage} loss"
+            )
+            progress.update()
+            progress.set_postfix(loss=f"{loss:.4f}")
+            self.meter.add({"loss": loss, "learning_rate": learning_rate(self.engine)}, 1)
+            if step % self.run.log_every_steps == 0 or step == self.total_steps:
+                self.writer.write(step, self.meter.means(self.engine.device))
+            if self.evaluation and self._evaluation_due(step):
+                metrics = self._evaluate_and_log(step)
+                if best_step == 0 or metrics[self.best_metric] < best[self.best_metric]:
+                    best, best_step = metrics, step
+                    self.export()
+                self.engine.train()
+        progress.close()
+        if not self.evaluation:
+            best_step = self.total_steps
+            self.export()
+        self.writer.close()
+        return {"before": before, "after": best, "best_step": best_step, "seconds": time.perf_counter() - started}
+
+    def _evaluation_due(self, step: int) -> bool:
+        return step == self.total_steps or (self.eval_every_steps > 0 and step % self.eval_every_steps == 0)
+
+    def _evaluate_and_log(self, step: int) -> dict[str, Any]:
+        if not self.evaluation:
+            return {}
+        self.engine.eval()
+        with torch.no_grad():
+            metrics = self.evaluate()
+        numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+        self.writer.write(step, numbers)
+        logger.info("%s step %d: %s", self.stage, step, "  ".join(f"{k}={v:.4f}" for k, v in numbers.items()))
+        return metrics
+
+    def evaluation_batches(self) -> Iterator[tuple[Batch, int]]:
+        """This rank's evaluation batches and how many of their leading examples count.
+
+        Every rank gets equally many batches (a collective forward must not run short); rows that only fill up
+        are the last examples again and do not count.
+        """
+        size, world = self.plan.micro_batch_size, self.plan.world_size
+        ordered = sorted(range(len(self.evaluation)), key=lambda index: -self.length(self.evaluation[index]))
+        parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        counts = [len(part) for part in parts]
+        while len(parts) % world:
+            parts.append(parts[-1])
+            counts.append(0)
+        for part, counted in list(zip(parts, counts, strict=True))[rank() :: world]:
+            yield self.collate([self.evaluation[index] for index in part]), counted
+
+
+def learning_rate(engine: Any) -> float:
+    """The learning rate of the engine's next optimizer step."""
+    return float(engine.optimizer.param_groups[0]["lr"])
+
+
+class OnPolicyTrainer(ABC):
+    """The on-policy loop: prompts -> experience -> inner epochs of updates.
+
+    An algorithm writes `make_experience(iteration)`, `update(experience, iteration)` and `evaluate(label)`.
+    """
+
+    def __init__(self, *, iterations: int, run: RunConfig, directory: Path, stage: str, eval_every_steps: int) -> None:
+        self.iterations = iterations
+        self.run = run
+        self.directory = directory
+        self.eval_every_steps = eval_every_steps
+        self.stage = stage
+        self.writer = MetricsWriter(directory, run, stage=stage)
+
+    @abstractmethod
+    def make_experience(self, iteration: int) -> Any:
+        """Sample responses to the iteration's prompts and score them: everything `update` learns from."""
+
+    @abstractmethod
+    def update(self, experience: Any, iteration: int) -> dict[str, float]:
+        """All inner epochs over one experience; returns metrics."""
+
+    @abstractmethod
+    def evaluate(self, iteration: int) -> dict[str, Any]:
+        """Metrics on held-out prompts; every rank gets the same."""
+
+    @abstractmethod
+    def export(self) -> None:
+        """Write the models."""
+
+    def fit(self) -> dict[str, Any]:
+        """Train; returns {"before", "after", "seconds"} with the evaluations of the first and the last actor."""
+        started = time.perf_counter()
+        before = after = self._evaluate_and_log(0)
+        progress = tqdm(total=self.iterations, desc=self.stage, unit="iteration", disable=not is_main())
+        for iteration in range(1, self.iterations + 1):
+            experience_started = time.perf_counter()
+            experience = self.make_experience(iteration)
+            update_started = time.perf_counter()
+            metrics = self.update(experience, iteration)
+            metrics["seconds_experience"] = update_started - experience_started
+            metrics["seconds_update"] = time.perf_counter() - update_started
+            progress.update()
+            progress.set_postfix(score=f"{metrics['score']:.3f}", kl=f"{metrics['kl_per_token']:.3f}")
+            if iteration % self.run.log_every_steps == 0 or iteration in (1, self.iterations):
+                self.writer.write(iteration, metrics)
+            due = self.eval_every_steps > 0 and iteration % self.eval_every_steps == 0
+            if due or iteration == self.iterations:
+                after = self._evaluate_and_log(iteration)
+        progress.close()
+        self.export()
+        self.writer.close()
+        return {"before": before, "after": after, "seconds": time.perf_counter() - started}
+
+    def _evaluate_and_log(self, iteration: int) -> dict[str, Any]:
+        metrics = self.evaluate(iteration)
+        numbers = {f"eval_{name}": value for name, value in metrics.items() if isinstance(value, float)}
+        self.writer.write(iteration, numbers)
+        logger.info("%s iteration %d: %s", self.stage, iteration, "  ".join(f"{k}={v:.4f}" for k, v in numbers.items()))
+        return metrics
+
+
+def write_result(directory: Path, result: Mapping[str, Any], *, seconds: float, seed: int) -> None:
+    """Write a stage's `result.json` (rank 0): what `summary.json` is put together from."""
+    write_json(directory / "result.json", {**result, "seconds": round(seconds, 1), "seed": seed})
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable and all parameters, also of a ZeRO-3 partitioned model."""
+    sizes = [(getattr(item, "ds_numel", item.numel()), item.requires_grad) for item in model.parameters()]
+    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)

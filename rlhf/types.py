@@ -1,0 +1,204 @@
+"""Records (what a row means) and batches (what a model sees), as frozen dataclasses.
+
+Dimension letters used everywhere: B sequences, P prompt tokens, T response tokens, L = P + T,
+V vocabulary, K candidates per prompt, G prompts of a ranked batch, N = sum of K over the G prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import torch
+
+Meta = Mapping[str, Any]
+IGNORE_INDEX = -100
+"""Label of a position the language-modelling loss must not look at."""
+
+
+@dataclass(frozen=True)
+class PromptRecord:
+    """A prompt, already rendered with its template."""
+
+    id: str
+    prompt: str
+    meta: Meta = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ResponseRecord:
+    """A prompt and the response to imitate (SFT)."""
+
+    id: str
+    prompt: str
+    response: str
+    meta: Meta = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PreferenceRecord:
+    """Two responses to one prompt; `margin` is how much better `chosen` is (0 when not given)."""
+
+    id: str
+    prompt: str
+    chosen: str
+    rejected: str
+    margin: float = 0.0
+    meta: Meta = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RankedRecord:
+    """K responses to one prompt; rank 0 is best, equal ranks are ties."""
+
+    id: str
+    prompt: str
+    responses: tuple[str, ...]
+    ranks: tuple[int, ...]
+    meta: Meta = field(default_factory=dict)
+
+
+Record = PromptRecord | ResponseRecord | PreferenceRecord | RankedRecord
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt as token ids, with its text for tables and for reward models of another tokenizer."""
+
+    id: str
+    input_ids: tuple[int, ...]
+    text: str
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class TokenizedResponse:
+    """Prompt and response as one row of token ids; the response starts at `prompt_tokens`."""
+
+    id: str
+    input_ids: tuple[int, ...]
+    prompt_tokens: int
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class TokenizedRanking:
+    """K tokenised responses to one prompt with their ranks (a preference pair is K = 2, ranks (0, 1))."""
+
+    id: str
+    candidates: tuple[TokenizedResponse, ...]
+    ranks: tuple[int, ...]
+    margin: float = 0.0
+    category: str = ""
+
+
+class TensorBatch:
+    """Mixin of the batch dataclasses: move to a device, count rows, slice rows."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch with every tensor on `device`."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def __len__(self) -> int:
+        first = next(iter(self._tensors()))
+        return int(first.shape[0])
+
+    def rows(self, index: slice | torch.Tensor) -> Self:
+        """The rows that `index` selects from every tensor."""
+        return self._map(lambda tensor: tensor[index])
+
+    def split(self, rows_per_part: int) -> list[Self]:
+        """Consecutive parts of at most `rows_per_part` rows, in order."""
+        if rows_per_part < 1:
+            raise ValueError(f"rows_per_part={rows_per_part} must be at least 1")
+        return [
+            self.rows(slice(start, start + rows_per_part))
+            for start in range(0, len(self), rows_per_part)
+        ]
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if isinstance(value, torch.Tensor):
+                yield value
+            elif isinstance(value, TensorBatch):
+                yield from value._tensors()
+
+    def _map(self, function: Any) -> Self:
+        changed = {}
+        for item in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, item.name)
+            if isinstance(value, TensorBatch):
+                changed[item.name] = value._map(function)
+            else:
+                changed[item.name] = function(value)
+        return type(self)(**changed)
+
+
+@dataclass(frozen=True)
+class TokenBatch(TensorBatch):
+    """Right-padded rows for the language-modelling loss. All fields [B, L]; padding and prompt labels are -100."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RankedBatch(TensorBatch):
+    """Right-padded candidates of several prompts, to be scored in one forward.
+
+    `input_ids`, `attention_mask` [N, L]; `groups` [N] is the prompt (0 .. G-1) of each row; `ranks` [N],
+    0 is best; `margins` [N] is the margin of the row's prompt; `categories` [N] indexes the caller's
+    category names. Rows of one prompt are never split over two batches.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    groups: torch.Tensor
+    ranks: torch.Tensor
+    margins: torch.Tensor
+    categories: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PromptBatch(TensorBatch):
+    """Left-padded prompts. `input_ids`, `attention_mask` [B, P]; `row_ids` [B] number the prompts of an
+    iteration over all ranks and seed each row's sampling, so that the split over ranks changes no sample."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    row_ids: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Rollout(TensorBatch):
+    """Prompts and the responses sampled for them.
+
+    `prompt_ids`, `prompt_mask` [B, P] left-padded; `response_ids`, `response_mask` [B, T] right-padded,
+    the mask includes the end-of-sequence token where one was sampled; `logprobs` [B, T] float32 as captured
+    while sampling, 0 where the mask is False.
+    """
+
+    prompt_ids: torch.Tensor
+    prompt_mask: torch.Tensor
+    response_ids: torch.Tensor
+    response_mask: torch.Tensor
+    logprobs: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PPOExperience(TensorBatch):
+    """What PPO learns from. Per-token fields [B, T] cover the response only; `scores` [B].
+
+    `rollout.logprobs` holds the old log-probabilities that the ratio is taken against.
+    """
+
+    rollout: Rollout
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    rewards: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    scores: torch.Tensor
