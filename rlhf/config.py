@@ -11,11 +11,12 @@ import dataclasses
 import difflib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -131,7 +132,7 @@ class DataConfig:
     max_prompt_tokens: int = 256
     """Longer prompts lose their beginning (KULLM-RLHF: 256)."""
     max_response_tokens: int = 256
-    """Longer responses lose their end and their end-of-sequence token; PPO samples at most this many (KULLM-RLHF: 256)."""
+    """Longer responses lose their end; PPO samples at most this many tokens (KULLM-RLHF: 256)."""
     eval_fraction: float = 0.0
     """Share of the prompts held out (by a hash of the prompt) where no evaluation data is named."""
     stage_split: str | None = None
@@ -143,7 +144,7 @@ class SFTDataConfig(DataConfig):
     """Data of supervised fine-tuning."""
 
     sft_data: list[str] = field(default_factory=lambda: ["sample:sft_train"])
-    """Data sets: a path, a directory, a hub name, `sample:NAME`, or a mapping {path, columns, format, weight, split}."""
+    """Data sets: a path, a hub name, `sample:NAME`, or a mapping {path, columns, format, weight, split}."""
     sft_eval_data: list[str] = field(default_factory=list)
     """Held-out data sets; empty holds out `eval_fraction` of `sft_data`."""
 
@@ -192,9 +193,7 @@ def load_config_file(path: str | Path, stage: str) -> dict[str, Any]:
     if content is None:
         content = {}
     if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path} must hold a mapping of field names to values, not {type(content).__name__}"
-        )
+        raise ConfigError(f"{path} must hold a mapping of field names to values, not {type(content).__name__}")
     shared = {name: value for name, value in content.items() if name not in STAGES}
     section = content.get(stage) or {}
     if not isinstance(section, dict):
@@ -220,20 +219,29 @@ def parse_config(
     """
     from trl import TrlParser
 
+    class Parser(TrlParser):
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"command line: {message}")
+
     arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
-    parser = TrlParser(config_classes, prog=f"step {stage}", allow_abbrev=False)
+    parser = Parser(list(config_classes), prog=f"step {stage}", allow_abbrev=False)
     config_path, arguments = _take_config_option(arguments)
     if config_path is None and default_config is not None and not _names_base_model(arguments):
         config_path = str(default_config)
+    own = {name: kind for config in config_classes for name, kind in get_type_hints(config).items()}
     if config_path is not None:
         values = load_config_file(config_path, stage)
-        own = {item.name: item for config in config_classes for item in dataclasses.fields(config)}
         _check_names(values, known_fields | own.keys(), config_path)
         values = {name: value for name, value in values.items() if name in own}
         parser.set_defaults_with_config(
             **{name: _checked(name, value, own[name], config_path) for name, value in values.items()}
         )
-    return tuple(parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False))
+    *configs, unknown = parser.parse_args_into_dataclasses(
+        args=arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        _check_names([unknown[0].split("=")[0].removeprefix("--")], own.keys(), "command line")
+    return tuple(configs)
 
 
 def save_config(path: Path, configs: Sequence[Any]) -> None:
@@ -243,10 +251,7 @@ def save_config(path: Path, configs: Sequence[Any]) -> None:
 
 
 def _names_base_model(arguments: Sequence[str]) -> bool:
-    for argument in arguments:
-        if argument.split("=")[0] in ("--base_model", "--base-model"):
-            return True
-    return False
+    return any(argument.split("=")[0] in ("--base_model", "--base-model") for argument in arguments)
 
 
 def _take_config_option(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -273,47 +278,41 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
     return kept
 
 
-def _check_names(values: dict[str, Any], known: AbstractSet[str], path: str) -> None:
-    for name in values:
+def _check_names(names: Iterable[str], known: AbstractSet[str], source: str) -> None:
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else "see docs/configuration.md for every field"
-            raise ConfigError(f"{path}: unknown field `{name}`; {hint}")
+            raise ConfigError(f"{source}: unknown field `{name}`; {hint}")
 
 
-def _checked(name: str, value: Any, item: dataclasses.Field[Any], path: str) -> Any:
-    """Convert a YAML value to the field's type where that loses nothing (1 -> 1.0, "5e-5" -> 5e-5)."""
-    kind = str(item.type)
-    wrong = ConfigError(f"{path}: field `{name}` needs {kind}, got {value!r} ({type(value).__name__})")
-    if kind.startswith("list["):
+def _checked(name: str, value: Any, kind: Any, path: str) -> Any:
+    """Convert a YAML value to the type `kind` of its field where that loses nothing (1 -> 1.0, "5e-5" -> 5e-5)."""
+    needed = str(kind) if get_origin(kind) else kind.__name__
+    wrong = ConfigError(f"{path}: field `{name}` needs {needed}, got {value!r} ({type(value).__name__})")
+    if get_origin(kind) is UnionType:
+        if value is None:
+            return None
+        kind = next(part for part in get_args(kind) if part is not NoneType)
+    if get_origin(kind) is list:
         entries = value if isinstance(value, list) else [value]
-        if kind == "list[float]":
+        if value is None:
+            raise wrong
+        if get_args(kind) == (float,):
             return [_number(entry, wrong) for entry in entries]
         return [json.dumps(entry, ensure_ascii=False) if isinstance(entry, dict) else str(entry) for entry in entries]
-    if value is None:
-        if "None" in kind:
-            return None
-        raise wrong
-    if kind == "float":
+    if get_origin(kind) is Literal:
+        for choice in get_args(kind):
+            if str(value) == str(choice):
+                return choice
+        raise ConfigError(f"{path}: field `{name}`={value!r} is not one of {', '.join(map(str, get_args(kind)))}")
+    if kind is float:
         return _number(value, wrong)
-    if kind == "int":
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise wrong
-        return value
-    if kind == "bool":
-        if not isinstance(value, bool):
-            raise wrong
-        return value
-    if kind.startswith("Literal"):
-        choices = _choices(kind)
-        if str(value) not in choices:
-            raise ConfigError(f"{path}: field `{name}`={value!r} is not one of {', '.join(choices)}")
-        return value
-    return str(value)
-
-
-def _choices(kind: str) -> list[str]:
-    return [choice.strip().strip("\"'") for choice in kind[len("Literal[") : -1].split(",")]
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # a name that YAML reads as a number
+    if type(value) is not kind:
+        raise wrong
+    return value
 
 
 def _number(value: Any, wrong: ConfigError) -> float:

@@ -113,6 +113,28 @@ def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
     return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) > 0)
 
 
+def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [n, ...] of every rank, in rank order: [sum of n, ...]. n may differ between ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, torch.tensor([rows.shape[0]], device=rows.device))
+    most = int(max(count.item() for count in counts))
+    padded = torch.zeros(most, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+    padded[: rows.shape[0]] = rows
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
+
+
+def all_reduce_max(value: int, device: torch.device | str = "cpu") -> int:
+    """The largest `value` of all ranks."""
+    largest = torch.tensor(value, device=device)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized() and dist.get_world_size() > 1:

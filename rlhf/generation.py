@@ -76,7 +76,9 @@ def draw(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     cumulative = logprobs.double().exp().cumsum(-1)
     threshold = (uniforms * cumulative[:, -1]).unsqueeze(-1)
     token = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
-    likeliest_last = (logprobs > -torch.inf).long().mul(torch.arange(logprobs.shape[1], device=logprobs.device)).amax(-1)
+    likeliest_last = (
+        (logprobs > -torch.inf).long().mul(torch.arange(logprobs.shape[1], device=logprobs.device)).amax(-1)
+    )
     return torch.minimum(token, likeliest_last)  # a threshold at the very end must not fall on an impossible token
 
 

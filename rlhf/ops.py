@@ -98,3 +98,11 @@ def last_true(mask: torch.Tensor) -> torch.Tensor:
     """Column of the last True in each row of `mask` [B, T]: [B]; 0 for a row without one."""
     columns = torch.arange(mask.shape[1], device=mask.device)
     return torch.where(mask, columns, torch.zeros_like(columns)).amax(dim=1)
+
+
+def score_last(values: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """The value at the last real token of each row: values [B, L], mask [B, L] -> scores [B].
+
+    Read from the mask, never from `ids != pad`: the padding token may be the end-of-sequence token.
+    """
+    return values.gather(1, last_true(attention_mask.bool()).unsqueeze(1)).squeeze(1)

@@ -11,7 +11,9 @@ from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
 from rlhf.algorithms.reward import RewardConfig
 from rlhf.algorithms.sft import SFTConfig
 from rlhf.config import (
+    EMBEDDED_BASE,
     BatchConfig,
+    ConfigError,
     EngineConfig,
     ModelConfig,
     OptimizerConfig,
@@ -38,3 +40,44 @@ def parse_stage(stage: str, argv: Sequence[str] | None = None) -> tuple[Any, ...
     }
     default = DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None
     return parse_config(stage, STAGE_CONFIGS[stage], argv, default_config=default, known_fields=known)
+
+
+def resolve_base_model(base_model: str, cache_dir: Path) -> str:
+    """The model to load: `default` is built from the embedded corpus on first use (about a minute) and kept."""
+    if base_model != EMBEDDED_BASE:
+        return base_model
+    from rlhf.data import embedded_corpus
+    from rlhf.models import build_tiny_base
+
+    return str(build_tiny_base(embedded_corpus(), cache_dir))
+
+
+def find_stage_model(given: str | None, field: str, output_dir: str, stage: str) -> str:
+    """The directory an earlier stage saved: the one named, or that of `output_dir`.
+
+    Raises ConfigError that says how to make it when it is not there.
+    """
+    if given is not None:
+        return given
+    path = Path(output_dir) / stage / "model"
+    if not path.is_dir():
+        script = {"sft": "step1_sft", "reward": "step2_reward"}[stage]
+        raise ConfigError(
+            f"{path} not found: PPO needs the model that {script} saves. Run `deepspeed {script}/main.py "
+            f"--output_dir {output_dir}` first, or name a directory with --{field}"
+        )
+    return str(path)
+
+
+def paired_samples(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Responses of the SFT and the PPO actor to the same prompts, with their scores."""
+    return [
+        {
+            "prompt": first["prompt"],
+            "sft": first["response"],
+            "ppo": second["response"],
+            "score_sft": first["score"],
+            "score_ppo": second["score"],
+        }
+        for first, second in zip(before, after, strict=True)
+    ]

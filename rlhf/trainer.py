@@ -184,7 +184,12 @@ class Trainer(ABC, Generic[Batch]):
                 for part in self.order.micro_batches(step - 1)
             ]
             loss = accumulate_step(
-                self.engine, batches, count=self.loss_count, loss_sum=self.loss_sum, step=step, name=f"{self.stage} loss"
+                self.engine,
+                batches,
+                count=self.loss_count,
+                loss_sum=self.loss_sum,
+                step=step,
+                name=f"{self.stage} loss",
             )
             progress.update()
             progress.set_postfix(loss=f"{loss:.4f}")
@@ -218,21 +223,22 @@ class Trainer(ABC, Generic[Batch]):
         logger.info("%s step %d: %s", self.stage, step, "  ".join(f"{k}={v:.4f}" for k, v in numbers.items()))
         return metrics
 
-    def evaluation_batches(self) -> Iterator[tuple[Batch, int]]:
-        """This rank's evaluation batches and how many of their leading examples count.
+    def evaluation_batches(self, examples: Sequence[Any] | None = None) -> Iterator[tuple[Batch, int]]:
+        """This rank's batches of `examples` (default: the evaluation data) and how many leading ones count.
 
         Every rank gets equally many batches (a collective forward must not run short); rows that only fill up
         are the last examples again and do not count.
         """
         size, world = self.plan.micro_batch_size, self.plan.world_size
-        ordered = sorted(range(len(self.evaluation)), key=lambda index: -self.length(self.evaluation[index]))
+        chosen = self.evaluation if examples is None else examples
+        ordered = sorted(range(len(chosen)), key=lambda index: -self.length(chosen[index]))
         parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         counts = [len(part) for part in parts]
         while len(parts) % world:
             parts.append(parts[-1])
             counts.append(0)
         for part, counted in list(zip(parts, counts, strict=True))[rank() :: world]:
-            yield self.collate([self.evaluation[index] for index in part]), counted
+            yield self.collate([chosen[index] for index in part]), counted
 
 
 def learning_rate(engine: Any) -> float:

@@ -112,10 +112,7 @@ class TensorBatch:
         """Consecutive parts of at most `rows_per_part` rows, in order."""
         if rows_per_part < 1:
             raise ValueError(f"rows_per_part={rows_per_part} must be at least 1")
-        return [
-            self.rows(slice(start, start + rows_per_part))
-            for start in range(0, len(self), rows_per_part)
-        ]
+        return [self.rows(slice(start, start + rows_per_part)) for start in range(0, len(self), rows_per_part)]
 
     def _tensors(self) -> Iterator[torch.Tensor]:
         for item in fields(self):  # type: ignore[arg-type]

@@ -38,9 +38,24 @@ _rlhf_find_python() {
     fi
 }
 
+_rlhf_pip() {
+    # $1 the environment; pip's progress bars go to a terminal, everything goes into install.log otherwise
+    local venv="$1"
+    shift
+    if [ -t 1 ]; then
+        "$venv/bin/python" -m pip install --disable-pip-version-check "$@" -c "$_rlhf_constraints"
+    else
+        "$venv/bin/python" -m pip install --disable-pip-version-check "$@" -c "$_rlhf_constraints" \
+            >>"$venv/install.log" 2>&1 || {
+            tail -n 15 "$venv/install.log" >&2
+            _rlhf_fail "pip install $* failed; the whole log is $venv/install.log"
+        }
+    fi
+}
+
 _rlhf_install() {
     # $1 base Python, $2 environment, $3 extras
-    local base="$1" venv="$2" extras="$3" log="$2/install.log" started=$SECONDS quiet=()
+    local base="$1" venv="$2" extras="$3" started=$SECONDS
     command -v g++ >/dev/null 2>&1 || {
         _rlhf_fail "no C++ compiler: DeepSpeed compiles its operators with g++." \
             "Install it (Debian, Ubuntu: apt-get install build-essential) and run this again"
@@ -52,17 +67,14 @@ _rlhf_install() {
     }
     _rlhf_say "making an environment in $venv with $("$base" --version) (a few minutes, once)"
     [ -x "$venv/bin/python" ] || "$base" -m venv "$venv" || return 1
-    [ -t 1 ] || quiet=(-q -q)  # in a log, progress bars are only noise
     if ! _rlhf_has_gpu; then
         _rlhf_say "no GPU found; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the smaller CPU build of torch"
     fi
     # torch comes first: DeepSpeed's build looks for it.
     _rlhf_say "1/2 torch"
-    "$venv/bin/python" -m pip install "${quiet[@]}" --log "$log" "$(grep '^torch==' "$_rlhf_constraints")" \
-        -c "$_rlhf_constraints" || { _rlhf_fail "torch could not be installed; see $log"; return 1; }
+    _rlhf_pip "$venv" "$(grep '^torch==' "$_rlhf_constraints")" || return 1
     _rlhf_say "2/2 deepspeed, transformers and the rest"
-    "$venv/bin/python" -m pip install "${quiet[@]}" --log "$log" -e "$_rlhf_root[$extras]" -c "$_rlhf_constraints" ||
-        { _rlhf_fail "the packages could not be installed; see $log"; return 1; }
+    _rlhf_pip "$venv" -e "$_rlhf_root[$extras]" || return 1
     # shellcheck disable=SC2086
     "$venv/bin/python" "$_rlhf_root/training_scripts/check_environment.py" ${extras//,/ } ||
         { _rlhf_fail "the new environment is incomplete; delete $venv and run this again"; return 1; }

@@ -7,15 +7,15 @@ A field goes to every stage that has it; `--reward.learning_rate 1e-4` goes to t
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import difflib
+import io
 import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 from rlhf.config import STAGES, ConfigError, RunConfig
@@ -56,7 +56,7 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
     option that no stage has (naming the nearest ones), or one that only a stage has that does not run.
     """
     launcher: dict[str, str] = {}
-    stages = STAGES
+    stages: tuple[str, ...] = STAGES
     short = False
     shared: list[tuple[str, list[str]]] = []
     own: dict[str, list[tuple[str, list[str]]]] = {stage: [] for stage in STAGES}
@@ -78,6 +78,12 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
     fields = {stage: _option_names(stage) for stage in STAGES}
     for name, _ in shared:
         _check_known(name, stages, fields)
+    for stage, options in own.items():
+        for name, _ in options:
+            if name not in fields[stage]:
+                raise ConfigError(
+                    f"--{stage}.{name}: stage {stage} has no field `{name}`{_nearest(name, fields[stage])}"
+                )
     per_stage: dict[str, list[str]] = {}
     for stage in stages:
         given = [option for option in shared if option[0] in fields[stage]] + own[stage]
@@ -95,7 +101,8 @@ def bash_assignments(pipeline: PipelineArguments) -> str:
         f"OUTPUT_DIR={shlex.quote(pipeline.output_dir)}",
         f"LAUNCHER_ARGS=({shlex.join(pipeline.launcher_arguments)})",
     ]
-    lines += [f"{stage.upper()}_ARGS=({shlex.join(values)})" for stage, values in pipeline.stage_arguments.items()]
+    for stage in STAGES:  # a stage that does not run gets an empty list: bash's `set -u` wants every name set
+        lines.append(f"{stage.upper()}_ARGS=({shlex.join(pipeline.stage_arguments.get(stage, []))})")
     return "\n".join(lines)
 
 
@@ -134,7 +141,7 @@ def _option_names(stage: str) -> set[str]:
     for config in STAGE_CONFIGS[stage]:
         for item in dataclasses.fields(config):
             names.add(item.name)
-            if str(item.type) == "bool":
+            if item.type in (bool, "bool"):  # TrlParser replaces a field's annotation by the type once it has run
                 names.add(f"no_{item.name}")
     return names
 
@@ -144,11 +151,16 @@ def _check_known(name: str, stages: Sequence[str], fields: Mapping[str, set[str]
         return
     owners = [stage for stage in STAGES if name in fields[stage]]
     if owners:
-        raise ConfigError(f"--{name} is a field of {', '.join(owners)}, which this run ({', '.join(stages)}) leaves out")
+        raise ConfigError(
+            f"--{name} is a field of {', '.join(owners)}, which this run ({', '.join(stages)}) leaves out"
+        )
     known = set().union(*fields.values(), LAUNCHER_OPTIONS, ("short", "stages"))
+    raise ConfigError(f"unknown option --{name}{_nearest(name, known)}")
+
+
+def _nearest(name: str, known: Set[str]) -> str:
     near = difflib.get_close_matches(name, sorted(known), n=3)
-    hint = f"did you mean {', '.join('--' + match for match in near)}?" if near else "see docs/configuration.md"
-    raise ConfigError(f"unknown option --{name}; {hint}")
+    return f"; did you mean {', '.join('--' + match for match in near)}?" if near else "; see docs/configuration.md"
 
 
 def _from_user_dir(name: str, values: Sequence[str], user_dir: Path) -> list[str]:
@@ -168,17 +180,21 @@ def _existing(value: str, user_dir: Path) -> str:
                 return json.dumps({**source, "path": _existing(source["path"], user_dir)}, ensure_ascii=False)
         return value
     path = user_dir / Path(value).expanduser()
-    return str(path.absolute()) if path.exists() else value
+    return str(path.absolute()) if value and path.exists() else value
 
 
 def _output_dir(per_stage: Mapping[str, Sequence[str]]) -> str:
     """Parse every stage's arguments, so that a mistake in the last one is found before the first one runs."""
     directories = {}
     for stage, values in per_stage.items():
+        usage = io.StringIO()
         try:
-            configs = parse_stage(stage, values)
+            with contextlib.redirect_stderr(usage):
+                configs = parse_stage(stage, values)
         except ConfigError as error:
             raise ConfigError(f"stage {stage}: {error}") from error
+        except SystemExit as error:  # argparse prints pages of usage before the line that matters
+            raise ConfigError(f"stage {stage}: {usage.getvalue().strip().splitlines()[-1]}") from error
         directories[stage] = next(config.output_dir for config in configs if isinstance(config, RunConfig))
     if len(set(directories.values())) > 1:
         raise ConfigError(f"the stages must share one output_dir, got {directories}; set it at the file's top level")
@@ -204,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         print(bash_assignments(sort_arguments(arguments, user_dir=Path.cwd())))
-    except (ConfigError, argparse.ArgumentError) as error:
+    except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -74,9 +74,7 @@ def collate_prompts(
     return PromptBatch(input_ids=input_ids, attention_mask=mask, row_ids=torch.tensor(list(row_ids)))
 
 
-def _pad(
-    rows: Sequence[Sequence[int]], pad_id: int, multiple: int, *, left: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(rows: Sequence[Sequence[int]], pad_id: int, multiple: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [B, L] (int64) and mask [B, L] (bool) of ragged rows."""
     if not rows:
         raise ValueError("a batch needs at least one example, got none")

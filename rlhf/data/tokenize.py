@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,6 @@ class TokenReport:
     """What tokenisation did. Token counts are after truncation and include the beginning and end of sequence."""
 
     rows: int = 0
-    prompts: int = 0
     responses: int = 0
     truncated_prompts: int = 0
     truncated_responses: int = 0
@@ -64,7 +64,7 @@ class EncodedText:
 
 
 class TextEncoder:
-    """Encodes prompts and responses of one tokenizer under token limits.
+    """Encodes prompts and responses of one tokenizer under token limits (None: no limit).
 
     `prompt_has_special_tokens` is for templates that write special tokens as text (chat templates): they are then
     read as special tokens in the prompt. Otherwise, and always in a response, text that looks like a special
@@ -75,28 +75,28 @@ class TextEncoder:
         self,
         tokenizer: Any,
         *,
-        max_prompt_tokens: int,
-        max_response_tokens: int,
+        max_prompt_tokens: int | None = None,
+        max_response_tokens: int | None = None,
         prompt_has_special_tokens: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "the tokenizer has no eos_token, so a response could never end; set one, for example in "
-                "tokenizer_config.json: \"eos_token\": \"<|endoftext|>\""
+                'tokenizer_config.json: "eos_token": "<|endoftext|>"'
             )
         self.tokenizer = tokenizer
         self.eos_id = int(tokenizer.eos_token_id)
         self._appends_eos = _appends_eos(tokenizer)
         self.start_ids = self._ids_added_at_start()
-        self.max_prompt_tokens = max_prompt_tokens
-        self.max_response_tokens = max_response_tokens
+        self.max_prompt_tokens = sys.maxsize if max_prompt_tokens is None else max_prompt_tokens
+        self.max_response_tokens = sys.maxsize if max_response_tokens is None else max_response_tokens
         self.prompt_has_special_tokens = prompt_has_special_tokens
-        if max_prompt_tokens <= len(self.start_ids):
+        if self.max_prompt_tokens <= len(self.start_ids):
             raise ValueError(
                 f"max_prompt_tokens={max_prompt_tokens} leaves no room for a prompt: this tokenizer starts every text "
                 f"with {len(self.start_ids)} token(s); use at least {len(self.start_ids) + 1}"
             )
-        if max_response_tokens < 1:
+        if self.max_response_tokens < 1:
             raise ValueError(f"max_response_tokens={max_response_tokens} must be at least 1")
         ends = {re.escape(text) for text in (tokenizer.eos_token, COMMON_EOS_TEXT) if text}
         self._trailing_eos = re.compile(rf"(?:(?:{'|'.join(sorted(ends))})\s*)+\Z")
@@ -117,15 +117,15 @@ class TextEncoder:
             encoded.append(EncodedText(self.start_ids + tuple(kept), len(ids) > room, not ids))
         return encoded
 
-    def responses(self, texts: Sequence[str], *, add_eos: bool = True) -> list[EncodedText]:
+    def responses(self, texts: Sequence[str], *, append_eos: bool = True) -> list[EncodedText]:
         """Ids of each response with exactly one end of sequence; a response that is too long loses its end and it.
 
-        `add_eos` False is for a response that was cut off, which must not look finished.
+        `append_eos` False is for a response that was cut off, which must not look finished.
         """
         texts = [self._trailing_eos.sub("", text) for text in texts]
         encoded = []
         for ids in self._encode(texts, read_special_tokens=False):
-            whole = [*ids, self.eos_id] if add_eos else ids
+            whole = [*ids, self.eos_id] if append_eos else ids
             kept = tuple(ids[: self.max_response_tokens]) if len(whole) > self.max_response_tokens else tuple(whole)
             encoded.append(EncodedText(kept, len(whole) > self.max_response_tokens, not ids))
         return encoded
@@ -137,9 +137,8 @@ class TextEncoder:
         for start in tqdm(starts, desc="tokenise", unit_scale=TEXTS_PER_CALL, unit=" texts", disable=quiet):
             part = list(texts[start : start + TEXTS_PER_CALL])
             for text, ids in zip(part, self._call(part, read_special_tokens), strict=True):
-                if not read_special_tokens and not self._guarded_ids.isdisjoint(ids) and self._guarded_text.search(text):
-                    ids = self._encode_in_pieces(text)
-                rows.append(ids)
+                misread = not read_special_tokens and not self._guarded_ids.isdisjoint(ids)
+                rows.append(self._encode_in_pieces(text) if misread and self._guarded_text.search(text) else ids)
         return rows
 
     def _call(self, texts: list[str], read_special_tokens: bool) -> list[list[int]]:
@@ -207,14 +206,14 @@ def encode_prompt_and_response(
     prompt: str,
     response: str,
     *,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
+    max_prompt_tokens: int | None = None,
+    max_response_tokens: int | None = None,
     prompt_has_special_tokens: bool = False,
-    add_eos: bool = True,
-) -> TokenizedResponse:
-    """One rendered prompt and one response as a row of token ids, exactly as training data is encoded.
+    append_eos: bool = True,
+) -> tuple[int, ...]:
+    """Token ids of one rendered prompt and one response to it, exactly as training data is encoded.
 
-    `add_eos` False is for a response that was cut off before its end.
+    No limit where none is given. `append_eos` False is for a response that was cut off before its end.
     """
     encoder = TextEncoder(
         tokenizer,
@@ -222,9 +221,7 @@ def encode_prompt_and_response(
         max_response_tokens=max_response_tokens,
         prompt_has_special_tokens=prompt_has_special_tokens,
     )
-    prompt_ids = encoder.prompts([prompt])[0].ids
-    response_ids = encoder.responses([response], add_eos=add_eos)[0].ids
-    return TokenizedResponse(id="", input_ids=prompt_ids + response_ids, prompt_tokens=len(prompt_ids))
+    return encoder.prompts([prompt])[0].ids + encoder.responses([response], append_eos=append_eos)[0].ids
 
 
 def _appends_eos(tokenizer: Any) -> bool:
@@ -241,9 +238,7 @@ def _responses_of(record: Record) -> tuple[str, ...]:
     return record.responses if isinstance(record, RankedRecord) else ()
 
 
-def _assemble(
-    record: Record, prompt: EncodedText, responses: Sequence[EncodedText], encoder: TextEncoder
-) -> Tokenized:
+def _assemble(record: Record, prompt: EncodedText, responses: Sequence[EncodedText], encoder: TextEncoder) -> Tokenized:
     category = str(record.meta.get("category") or "")
     if isinstance(record, PromptRecord):
         if not prompt.ids:
@@ -267,7 +262,6 @@ def _report(prompts: Sequence[EncodedText], responses: Sequence[EncodedText]) ->
     response_lengths = [len(response.ids) for response in responses]
     return TokenReport(
         rows=len(prompts),
-        prompts=len(prompts),
         responses=len(responses),
         truncated_prompts=sum(prompt.truncated for prompt in prompts),
         truncated_responses=sum(response.truncated for response in responses),

@@ -1,0 +1,631 @@
+"""Proximal policy optimisation for language models, with a critic.
+
+Schulman et al. (arXiv 1707.06347) as InstructGPT (arXiv 2203.02155) uses it; the details follow Huang et al.,
+"The N implementation details of RLHF with PPO". Per-token tensors [B, T] cover the response only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from rlhf.config import BatchConfig, ConfigError, OptimizerConfig, RunConfig
+from rlhf.distributed import all_gather_rows, all_reduce_max, rank, world_size
+from rlhf.forward import forward_logits
+from rlhf.generation import Sampling, generate
+from rlhf.metrics import MeanMeter
+from rlhf.ops import KLEstimator, estimate_kl, last_true, masked_mean, masked_variance, masked_whiten, next_token_loss
+from rlhf.scoring import (
+    pad_response,
+    response_logprobs,
+    response_logprobs_and_entropy,
+    response_values,
+    trim,
+)
+from rlhf.trainer import DataOrder, OnPolicyTrainer, Plan, accumulate_step, learning_rate
+from rlhf.types import IGNORE_INDEX, PPOExperience, PromptBatch, Rollout, TokenizedPrompt, TokenizedResponse
+
+logger = logging.getLogger("rlhf")
+
+# ------------------------------------------------------------------------------------------------ mathematics
+
+
+def shape_rewards(
+    scores: torch.Tensor,
+    logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    kl_coef: float,
+    kl_estimator: KLEstimator = "k1",
+    score_clip: float = 0.0,
+) -> torch.Tensor:
+    """Per-token rewards [B, T]: -kl_coef * KL estimate on every response token, plus the score on the last one.
+
+    Ziegler et al. (arXiv 1909.08593) eq. 2. `scores` [B] are clipped to +-score_clip (0: not at all) before the
+    KL penalty is added, so that the penalty is never clipped away. 0 outside `mask` [B, T].
+    """
+    kl = estimate_kl(logprobs, ref_logprobs, kl_estimator)
+    rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
+    clipped = scores.clamp(-score_clip, score_clip) if score_clip else scores
+    last = last_true(mask).unsqueeze(1)
+    has_tokens = mask.any(dim=1)
+    return rewards.scatter_add(1, last, (clipped * has_tokens).to(rewards.dtype).unsqueeze(1))
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, *, gamma: float, lam: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16): advantages and returns, [B, T] each.
+
+    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, with V and A equal to 0 after the
+    last response token. `mask` is True on a prefix of each row; both results are 0 outside it.
+    """
+    zero = torch.zeros_like(values)
+    rewards, values = torch.where(mask, rewards, zero), torch.where(mask, values, zero)
+    advantage = torch.zeros_like(values[:, 0])
+    next_value = torch.zeros_like(values[:, 0])
+    advantages = []
+    for t in reversed(range(rewards.shape[1])):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = (delta + gamma * lam * advantage) * mask[:, t]
+        next_value = values[:, t]
+        advantages.append(advantage)
+    stacked = torch.stack(advantages[::-1], dim=1)
+    return stacked, stacked + values
+
+
+def policy_loss(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    clip_range: float,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Clipped surrogate (arXiv 1707.06347, eq. 7), summed over the mask; all arguments [B, T].
+
+    Per token max(-A r, -A clip(r, 1 - eps, 1 + eps)) with r = pi / pi_old. The metrics are sums over the mask as
+    well: divide both by the token count of the global batch.
+    """
+    log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = torch.where(mask, torch.maximum(unclipped, clipped), torch.zeros_like(unclipped)).sum()
+    with torch.no_grad():
+        metrics = {
+            "policy_loss": loss.detach(),
+            "ratio": (ratio * mask).sum(),
+            "clip_fraction": ((clipped > unclipped) & mask).sum().float(),
+            "approx_kl": ((torch.expm1(log_ratio) - log_ratio) * mask).sum(),
+        }
+    return loss, metrics
+
+
+def value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, *, clip_range: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Clipped value loss, summed over the mask; all arguments [B, T].
+
+    Per token 0.5 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) (Huang et al., detail of openai/baselines).
+    """
+    clipped = torch.clamp(values, old_values - clip_range, old_values + clip_range)
+    zero = torch.zeros_like(values)
+    plain = torch.where(mask, values - returns, zero) ** 2
+    limited = torch.where(mask, clipped - returns, zero) ** 2
+    loss = 0.5 * torch.maximum(plain, limited).sum()
+    with torch.no_grad():
+        metrics = {"value_loss": loss.detach(), "value_clip_fraction": (limited > plain).sum().float()}
+    return loss, metrics
+
+
+def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
+    """1 - Var(returns - values) / Var(returns) over the mask; 1 is a perfect critic, 0 one that knows only the mean."""
+    return float(1 - masked_variance(returns - values, mask) / masked_variance(returns, mask).clamp(min=1e-12))
+
+
+class KLController:
+    """The coefficient of the KL penalty: fixed, or steered towards a target (Ziegler et al., section 2.2).
+
+    Adaptive: e = clip(KL / target - 1, -0.2, 0.2); coef *= 1 + e * episodes / horizon, with the *observed* KL of
+    whole responses in nats.
+    """
+
+    def __init__(self, kl_coef: float, *, target: float | None = None, horizon: int = 10_000) -> None:
+        self.value = kl_coef
+        self.target = target
+        self.horizon = horizon
+
+    def update(self, observed_kl: float, episodes: int) -> None:
+        """Take note of the mean KL per response over `episodes` new responses."""
+        if self.target is not None:
+            error = min(max(observed_kl / self.target - 1, -0.2), 0.2)
+            self.value *= 1 + error * episodes / self.horizon
+
+
+# ---------------------------------------------------------------------------------------------- configuration
+
+
+@dataclass
+class PPOOptimizerConfig(OptimizerConfig):
+    """AdamW of the actor and the critic."""
+
+    learning_rate: float = 9.65e-6
+    """Peak learning rate of the actor (InstructGPT and DeepSpeed-Chat: 9.65e-6)."""
+    critic_learning_rate: float = 5e-6
+    """Peak learning rate of the critic (DeepSpeed-Chat, KULLM-RLHF: 5e-6)."""
+    adam_eps: float = 1e-5
+    """Adam's epsilon (Huang et al.: 1e-5 for PPO)."""
+    lr_schedule: Literal["cosine", "linear", "constant"] = "linear"
+    """Shape of both learning rates; annealed to 0 (Huang et al.)."""
+
+
+@dataclass
+class PPOBatchConfig(BatchConfig):
+    """Rollouts, minibatches and micro-batches."""
+
+    rollout_batch_size: int = 32
+    """Prompts sampled in one iteration over all devices."""
+    generation_batch_size: int = 0
+    """Prompts that one device samples side by side; 0 takes all of its share at once."""
+    ppo_epochs: int = 1
+    """Passes over each rollout (KULLM-RLHF, DeepSpeed-Chat: 1; Ziegler et al.: 4)."""
+
+
+@dataclass
+class PPOConfig:
+    """The constants of PPO and where its models come from."""
+
+    actor_model: str | None = None
+    """The SFT model to align; unset takes `<output_dir>/sft/model`."""
+    reward_model: str | None = None
+    """A directory saved by step 2; unset takes `<output_dir>/reward/model`."""
+    critic_model: str | None = None
+    """A saved scalar model the critic starts from; unset copies the reward model (InstructGPT)."""
+    kl_coef: float = 0.1
+    """Weight of the KL penalty (KULLM-RLHF, DeepSpeed-Chat: 0.1; InstructGPT: 0.02)."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Per-token KL estimate in the rewards (Schulman 2020)."""
+    kl_target: float | None = None
+    """Steer `kl_coef` towards this many nats per response (Ziegler et al.: 6); unset keeps it fixed."""
+    kl_horizon: int = 10_000
+    """Responses over which the adaptive coefficient moves (Ziegler et al.: 10000)."""
+    score_clip: float = 5.0
+    """Scores are clipped to plus and minus this before the KL penalty (DeepSpeed-Chat: 5); 0 turns it off."""
+    clip_range: float = 0.2
+    """Clip range of the ratio (Schulman et al.: 0.2)."""
+    value_clip_range: float = 0.2
+    """Clip range of the value update (DeepSpeed-Chat, KULLM-RLHF: 0.2)."""
+    gamma: float = 1.0
+    """Discount (InstructGPT, KULLM-RLHF: 1)."""
+    lam: float = 0.95
+    """GAE's lambda (InstructGPT, KULLM-RLHF: 0.95)."""
+    whiten_advantages: bool = True
+    """Scale advantages to mean 0 and variance 1 over the whole rollout (Huang et al.)."""
+    whiten_rewards: bool = False
+    """Scale rewards to variance 1, keeping their mean, before GAE (Ziegler et al.)."""
+    temperature: float = 1.0
+    """Sampling temperature; divides the logits of actor, old actor and reference alike."""
+    top_k: int = 0
+    """Must stay 0 in PPO: a filter makes the sampling distribution differ from the scored one (TRL#256)."""
+    top_p: float = 1.0
+    """Must stay 1 in PPO, for the same reason."""
+    missing_eos_penalty: float = 0.0
+    """Taken off the score of a response that does not end (TRL: 1.0)."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    ptx_coef: float = 0.0
+    """Weight of the pretraining or SFT loss mixed into the actor's (InstructGPT: 27.8)."""
+    ema_decay: float = 0.0
+    """Decay of the averaged actor, saved as `actor_ema` (DeepSpeed-Chat: 0.992); 0 keeps none."""
+    eval_every_steps: int = 0
+    """Iterations between evaluations on held-out prompts; 0 evaluates before and after only."""
+    eval_samples_per_prompt: int = 4
+    """Responses sampled per held-out prompt in an evaluation."""
+    sample_table_rows: int = 4
+    """Prompts shown with their responses at each evaluation."""
+
+    def __post_init__(self) -> None:
+        if self.top_k != 0 or self.top_p != 1.0:
+            raise ConfigError(
+                f"top_k={self.top_k}, top_p={self.top_p}: PPO must score the distribution it samples from. A filter "
+                "changes it, and the KL to the reference turns negative. Leave top_k at 0 and top_p at 1 and lower "
+                "`temperature` instead"
+            )
+        for name in ("clip_range", "value_clip_range", "temperature"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+        if self.kl_target is not None and self.kl_target <= 0:
+            raise ConfigError(f"kl_target={self.kl_target} must be above 0 nats, or unset for a fixed kl_coef")
+
+
+# ---------------------------------------------------------------------------------------------------- trainer
+
+
+class EmptyRolloutError(RuntimeError):
+    """A rollout without a single response token: there is nothing to learn from."""
+
+
+class PPOTrainer(OnPolicyTrainer):
+    """Samples, scores and learns with the four engines of an `RLHFEngine`."""
+
+    def __init__(
+        self,
+        engine: Any,
+        prompts: Sequence[TokenizedPrompt],
+        eval_prompts: Sequence[TokenizedPrompt],
+        *,
+        tokenizer: Any,
+        scorer: Any,
+        plan: Plan,
+        batch: PPOBatchConfig,
+        config: PPOConfig,
+        run: RunConfig,
+        directory: Path,
+        max_response_tokens: int,
+        synchronised: bool,
+        export: Any,
+        ptx: Sequence[TokenizedResponse] = (),
+    ) -> None:
+        self.engine = engine
+        self.prompts = prompts
+        self.eval_prompts = eval_prompts
+        self.tokenizer = tokenizer
+        self.scorer = scorer
+        self.plan = plan
+        self.batch = batch
+        self.config = config
+        self.sampling = Sampling(max_response_tokens, temperature=config.temperature)
+        self.synchronised = synchronised
+        self._export = export
+        self.kl = KLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
+        self.order = DataOrder([len(prompt.input_ids) for prompt in prompts], rollout_plan(batch, plan), run.seed)
+        self.ptx = ptx
+        if config.ptx_coef > 0:
+            if not ptx:
+                raise ConfigError(f"ptx_coef={config.ptx_coef} needs data: name it in `ptx_data`, or set ptx_coef to 0")
+            self.ptx_order = DataOrder([len(row.input_ids) for row in ptx], plan, run.seed + 1)
+        self.optimizer_step = 0
+        iterations = batch.max_steps or self.order.steps(batch.epochs)
+        super().__init__(
+            iterations=iterations, run=run, directory=directory, stage="ppo", eval_every_steps=config.eval_every_steps
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.actor.device
+
+    # -------------------------------------------------------------------------------------------- experience
+
+    def sample(self, examples: Sequence[TokenizedPrompt], iteration: int) -> tuple[Rollout, list[int]]:
+        """This rank's share of the rollout (every world_size-th prompt) and which examples it is."""
+        from rlhf.data import collate_prompts
+
+        pad = self.tokenizer.pad_token_id
+        everything = collate_prompts(examples, pad, row_ids=list(range(len(examples))))
+        share = list(range(rank(), len(examples), world_size()))
+        mine: PromptBatch = everything.rows(torch.tensor(share)).to(self.device)
+        parts = [
+            generate(
+                self.engine.actor,
+                part,
+                self.sampling,
+                eos_token_ids=[self.tokenizer.eos_token_id],
+                pad_token_id=pad,
+                seed=self.run.seed,
+                iteration=iteration,
+                synchronised=self.synchronised,
+            )
+            for part in mine.split(self.batch.generation_batch_size or len(mine))
+        ]
+        longest = all_reduce_max(max(part.response_ids.shape[1] for part in parts), self.device)
+        return concatenate([pad_response(part, longest, pad) for part in parts]), share
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Log-probabilities of actor and reference, values [B, T] and scores [B], in micro-batches."""
+        temperature = self.config.temperature
+        columns: dict[str, list[torch.Tensor]] = {"logprobs": [], "ref_logprobs": [], "values": [], "scores": []}
+        size, width = self.plan.micro_batch_size, rollout.response_ids.shape[1]
+        for start, part in zip(range(0, len(rollout), size), rollout.split(size), strict=True):
+            small, _ = trim(part)
+            with self.engine.reference_model() as reference:
+                ref_logprobs = response_logprobs(reference, small, temperature)
+            found = {
+                "logprobs": response_logprobs(self.engine.actor, small, temperature),
+                "ref_logprobs": ref_logprobs,
+                "values": response_values(self.engine.critic, small),
+            }
+            for name, tensor in found.items():
+                zeroed = torch.where(small.response_mask, tensor.float(), torch.zeros_like(tensor, dtype=torch.float32))
+                columns[name].append(F.pad(zeroed, (0, width - tensor.shape[1])))
+            columns["scores"].append(self.scorer(small, list(texts[start : start + size])))
+        return {name: torch.cat(parts) for name, parts in columns.items()}
+
+    def rollout_and_scores(
+        self, examples: Sequence[TokenizedPrompt], iteration: int
+    ) -> tuple[Rollout, dict[str, torch.Tensor]]:
+        """Sample and score `examples` over all ranks; every rank gets all rows, in the order of `examples`."""
+        with self.engine.scoring():
+            mine, share = self.sample(examples, iteration)
+            scored = self.score(mine, [examples[index].text for index in share])
+        order = torch.argsort(all_gather_rows(torch.tensor(share, device=self.device)))
+        rollout = mine._map(lambda tensor: gather_in_order(tensor, order))
+        if not bool(rollout.response_mask.any()):
+            raise EmptyRolloutError(
+                f"iteration {iteration}: all {len(examples)} responses are empty; nothing can be learnt from them. "
+                "Check the actor (does it produce only padding?) and max_response_tokens"
+            )
+        return rollout, {name: gather_in_order(tensor, order) for name, tensor in scored.items()}
+
+    def make_experience(self, iteration: int) -> PPOExperience:
+        """Prompts -> rollout -> scores, rewards, advantages and returns: computed once, over all ranks."""
+        config = self.config
+        examples = [self.prompts[index] for index in self.order.indices(iteration - 1)]
+        rollout, scored = self.rollout_and_scores(examples, iteration)
+        mask = rollout.response_mask
+        scores = scored["scores"] - config.missing_eos_penalty * (~self.ended(rollout)).float()
+        rewards = shape_rewards(
+            scores,
+            scored["logprobs"],
+            scored["ref_logprobs"],
+            mask,
+            kl_coef=self.kl.value,
+            kl_estimator=config.kl_estimator,
+            score_clip=config.score_clip,
+        )
+        if config.whiten_rewards:
+            rewards = masked_whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(rewards, scored["values"], mask, gamma=config.gamma, lam=config.lam)
+        if config.whiten_advantages:
+            advantages = masked_whiten(advantages, mask)
+        captured_error = float(((rollout.logprobs - scored["logprobs"]) * mask).abs().max())
+        self.experience_metrics = {
+            **self.describe(rollout, scored),
+            "reward": float(rewards.sum(1).mean()),
+            "explained_variance": explained_variance(scored["values"], returns, mask),
+            "kl_coef": self.kl.value,
+            "sampling_logprob_error": captured_error,
+        }
+        old = Rollout(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, mask, scored["logprobs"])
+        return PPOExperience(old, scored["ref_logprobs"], scored["values"], rewards, advantages, returns, scores)
+
+    def ended(self, rollout: Rollout) -> torch.Tensor:
+        """Which responses end with the end-of-sequence token: [B] bool."""
+        last = last_true(rollout.response_mask).unsqueeze(1)
+        final = rollout.response_ids.gather(1, last).squeeze(1)
+        return (final == self.tokenizer.eos_token_id) & rollout.response_mask.any(1)
+
+    def describe(self, rollout: Rollout, scored: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Metrics of a rollout: score, KL to the reference, share that ended, length."""
+        mask = rollout.response_mask
+        log_ratio = scored["logprobs"] - scored["ref_logprobs"]
+        lengths = mask.sum(1).float()
+        return {
+            "score": float(scored["scores"].mean()),
+            "score_std": float(scored["scores"].std(unbiased=False)),
+            "kl_per_token": float(masked_mean(log_ratio, mask)),
+            "kl_per_response": float((log_ratio * mask).sum(1).mean()),
+            "eos_rate": float(self.ended(rollout).float().mean()),
+            "response_tokens": float(lengths.mean()),
+            "empty_responses": float(((lengths == 1) & self.ended(rollout)).float().mean()),
+        }
+
+    # ------------------------------------------------------------------------------------------------ update
+
+    def update(self, experience: PPOExperience, iteration: int) -> dict[str, float]:
+        """All PPO epochs over one experience: the minibatches are reshuffled in every epoch."""
+        meter = MeanMeter()
+        ratio_first = None
+        for epoch in range(self.batch.ppo_epochs):
+            for minibatch in self.minibatches(experience, iteration, epoch):
+                self.actor_step(minibatch, meter)
+                self.critic_step(minibatch, meter)
+                self.optimizer_step += 1
+                if self.config.ema_decay > 0:
+                    self.engine.update_ema()
+                if ratio_first is None:
+                    averages = meter.means(self.device)
+                    ratio_first = averages["ratio"]
+                    meter.add(averages, 1)
+        observed = self.experience_metrics
+        self.kl.update(observed["kl_per_response"], len(experience))
+        return {
+            **observed,
+            **meter.means(self.device),
+            "ratio_first": float(ratio_first or 0.0),
+            "learning_rate": learning_rate(self.engine.actor),
+        }
+
+    def minibatches(self, experience: PPOExperience, iteration: int, epoch: int) -> list[list[PPOExperience]]:
+        """Shuffled minibatches, each as this rank's micro-batches, sorted by length and trimmed of padding."""
+        generator = torch.Generator().manual_seed((self.run.seed * 1_000_003 + iteration) * 101 + epoch)
+        permutation = torch.randperm(len(experience), generator=generator)
+        lengths = (experience.rollout.prompt_mask.sum(1) + experience.rollout.response_mask.sum(1)).cpu()
+        result = []
+        for chosen in permutation.split(self.plan.global_batch_size):
+            ordered = chosen[torch.argsort(lengths[chosen], descending=True, stable=True)]
+            parts = list(ordered.split(self.plan.micro_batch_size))[rank() :: self.plan.world_size]
+            result.append([trim_experience(experience.rows(part.to(self.device))) for part in parts])
+        return result
+
+    def actor_step(self, micro_batches: Sequence[PPOExperience], meter: MeanMeter) -> None:
+        """One optimizer step of the actor, with the ptx mixture where it is on."""
+        config = self.config
+        pairs: list[tuple[PPOExperience, Any]] = [(part, None) for part in micro_batches]
+        ptx_weight = 0.0
+        if config.ptx_coef > 0:
+            ptx_parts = self.ptx_micro_batches()
+            pairs = list(zip(micro_batches, ptx_parts, strict=True))
+            counts = torch.tensor(
+                [[token_count(part), ptx_count(text)] for part, text in pairs], device=self.device
+            ).sum(0)
+            tokens, ptx_tokens = all_gather_rows(counts.unsqueeze(0)).sum(0).tolist()
+            ptx_weight = config.ptx_coef * tokens / ptx_tokens
+
+        def loss_sum(pair: tuple[PPOExperience, Any]) -> torch.Tensor:
+            part, text = pair
+            loss = self.actor_loss(part, meter)
+            if text is not None:
+                logits = forward_logits(self.engine.actor, text.input_ids, text.attention_mask)
+                ptx_loss = next_token_loss(logits, text.labels)
+                meter.add({"ptx_loss": ptx_loss.detach()}, ptx_count(text))
+                loss = loss + ptx_weight * ptx_loss
+            return loss
+
+        with self.engine.updating(self.engine.actor):
+            accumulate_step(
+                self.engine.actor,
+                pairs,
+                count=lambda pair: token_count(pair[0]),
+                loss_sum=loss_sum,
+                step=self.optimizer_step,
+                name="policy loss",
+            )
+
+    def actor_loss(self, part: PPOExperience, meter: MeanMeter) -> torch.Tensor:
+        """Summed policy loss (less the entropy bonus) of a micro-batch."""
+        config, rollout, mask = self.config, part.rollout, part.rollout.response_mask
+        if config.entropy_coef > 0:
+            logprobs, entropy = response_logprobs_and_entropy(self.engine.actor, rollout, config.temperature)
+        else:
+            logprobs, entropy = response_logprobs(self.engine.actor, rollout, config.temperature), None
+        loss, metrics = policy_loss(logprobs, rollout.logprobs, part.advantages, mask, clip_range=config.clip_range)
+        if entropy is not None:
+            entropy_sum = (entropy * mask).sum()
+            metrics["entropy"] = entropy_sum.detach()
+            loss = loss - config.entropy_coef * entropy_sum
+        meter.add(metrics, token_count(part))
+        return loss
+
+    def critic_step(self, micro_batches: Sequence[PPOExperience], meter: MeanMeter) -> None:
+        """One optimizer step of the critic."""
+
+        def loss_sum(part: PPOExperience) -> torch.Tensor:
+            values = response_values(self.engine.critic, part.rollout)
+            loss, metrics = value_loss(
+                values, part.values, part.returns, part.rollout.response_mask, clip_range=self.config.value_clip_range
+            )
+            meter.add(metrics, token_count(part))
+            return loss
+
+        with self.engine.updating(self.engine.critic):
+            accumulate_step(
+                self.engine.critic,
+                micro_batches,
+                count=token_count,
+                loss_sum=loss_sum,
+                step=self.optimizer_step,
+                name="value loss",
+            )
+
+    def ptx_micro_batches(self) -> list[Any]:
+        """This rank's ptx micro-batches for the next optimizer step: as many rows as the minibatch has."""
+        from rlhf.data import collate_responses
+
+        return [
+            collate_responses([self.ptx[index] for index in part], self.tokenizer.pad_token_id).to(self.device)
+            for part in self.ptx_order.micro_batches(self.optimizer_step)
+        ]
+
+    # -------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, iteration: int) -> dict[str, Any]:
+        """Score the actor on the held-out prompts, with the same random numbers every time."""
+        if not self.eval_prompts:
+            return {}
+        copies = self.config.eval_samples_per_prompt
+        examples = [prompt for prompt in self.eval_prompts for _ in range(copies)]
+        counted = len(examples)
+        fill = (-counted) % world_size()  # every rank must have as many rows: collectives
+        rollout, scored = self.rollout_and_scores(examples + examples[:fill], iteration=2**32 - 1)
+        rows = slice(0, counted)
+        rollout, scored = rollout.rows(rows), {name: tensor[rows] for name, tensor in scored.items()}
+        texts = [
+            self.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True).strip()
+            for ids, mask in zip(
+                rollout.response_ids[::copies].cpu(), rollout.response_mask[::copies].cpu(), strict=True
+            )
+        ]
+        samples = [
+            {"id": prompt.id, "prompt": prompt.text, "response": text, "score": score}
+            for prompt, text, score in zip(self.eval_prompts, texts, scored["scores"][::copies].tolist(), strict=True)
+        ]
+        logger.info(sample_table(samples[: self.config.sample_table_rows]))
+        return {**self.describe(rollout, scored), "samples": samples}
+
+    def export(self) -> None:
+        self._export()
+
+
+def rollout_plan(batch: PPOBatchConfig, plan: Plan) -> Plan:
+    """The plan whose global batch is a rollout; raises ConfigError where the arithmetic does not come out even."""
+    if batch.rollout_batch_size % plan.global_batch_size:
+        below = max(1, batch.rollout_batch_size // plan.global_batch_size) * plan.global_batch_size
+        raise ConfigError(
+            f"rollout_batch_size={batch.rollout_batch_size} must be a multiple of global_batch_size="
+            f"{plan.global_batch_size} (a PPO minibatch); use {below} or {below + plan.global_batch_size}"
+        )
+    return type(plan)(  # type: ignore[call-arg]
+        global_batch_size=batch.rollout_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        world_size=plan.world_size,
+    )
+
+
+def ppo_optimizer_steps(batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:
+    """Optimizer steps of the actor (and of the critic) in the whole run, for the learning-rate schedule."""
+    rollouts = rollout_plan(batch, plan)
+    iterations = batch.max_steps or DataOrder([1] * max(1, prompts), rollouts, 0).steps(batch.epochs)
+    return iterations * batch.ppo_epochs * (batch.rollout_batch_size // plan.global_batch_size)
+
+
+def token_count(part: PPOExperience) -> float:
+    """Response tokens of a micro-batch."""
+    return float(part.rollout.response_mask.sum())
+
+
+def ptx_count(batch: Any) -> float:
+    """Label tokens of a ptx micro-batch."""
+    return float((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+
+
+def concatenate(parts: Sequence[Rollout]) -> Rollout:
+    """Rollouts of equal widths, one below the other."""
+    names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "logprobs")
+    return Rollout(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+def gather_in_order(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Rows of all ranks, put into the order of the prompts."""
+    if tensor.dtype == torch.bool:
+        return all_gather_rows(tensor.to(torch.uint8)).bool()[order]
+    return all_gather_rows(tensor)[order]
+
+
+def trim_experience(part: PPOExperience) -> PPOExperience:
+    """Drop the columns that are padding in every row."""
+    rollout, columns = trim(part.rollout)
+    per_token = [part.ref_logprobs, part.values, part.rewards, part.advantages, part.returns]
+    return PPOExperience(rollout, *(tensor[:, columns] for tensor in per_token), scores=part.scores)
+
+
+def sample_table(samples: Sequence[dict[str, Any]]) -> str:
+    """Prompts, responses and scores as text."""
+    lines = []
+    for sample in samples:
+        prompt = " ".join(sample["prompt"].split())[-60:]
+        lines.append(
+            f"  [{sample['score']:+.2f}] ...{prompt}\n          -> {' '.join(sample['response'].split())[:110]}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,204 @@
+"""Reward model: score responses so that preferred ones score higher (pairs, and rankings of K responses)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from rlhf.distributed import all_gather_rows, rank, world_size
+from rlhf.ops import score_last
+from rlhf.trainer import Trainer
+from rlhf.types import RankedBatch, TokenizedRanking
+
+
+def ranked_pairs(groups: torch.Tensor, ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (better, worse) of every pair of one prompt whose ranks differ: two index tensors [pairs].
+
+    `groups`, `ranks` [N]. Ties make no pair.
+    """
+    same_prompt = groups.unsqueeze(1) == groups.unsqueeze(0)
+    better = ranks.unsqueeze(1) < ranks.unsqueeze(0)
+    first, second = (same_prompt & better).nonzero(as_tuple=True)
+    return first, second
+
+
+def ranking_loss(
+    scores: torch.Tensor,
+    groups: torch.Tensor,
+    ranks: torch.Tensor,
+    margins: torch.Tensor,
+    *,
+    centering_coef: float = 0.0,
+) -> torch.Tensor:
+    """Bradley-Terry loss of rankings, summed over prompts; every prompt weighs the same.
+
+    Per prompt the mean over its pairs (i better than j) of -log sigmoid(s_i - s_j - margin): InstructGPT
+    (arXiv 2203.02155) eq. 1 with 1 / C(K, 2), ties left out; the margin as in Llama 2 (arXiv 2307.09288) eq. 2.
+    `centering_coef` adds the mean of (s_i + s_j)^2, which keeps scores near 0 (Eisenstein et al., arXiv 2312.09244).
+    `scores`, `groups`, `ranks`, `margins` [N]; 0 when no pair differs in rank.
+    """
+    better, worse = ranked_pairs(groups, ranks)
+    if better.numel() == 0:
+        return scores.sum() * 0.0
+    loss = -F.logsigmoid(scores[better] - scores[worse] - margins[better])
+    if centering_coef:
+        loss = loss + centering_coef * (scores[better] + scores[worse]) ** 2
+    pairs_per_prompt = torch.bincount(groups[better], minlength=int(groups.max()) + 1)
+    return (loss / pairs_per_prompt[groups[better]]).sum()
+
+
+def pairwise_loss(
+    chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, margins: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Mean of -log sigmoid(chosen - rejected - margin) over pairs [B]: the case K = 2 of `ranking_loss`."""
+    margins = torch.zeros_like(chosen_scores) if margins is None else margins
+    return -F.logsigmoid(chosen_scores - rejected_scores - margins).mean()
+
+
+@dataclass
+class RewardConfig:
+    """The reward model's loss and evaluation."""
+
+    centering_coef: float = 0.0
+    """Weight of (s_i + s_j)^2 (Eisenstein et al. use 0.01); 0 turns it off."""
+    use_margins: bool = False
+    """Subtract the margin of a row, where it has one, inside the sigmoid (Llama 2)."""
+    calibration_rows: int = 512
+    """Prompts whose best responses set the saved mean and standard deviation of the scores (InstructGPT: mean 0)."""
+    eval_every_steps: int = 0
+    """Optimizer steps between evaluations; 0 evaluates before and after only. The best model is kept."""
+
+
+@dataclass(frozen=True)
+class ScoredRows:
+    """Scores [N] of candidates with the group, rank, token length and category of each row."""
+
+    scores: torch.Tensor
+    groups: torch.Tensor
+    ranks: torch.Tensor
+    lengths: torch.Tensor
+    categories: torch.Tensor
+
+
+def accuracy_of(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """Per pair 1 where `first` is larger, 0.5 where they are equal, else 0: [pairs] float."""
+    return (first > second).float() + 0.5 * (first == second).float()
+
+
+def ranking_metrics(rows: ScoredRows, category_names: Sequence[str]) -> dict[str, Any]:
+    """Pair accuracy, margin, loss, the accuracy of choosing the longer response, and all of it per category."""
+    better, worse = ranked_pairs(rows.groups, rows.ranks)
+    margin = rows.scores[better] - rows.scores[worse]
+    correct = accuracy_of(rows.scores[better], rows.scores[worse])
+    by_length = accuracy_of(rows.lengths[better], rows.lengths[worse])
+    zero = torch.zeros_like(rows.scores)
+    prompts = max(1, rows.groups[better].unique().numel())
+    result: dict[str, Any] = {
+        "eval_loss": float(ranking_loss(rows.scores, rows.groups, rows.ranks, zero)) / prompts,
+        "eval_accuracy": float(correct.mean()),
+        "eval_margin": float(margin.mean()),
+        "eval_length_baseline_accuracy": float(by_length.mean()),
+        "eval_score_mean": float(rows.scores.mean()),
+        "eval_score_std": float(rows.scores.std(unbiased=False)),
+    }
+    per_category: dict[str, dict[str, float]] = defaultdict(dict)
+    for index, name in enumerate(category_names):
+        member = rows.categories[better] == index
+        if member.any():
+            per_category[name or "all"] = {
+                "accuracy": float(correct[member].mean()),
+                "length_baseline_accuracy": float(by_length[member].mean()),
+                "margin": float(margin[member].mean()),
+                "pairs": int(member.sum()),
+            }
+    result["by_category"] = dict(per_category)
+    result["histogram"] = histogram(rows.scores[better], rows.scores[worse])
+    return result
+
+
+def histogram(chosen: torch.Tensor, rejected: torch.Tensor, bins: int = 20) -> dict[str, list[float]]:
+    """Counts of chosen and rejected scores over common bin edges."""
+    low = float(torch.minimum(chosen.min(), rejected.min()))
+    high = max(float(torch.maximum(chosen.max(), rejected.max())), low + 1e-6)
+    return {
+        "edges": torch.linspace(low, high, bins + 1).tolist(),
+        "chosen": torch.histc(chosen.float(), bins, low, high).tolist(),
+        "rejected": torch.histc(rejected.float(), bins, low, high).tolist(),
+    }
+
+
+class RewardTrainer(Trainer[RankedBatch]):
+    """Trains a `ScalarModel` on rankings; all candidates of a prompt go through one forward."""
+
+    def __init__(self, *args: Any, config: RewardConfig, pad_token_id: int, **kwargs: Any) -> None:
+        self.config = config
+        self.pad_token_id = pad_token_id
+        train, evaluation = args[1], args[2]
+        self.category_names = sorted({example.category for example in [*train, *evaluation]})
+        super().__init__(*args, eval_every_steps=config.eval_every_steps, stage="reward", **kwargs)
+
+    def length(self, example: TokenizedRanking) -> int:
+        return max(len(candidate.input_ids) for candidate in example.candidates)
+
+    def collate(self, examples: Sequence[TokenizedRanking]) -> RankedBatch:
+        from rlhf.data import collate_rankings
+
+        index = {name: number for number, name in enumerate(self.category_names)}
+        return collate_rankings(examples, self.pad_token_id, index)
+
+    def loss_count(self, batch: RankedBatch) -> float:
+        better, _ = ranked_pairs(batch.groups, batch.ranks)
+        return float(batch.groups[better].unique().numel())
+
+    def loss_sum(self, batch: RankedBatch) -> torch.Tensor:
+        scores = self.scores(batch)
+        margins = batch.margins if self.config.use_margins else torch.zeros_like(scores)
+        better, worse = ranked_pairs(batch.groups, batch.ranks)
+        with torch.no_grad():
+            correct = accuracy_of(scores[better], scores[worse])
+            self.meter.add({"accuracy": correct.sum(), "margin": (scores[better] - scores[worse]).sum()}, len(better))
+        return ranking_loss(scores, batch.groups, batch.ranks, margins, centering_coef=self.config.centering_coef)
+
+    def scores(self, batch: RankedBatch) -> torch.Tensor:
+        """Raw scores [N]: the head's value at the last real token of each row."""
+        values = self.engine(batch.input_ids, batch.attention_mask)
+        return score_last(values, batch.attention_mask)
+
+    def evaluate(self) -> dict[str, Any]:
+        return ranking_metrics(self._score_all(self.evaluation), self.category_names)
+
+    def calibrate(self) -> tuple[float, float]:
+        """Mean and standard deviation of the scores of the best responses of up to `calibration_rows` prompts.
+
+        InstructGPT normalises the reward model so that reference responses have mean score 0.
+        """
+        self.engine.eval()
+        with torch.no_grad():
+            rows = self._score_all(self.train[: self.config.calibration_rows])
+        best = rows.scores[rows.ranks == 0]
+        return float(best.mean()), max(float(best.std(unbiased=False)), 1e-6)
+
+    def _score_all(self, examples: Sequence[TokenizedRanking]) -> ScoredRows:
+        parts = []
+        first_group = 0
+        for batch, counted in self.evaluation_batches(examples):
+            rows = batch.groups < counted
+            moved = batch.to(self.engine.device)
+            scores = self.scores(moved).float().cpu()
+            groups = (batch.groups + first_group) * world_size() + rank()  # numbered apart on every rank
+            columns = [scores, groups, batch.ranks, batch.attention_mask.sum(-1), batch.categories]
+            parts.append(torch.stack([column.double() for column in columns], dim=1)[rows])
+            first_group += int(batch.groups.max()) + 1
+        table = all_gather_rows(torch.cat(parts).to(self.engine.device)).cpu()
+        return ScoredRows(
+            scores=table[:, 0].float(),
+            groups=table[:, 1].long(),
+            ranks=table[:, 2].long(),
+            lengths=table[:, 3],
+            categories=table[:, 4].long(),
+        )

@@ -1,0 +1,60 @@
+"""Supervised fine-tuning: imitate the responses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from rlhf.forward import forward_logits
+from rlhf.metrics import MeanMeter
+from rlhf.ops import next_token_loss
+from rlhf.trainer import Trainer
+from rlhf.types import IGNORE_INDEX, TokenBatch, TokenizedResponse
+
+
+@dataclass
+class SFTConfig:
+    """What SFT learns from a row, and how often it is evaluated."""
+
+    loss_on: Literal["response", "whole_text"] = "response"
+    """Positions in the loss: the response with its end-of-sequence token, or the prompt too (as in Alpaca-LoRA)."""
+    eval_every_steps: int = 0
+    """Optimizer steps between evaluations; 0 evaluates before and after only. The best model is kept."""
+
+
+class SFTTrainer(Trainer[TokenBatch]):
+    """Cross-entropy of the response tokens, averaged over the tokens of the global batch."""
+
+    def __init__(self, *args: Any, config: SFTConfig, pad_token_id: int, **kwargs: Any) -> None:
+        self.config = config
+        self.pad_token_id = pad_token_id
+        super().__init__(*args, eval_every_steps=config.eval_every_steps, stage="sft", **kwargs)
+
+    def length(self, example: TokenizedResponse) -> int:
+        return len(example.input_ids)
+
+    def collate(self, examples: Sequence[TokenizedResponse]) -> TokenBatch:
+        from rlhf.data import collate_responses
+
+        return collate_responses(examples, self.pad_token_id, whole_text=self.config.loss_on == "whole_text")
+
+    def loss_count(self, batch: TokenBatch) -> float:
+        return float((batch.labels[:, 1:] != IGNORE_INDEX).sum())
+
+    def loss_sum(self, batch: TokenBatch) -> torch.Tensor:
+        logits = forward_logits(self.engine, batch.input_ids, batch.attention_mask)
+        return next_token_loss(logits, batch.labels)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Loss in nats per token and perplexity on the held-out rows."""
+        meter = MeanMeter()
+        for batch, counted in self.evaluation_batches():
+            batch.labels[counted:] = IGNORE_INDEX
+            moved = batch.to(self.engine.device)
+            meter.add({"eval_loss": self.loss_sum(moved)}, self.loss_count(moved))
+        loss = meter.means(self.engine.device)["eval_loss"]
+        return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}

@@ -1,0 +1,193 @@
+"""Write the configuration reference: `python -m rlhf.cli.config_reference > docs/configuration.md`.
+
+Everything in it comes from the dataclasses of `rlhf.stages.STAGE_CONFIGS`: names, types and defaults from their
+fields, explanations from the string literal that stands under each field in the source.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.stages import STAGE_CONFIGS
+
+INTRODUCTION = """\
+# Configuration reference
+
+Written by `python -m rlhf.cli.config_reference > docs/configuration.md` from the dataclasses in `rlhf/config.py` and
+`rlhf/algorithms/`; change it there.
+
+A field is given on the command line or in a YAML file. The command line wins over the file, a stage's section of the
+file over its top level, and both over the defaults below.
+
+```bash
+deepspeed step3_ppo/main.py --config my.yaml --kl_coef 0.05 --prompt_data data/a.jsonl data/b.csv --no_tensorboard
+bash training_scripts/run_all.sh --config my.yaml --zero_stage 2 --reward.learning_rate 5e-5
+```
+
+```yaml
+base_model: EleutherAI/polyglot-ko-1.3b   # top level: every stage that has the field
+zero_stage: 2
+sft:                                      # one stage only
+  sft_data:
+    - data/instructions.jsonl
+    - {path: data/상담.csv, columns: {prompt: 질의, response: 답변}, weight: 0.3}
+  learning_rate: 2e-5
+ppo:
+  kl_coef: 0.05
+```
+
+- Without `--config` and without `--base_model`, a stage reads `training_scripts/configs/default.yaml`, which suits the
+  embedded tiny model. With either, only what you give and the defaults below count.
+- A name that no stage has is an error with the nearest names. A field of another stage in a shared file is passed over.
+- A list takes several values on the command line (`--lora_targets q_proj v_proj`); a data set that needs more than a
+  path is a mapping in YAML and the same as JSON text on the command line (see [data.md](data.md)).
+- A yes/no field is `--field true` or `--field false`; one that is on by default also has `--no_field`.
+- Each stage writes the configuration in force to `<output_dir>/<stage>/config.yaml`, which `--config` reads back.
+"""
+
+
+@dataclass(frozen=True)
+class FieldEntry:
+    """One field as one stage has it; `default` and `type` are as they appear in the table."""
+
+    name: str
+    type: str
+    default: str
+    text: str
+
+
+def field_docstrings(config_class: type) -> dict[str, str]:
+    """Field name -> the string literal under it, over the class and its bases; the class's own one wins.
+
+    Raises ValueError that names the class and the field where a field of the dataclass has none.
+    """
+    found: dict[str, str] = {}
+    for owner in reversed(config_class.__mro__):
+        if not dataclasses.is_dataclass(owner):
+            continue
+        definition = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        assert isinstance(definition, ast.ClassDef)
+        for statement, following in zip(definition.body, definition.body[1:], strict=False):
+            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+                continue
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                found[statement.target.id] = " ".join(str(following.value.value).split())
+    for item in dataclasses.fields(config_class):
+        if not found.get(item.name):
+            raise ValueError(
+                f"{config_class.__module__}.{config_class.__name__}.{item.name} has no docstring under it; "
+                "write what it means, its unit and where its default comes from"
+            )
+    return found
+
+
+def entries(config_class: type) -> list[FieldEntry]:
+    """The fields of a configuration class, in the order of its definition."""
+    texts = field_docstrings(config_class)
+    return [
+        FieldEntry(item.name, type_text(item.type), default_text(default_of(item)), texts[item.name])
+        for item in dataclasses.fields(config_class)
+    ]
+
+
+def default_of(item: dataclasses.Field[Any]) -> Any:
+    """The default of a field; raises ValueError for a field without one, since a stage must run with no argument."""
+    if item.default is not dataclasses.MISSING:
+        return item.default
+    if item.default_factory is not dataclasses.MISSING:
+        return item.default_factory()
+    raise ValueError(f"configuration field {item.name} has no default; every field needs one")
+
+
+def default_text(value: Any) -> str:
+    """A default as it would be written in YAML; `unset` for None, `empty` for an empty list."""
+    if value is None:
+        return "unset"
+    if isinstance(value, list):
+        return f"`[{', '.join(_plain(entry) for entry in value)}]`" if value else "empty"
+    return f"`{_plain(value)}`"
+
+
+def type_text(kind: Any) -> str:
+    """A field's type for readers: the choices of a Literal, else the annotation."""
+    text = kind.__name__ if isinstance(kind, type) else str(kind)
+    literal = re.fullmatch(r"(?:typing\.)?Literal\[(.*)\]", text)
+    if literal:
+        return ", ".join(f"`{choice.strip().strip(chr(34) + chr(39))}`" for choice in literal.group(1).split(","))
+    return text.removesuffix(" | None")
+
+
+def reference(stage_configs: Mapping[str, Sequence[type]]) -> str:
+    """The whole page as Markdown: a table for each concern, the fields of all stages side by side."""
+    families: dict[type, dict[str, type]] = {}
+    for stage, classes in stage_configs.items():
+        for config_class in classes:
+            families.setdefault(_root(config_class), {})[stage] = config_class
+    return "\n".join([INTRODUCTION, *(_section(members) for members in families.values())])
+
+
+def _root(config_class: type) -> type:
+    """The dataclass a configuration class extends, or itself: classes of one root describe one concern."""
+    return [owner for owner in config_class.__mro__ if dataclasses.is_dataclass(owner)][-1]
+
+
+def _section(members: Mapping[str, type]) -> str:
+    classes = list(dict.fromkeys(members.values()))
+    root = _root(classes[0])
+    lines = [f"## {root.__name__.removesuffix('Config')}", "", _class_text(root), ""]
+    lines += ["| field | stages | type | default | meaning |", "|---|---|---|---|---|"]
+    fields: dict[str, dict[str, FieldEntry]] = {}
+    for stage, config_class in members.items():
+        for entry in entries(config_class):
+            fields.setdefault(entry.name, {})[stage] = entry
+    for name, per_stage in fields.items():
+        cells = [
+            f"`{name}`",
+            "all" if len(per_stage) == len(STAGE_CONFIGS) else ", ".join(per_stage),
+            *(_merged(per_stage, attribute) for attribute in ("type", "default", "text")),
+        ]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _class_text(root: type) -> str:
+    """The first sentence of the class's docstring."""
+    return inspect.getdoc(root).split("\n\n")[0].replace("\n", " ") if root.__doc__ else ""  # type: ignore[union-attr]
+
+
+def _merged(per_stage: Mapping[str, FieldEntry], attribute: str) -> str:
+    """One value where all stages agree; else the first, and what the others have instead."""
+    values = {stage: getattr(entry, attribute) for stage, entry in per_stage.items()}
+    first = next(iter(values.values()))
+    others: dict[str, list[str]] = {}
+    for stage, value in values.items():
+        if value != first:
+            others.setdefault(value, []).append(stage)
+    return "<br>".join([first, *(f"In {', '.join(stages)}: {value}" for value, stages in others.items())])
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return re.sub(
+            r"e([+-])0*(\d)", lambda match: f"e{match.group(1).replace('+', '')}{match.group(2)}", f"{value:g}"
+        )
+    return str(value)
+
+
+def main() -> None:
+    """Print the reference."""
+    sys.stdout.write(reference(STAGE_CONFIGS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""Which column of a file means what: the recognised row formats, and the choice between them.
+
+A format is a set of columns. The columns of a file decide, together with the kind of record that is wanted; where
+two readings remain, or none, the error lists them and shows the `columns` that settle it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf.data.sources import FILE_FORMATS, DataError, DatasetSpec, Row
+
+KINDS = ("prompt", "response", "preference", "ranked", "comparison")
+PREFERENCE = ("prompt", "preference", "ranked", "comparison")
+RANKED = ("prompt", "ranked", "comparison")
+RESPONSE = ("prompt", "response")
+LABELLED = ("prompt", "response", "preference", "comparison")
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """One way to lay out a row. `fields`: our name -> the column it needs; `optional`: columns it may have."""
+
+    name: str
+    fields: Mapping[str, str]
+    kinds: Sequence[str]
+    optional: Mapping[str, str] = field(default_factory=dict)
+    weak: bool = False
+    """Used only when no other format fits."""
+
+
+_INPUT = {"input": "input"}
+ROW_FORMATS = {
+    row_format.name: row_format
+    for row_format in (
+        # instruction data: KULLM, Alpaca, KoAlpaca v1.1 (`output`); Law-Polyglot (`response`); KULLM's evaluation set
+        RowFormat("alpaca", {"prompt": "instruction", "response": "output"}, RESPONSE, _INPUT),
+        RowFormat("alpaca_response", {"prompt": "instruction", "response": "response"}, RESPONSE, _INPUT),
+        RowFormat("instances", {"prompt": "instruction", "instances": "instances"}, RESPONSE),
+        RowFormat("completion", {"prompt": "prompt", "response": "completion"}, RESPONSE),  # KoChatGPT SFT
+        RowFormat("response", {"prompt": "prompt", "response": "response"}, RESPONSE),
+        RowFormat("text", {"text": "text"}, RESPONSE, weak=True),  # prompt and answer in one rendered text
+        # conversations: `messages` of {role, content}, ShareGPT's `conversations` of {from, value}
+        RowFormat("messages", {"messages": "messages"}, RESPONSE),
+        RowFormat("sharegpt", {"messages": "conversations"}, RESPONSE),
+        # pairs: KULLM-RLHF, DeepSpeed-Chat, TRL; LLaMA-Factory; hh-rlhf transcripts; G-Eval sums
+        RowFormat("preference", {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}, PREFERENCE),
+        RowFormat(
+            "alpaca_preference",
+            {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
+            PREFERENCE,
+            _INPUT,
+        ),
+        RowFormat(
+            "sharegpt_preference", {"prompt": "conversations", "chosen": "chosen", "rejected": "rejected"}, PREFERENCE
+        ),
+        RowFormat("message_pairs", {"chosen": "chosen_messages", "rejected": "rejected_messages"}, PREFERENCE),
+        RowFormat("transcripts", {"chosen": "chosen", "rejected": "rejected"}, PREFERENCE),
+        RowFormat(
+            "scored_pair",
+            {"prompt": "prompt", "response1": "response1", "sum1": "sum1", "response2": "response2", "sum2": "sum2"},
+            PREFERENCE,
+            {"scores1": "scores1", "scores2": "scores2"},
+        ),
+        # labelled responses (KTO): pairs are made of the rows of one prompt
+        RowFormat("labelled", {"prompt": "prompt", "response": "completion", "label": "label"}, LABELLED),
+        RowFormat("labelled_response", {"prompt": "prompt", "response": "response", "label": "label"}, LABELLED),
+        RowFormat("labelled_messages", {"messages": "messages", "label": "label"}, LABELLED),
+        RowFormat("labelled_sharegpt", {"messages": "conversations", "label": "label"}, LABELLED),
+        # rankings: KoChatGPT's reward model data; RRHF scores (higher is better); ranks (0 is best)
+        RowFormat(
+            "completions",
+            {"prompt": "prompt", "completion_0": "completion_0", "completion_1": "completion_1", "ranks": "ranking"},
+            RANKED,
+        ),
+        RowFormat("rrhf", {"prompt": "query", "responses": "responses", "scores": "scores"}, RANKED),
+        RowFormat("rrhf_ranks", {"prompt": "query", "responses": "responses", "ranks": "ranks"}, RANKED),
+        RowFormat("scores", {"prompt": "prompt", "responses": "responses", "scores": "scores"}, RANKED),
+        RowFormat("ranks", {"prompt": "prompt", "responses": "responses", "ranks": "ranks"}, RANKED),
+        # prompts alone
+        RowFormat("prompts", {"prompt": "prompt"}, ("prompt",)),
+        RowFormat("instructions", {"prompt": "instruction"}, ("prompt",), _INPUT),
+    )
+}
+
+_SHAPES = {
+    "prompt": (("prompt",), ("messages",), ("text",), ("chosen", "rejected")),
+    "response": (("prompt", "response"), ("messages",), ("text",)),
+    "preference": (
+        ("prompt", "chosen", "rejected"),
+        ("prompt", "response", "label"),
+        ("messages", "label"),
+        ("chosen", "rejected"),
+    ),
+    "ranked": (("prompt", "responses", "ranks"), ("prompt", "responses", "scores"), ("prompt", "chosen", "rejected")),
+}
+_SHAPES["comparison"] = _SHAPES["ranked"] + _SHAPES["preference"][1:]
+"""Our names that make up a record of each kind when `columns` says what they are."""
+
+CONTENT = ("prompt", "response", "chosen", "rejected", "responses", "ranks", "scores", "label", "messages", "text")
+NAMES = (*CONTENT, "input", "margin", "category", "id")
+"""The names that `columns` may map."""
+SCORE_GAP = "sum1-sum2"
+"""`columns: {"margin": "sum1-sum2"}` makes the distance of the sums of a scored pair its margin."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of one file for one kind: our name -> the file's column (several for `responses`)."""
+
+    format: str
+    columns: Mapping[str, str]
+    response_columns: tuple[str, ...] = ()
+
+
+def layout_of(rows: Sequence[Row], kind: str, spec: DatasetSpec) -> Layout:
+    """How to read the rows of one file as records of `kind`.
+
+    Columns that are null in every row do not count. Raises DataError naming the columns that are there when a mapped
+    column is not, when no format fits, or when several fit that would read different columns.
+    """
+    if kind not in KINDS:
+        raise DataError(f"record kind {kind!r} is not one of {', '.join(KINDS)}")
+    there = list(dict.fromkeys(name for row in rows for name, value in row.values.items() if value is not None))
+    where = f"{rows[0].file} (for `{kind}` records)"
+    unknown = sorted(set(spec.columns) - set(NAMES))
+    if unknown:
+        raise DataError(f"{where}: `columns` maps unknown names {', '.join(unknown)}; valid: {', '.join(NAMES)}")
+    mapped, response_columns = _mapped(spec, there, where)
+    row_format = spec.format if spec.format not in (None, *FILE_FORMATS) else None
+    if any(name in CONTENT for name in mapped) or response_columns:
+        if row_format is not None:
+            raise DataError(f"{where}: give `columns` or the row format `{row_format}`, not both")
+        return _layout_of_mapping(mapped, response_columns, there, kind, where)
+    if row_format is not None:
+        candidates = [_named_format(row_format, there, kind, where)]
+    else:
+        candidates = _candidates(rows, there, kind)
+    if len(candidates) != 1:
+        raise DataError(_choice_error(candidates, there, kind, where))
+    chosen = candidates[0]
+    columns = {**chosen.fields, **{name: column for name, column in chosen.optional.items() if column in there}}
+    if chosen.name == "completions":
+        completions = [name for name in there if re.fullmatch(r"completion_\d+", name)]
+        response_columns = tuple(sorted(completions, key=lambda name: int(name.rpartition("_")[2])))
+    return Layout(chosen.name, {**columns, **mapped}, response_columns)
+
+
+def _mapped(spec: DatasetSpec, there: Sequence[str], where: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    mapped: dict[str, str] = {}
+    response_columns: tuple[str, ...] = ()
+    missing = []
+    for name, column in spec.columns.items():
+        parts = tuple(part.strip() for part in column.split(","))
+        if column in there or (name == "margin" and column == SCORE_GAP):
+            mapped[name] = column
+        elif name == "responses" and len(parts) > 1:
+            missing += [part for part in parts if part not in there]
+            response_columns = parts
+        else:
+            missing.append(column)
+    if missing:
+        raise DataError(
+            f"{where}: `columns` names {', '.join(map(repr, missing))}, which the file does not have; "
+            f"its columns: {', '.join(there) or 'none'}"
+        )
+    return mapped, response_columns
+
+
+def _layout_of_mapping(
+    mapped: Mapping[str, str], response_columns: tuple[str, ...], there: Sequence[str], kind: str, where: str
+) -> Layout:
+    """The shape with the most mapped names (for prompts: the first with one); others count under their own name."""
+    known = {name: name for name in CONTENT if name in there} | dict(mapped)
+    if response_columns:
+        known["responses"] = ", ".join(response_columns)
+    given = {*mapped, *(("responses",) if response_columns else ())}
+    shapes = [shape for shape in _SHAPES[kind] if all(name in known for name in shape)]
+    if not shapes:
+        raise DataError(
+            f"{where}: `columns` gives {', '.join(sorted(given))}; needed: "
+            f"{' or '.join(' + '.join(shape) for shape in _SHAPES[kind])}; the file's columns: {', '.join(there)}"
+        )
+    shape = max(shapes, key=lambda names: len(given.intersection(names[:1] if kind == "prompt" else names)))
+    columns = {name: known[name] for name in shape}
+    if columns.get("prompt") == "instruction" and "input" in there:
+        columns["input"] = "input"  # the two belong together in every instruction format
+    columns.update({name: column for name, column in mapped.items() if name not in CONTENT})
+    if kind == "response" and "label" in mapped:
+        columns["label"] = mapped["label"]
+    return Layout("columns", columns, response_columns if "responses" in shape else ())
+
+
+def _named_format(name: str, there: Sequence[str], kind: str, where: str) -> RowFormat:
+    if name not in ROW_FORMATS:
+        raise DataError(
+            f"{where}: unknown format `{name}`; file formats: {', '.join(FILE_FORMATS)}; "
+            f"row formats: {', '.join(ROW_FORMATS)}"
+        )
+    named = ROW_FORMATS[name]
+    missing = [column for column in named.fields.values() if column not in there]
+    if missing:
+        raise DataError(
+            f"{where}: format `{name}` needs the columns {', '.join(named.fields.values())}; "
+            f"not there: {', '.join(missing)}; the file's columns: {', '.join(there)}"
+        )
+    if kind not in named.kinds:
+        raise DataError(f"{where}: format `{name}` gives {', '.join(named.kinds)} records, not `{kind}`")
+    return named
+
+
+def _candidates(rows: Sequence[Row], there: Sequence[str], kind: str) -> list[RowFormat]:
+    """The formats that fit, without those that another one contains or that would read the same columns."""
+    fitting = [item for item in ROW_FORMATS.values() if kind in item.kinds and set(item.fields.values()) <= set(there)]
+    if not _holds_transcripts(rows):
+        fitting = [item for item in fitting if item.name != "transcripts"]
+    fitting = [item for item in fitting if not item.weak] or fitting
+    columns = {item.name: set(item.fields.values()) for item in fitting}
+    widest = [item for item in fitting if not any(columns[item.name] < other for other in columns.values())]
+    if kind == "prompt":
+        distinct = {
+            item.fields.get("prompt", item.fields.get("messages", item.name)): item for item in reversed(widest)
+        }
+        widest = list(distinct.values())[::-1]
+    return widest
+
+
+def _holds_transcripts(rows: Iterable[Row]) -> bool:
+    """Whether `chosen` holds whole dialogues, so that no column with the prompt is needed."""
+    for row in rows:
+        value = row.values.get("chosen")
+        if isinstance(value, list) or (isinstance(value, str) and "\n\nAssistant:" in value):
+            return True
+    return False
+
+
+def _choice_error(candidates: Sequence[RowFormat], there: Sequence[str], kind: str, where: str) -> str:
+    columns = f"the file's columns: {', '.join(there) or 'none'}"
+    if candidates:
+        readings = "; ".join(
+            f"`{item.name}` ({', '.join(f'{name} = {column}' for name, column in item.fields.items())})"
+            for item in candidates
+        )
+        example = {name: column for name, column in candidates[0].fields.items() if name in NAMES}
+        return (
+            f"{where}: ambiguous, it could be {readings}; {columns}; say which with `columns`, "
+            f"such as {json.dumps(example, ensure_ascii=False)}"
+        )
+    shape = _SHAPES[kind][0]
+    example = {name: f"<column of the {name}>" for name in shape}
+    others = sorted({item.name for item in ROW_FORMATS.values() if set(item.fields.values()) <= set(there)})
+    also = f" (as {', '.join(others)} it could give records of another kind)" if others else ""
+    known = "; ".join(
+        f"{item.name}: {', '.join(item.fields.values())}" for item in ROW_FORMATS.values() if kind in item.kinds
+    )
+    return (
+        f"{where}: no known format has these columns{also}; {columns}; map them with `columns`, "
+        f"such as {json.dumps(example, ensure_ascii=False)}; known formats: {known}"
+    )
+
+
+def category_of(value: Any) -> str:
+    """A category as text: a list is joined by commas, null is ""."""
+    if value is None:
+        return ""
+    if isinstance(value, list | tuple):
+        return ",".join(category_of(entry) for entry in value)
+    return str(value).strip()

@@ -1,0 +1,341 @@
+"""Files and hub data sets -> rows: plain mappings that know the file and the line they came from.
+
+The content decides how a file is read, not its name: a JSON array in a file named `.jsonl`, object lines in a
+file named `.json`, gzip with or without `.gz`. Only CSV and TSV need their suffix (or `format`, `delimiter`).
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from rlhf.data.spec import FILE_FORMATS, DataError, DatasetSpec, Row, SkippedRow
+
+__all__ = ["FILE_FORMATS", "DataError", "DatasetSpec", "Row", "SkippedRow", "read_rows"]
+
+SAMPLE_DIRECTORY = Path(__file__).parent / "sample"
+DATA_SUFFIXES = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".jsonlines": "json",
+    ".ndjson": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
+"""JSON files that describe a data set and hold no rows of it; passed over when a directory is read."""
+LFS_HEADER = b"version https://git-lfs"
+
+
+class _Problems:
+    """Raises on a bad row, or lists it: the choice `on_bad_row`."""
+
+    def __init__(self, on_bad_row: str, skipped: list[SkippedRow] | None) -> None:
+        if on_bad_row not in ("error", "skip"):
+            raise DataError(f"on_bad_row={on_bad_row!r} is not one of error, skip")
+        self.skip = on_bad_row == "skip"
+        self.skipped = skipped if skipped is not None else []
+
+    def bad_row(self, file: str, line: int, reason: str) -> None:
+        if not self.skip:
+            raise DataError(f"{file}:{line}: {reason}")
+        self.skipped.append(SkippedRow(file, line, "", reason))
+
+
+def read_rows(spec: DatasetSpec, on_bad_row: str = "error", skipped: list[SkippedRow] | None = None) -> Iterator[Row]:
+    """The rows of a data set, in file order; a directory's files by name.
+
+    A line that is not a JSON object, not UTF-8, or has more fields than the header raises DataError
+    (`on_bad_row="error"`) or is appended to `skipped` ("skip"). What is wrong with a file as a whole always raises:
+    missing, empty, a git-lfs pointer, binary, cut gzip data, no usable row.
+    """
+    problems = _Problems(on_bad_row, skipped)
+    if spec.delimiter is not None and len(spec.delimiter) != 1:
+        raise DataError(f"{spec.path}: `delimiter` must be one character, not {spec.delimiter!r}")
+    if spec.path.startswith("sample:"):
+        name = spec.path.removeprefix("sample:")
+        known = sorted(path.stem for path in SAMPLE_DIRECTORY.glob("*.jsonl"))
+        if name not in known:
+            raise DataError(f"no sample data set `{name}`; there are: {', '.join(known) or 'none'}")
+        yield from _read_file(SAMPLE_DIRECTORY / f"{name}.jsonl", spec.path, spec, problems)
+        return
+    path = Path(spec.path).expanduser()
+    if path.is_dir():
+        yield from _read_directory(path, spec, problems)
+    elif path.exists():
+        yield from _read_file(path, spec.path, spec, problems)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", spec.path) and not _is_data_file(path) and not spec.path.startswith("."):
+        yield from _read_hub(spec)
+    else:
+        raise DataError(f"no such file: {spec.path} (looked in {Path.cwd()})")
+
+
+def _is_data_file(path: Path) -> bool:
+    return _suffix_format(path.name) is not None and path.name not in METADATA_FILES and not path.name.startswith(".")
+
+
+def _suffix_format(name: str) -> str | None:
+    return DATA_SUFFIXES.get(Path(name.lower().removesuffix(".gz")).suffix)
+
+
+def _read_directory(path: Path, spec: DatasetSpec, problems: _Problems) -> Iterator[Row]:
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        yield from _read_saved_dataset(path, spec)
+        return
+    files = sorted(entry for entry in path.iterdir() if entry.is_file() and _is_data_file(entry))
+    if not files:
+        entries = sorted(entry.name for entry in path.iterdir())
+        raise DataError(
+            f"directory without data files: {path} holds {', '.join(entries[:8]) or 'nothing'}; "
+            f"needed: files ending in {', '.join(DATA_SUFFIXES)} (or these with .gz), directly in it"
+        )
+    for entry in files:
+        yield from _read_file(entry, str(entry), spec, problems)
+
+
+def _read_saved_dataset(path: Path, spec: DatasetSpec) -> Iterator[Row]:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} looks saved by `save_to_disk` but cannot be loaded: {error}") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if spec.split not in saved:
+            raise DataError(f"{path}: no split `{spec.split}`; there are: {', '.join(saved)}")
+        saved = saved[spec.split]
+    yield from _table_rows(saved, str(path))
+
+
+def _read_hub(spec: DatasetSpec) -> Iterator[Row]:
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(spec.path, split=spec.split)
+    except Exception as error:  # the libraries below raise a dozen unrelated types; each is reported with its cause
+        reason = str(error).strip().splitlines()
+        raise DataError(
+            f"{spec.path}: no such file, and not reachable as a hub data set (split `{spec.split}`): "
+            f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}; "
+            "check the path, or the name and the network"
+        ) from error
+    yield from _table_rows(loaded, spec.path)
+
+
+def _table_rows(table: Any, name: str) -> Iterator[Row]:
+    if len(table) == 0:
+        raise DataError(f"{name}: empty data set, no rows")
+    for index, values in enumerate(table, start=1):
+        yield Row(values, name, index)
+
+
+def _read_file(path: Path, name: str, spec: DatasetSpec, problems: _Problems) -> Iterator[Row]:
+    try:
+        yield from _read_open_file(path, name, spec, problems)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{name}: broken or cut gzip data ({error}); copy or download the file again") from error
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
+
+
+def _read_open_file(path: Path, name: str, spec: DatasetSpec, problems: _Problems) -> Iterator[Row]:
+    with _open(path) as stream:
+        head = stream.read(8192)
+    if not head:
+        raise DataError(f"{name}: empty file")
+    if head.startswith(LFS_HEADER):
+        raise DataError(f"{name}: a git-lfs pointer, not the data; run `git lfs pull` where the file came from")
+    file_format = "parquet" if head.startswith(b"PAR1") else _file_format(name, head, spec)
+    if file_format == "parquet":
+        rows = _read_parquet(path, name)
+    elif head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise DataError(f"{name}: not UTF-8 (it begins with a UTF-16 mark); save it as UTF-8")
+    elif b"\0" in head:
+        raise DataError(f"{name}: a binary file; needed: {', '.join(FILE_FORMATS)}, plain or gzip")
+    elif not head.removeprefix(b"\xef\xbb\xbf").strip() and len(head) < 8192:
+        raise DataError(f"{name}: empty file (only white space)")
+    elif file_format in ("csv", "tsv"):
+        delimiter = spec.delimiter or ("\t" if file_format == "tsv" else ",")
+        rows = _read_table(path, name, delimiter, problems)
+    elif head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        rows = _read_json_array(path, name, problems)
+    else:
+        rows = _read_json_lines(path, name, problems)
+    found = False
+    for row in rows:
+        found = True
+        yield row
+    if not found:
+        raise DataError(f"{name}: empty, no usable row in it")
+
+
+def _open(path: Path) -> IO[bytes]:
+    """The bytes of a file, unpacked where they are gzip data (told by their first two bytes, not by the name)."""
+    with path.open("rb") as stream:
+        packed = stream.read(2) == b"\x1f\x8b"
+    return gzip.open(path, "rb") if packed else path.open("rb")  # type: ignore[return-value]
+
+
+def _file_format(name: str, head: bytes, spec: DatasetSpec) -> str:
+    if spec.format in FILE_FORMATS:
+        return "json" if spec.format == "jsonl" else str(spec.format)
+    if spec.delimiter is not None:
+        return "csv"
+    known = _suffix_format(name) if not name.startswith("sample:") else "json"
+    if known is not None:
+        return known
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
+        return "json"
+    if b"\0" in head:
+        return "binary"
+    raise DataError(
+        f"{name}: the suffix does not tell how to read it; set `format` (one of {', '.join(FILE_FORMATS)}), "
+        f'for a text table perhaps `delimiter` too: {{"path": "{name}", "format": "tsv"}}'
+    )
+
+
+def _read_parquet(path: Path, name: str) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with _open(path) as stream:
+        content = io.BytesIO(stream.read())
+    try:
+        batches = pyarrow.parquet.ParquetFile(content).iter_batches(batch_size=1024)
+        line = 0
+        for batch in batches:
+            for values in batch.to_pylist():
+                line += 1
+                yield Row(values, name, line)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{name}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+
+
+def _lines(path: Path, name: str, problems: _Problems) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their line ends; split at line feeds only, so U+2028 inside a text does not end a line."""
+    with _open(path) as stream:
+        for number, raw in enumerate(stream, start=1):
+            if number == 1:
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            try:
+                yield number, raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                hint = "save the file as UTF-8 (Korean files are often CP949: `iconv -f cp949 -t utf-8`)"
+                problems.bad_row(name, number, f"not UTF-8 (byte {error.start + 1} of the line); {hint}")
+
+
+def _read_json_array(path: Path, name: str, problems: _Problems) -> Iterator[Row]:
+    text = "".join(line for _, line in _lines(path, name, _Problems("error", None)))
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            raise _neither(name, "several JSON arrays, or a line after the array") from error
+        raise DataError(f"{name}:{error.lineno}: bad JSON array ({error.msg}, column {error.colno})") from error
+    if content and not any(isinstance(values, dict) for values in content):
+        raise _neither(name, f"an array of {type(content[0]).__name__}")
+    for index, values in enumerate(content, start=1):
+        if isinstance(values, dict):
+            yield Row(values, name, index)
+        else:
+            problems.bad_row(name, index, f"element {index} of the array is {type(values).__name__}, not an object")
+
+
+def _read_json_lines(path: Path, name: str, problems: _Problems) -> Iterator[Row]:
+    good = 0
+    for number, line in _lines(path, name, problems):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            if good == 0 and (whole := _whole_file(path)) is not None:
+                raise _neither(name, whole) from error
+            problems.bad_row(name, number, f"bad JSON line ({error.msg}, column {error.colno})")
+            continue
+        if isinstance(values, dict):
+            good += 1
+            yield Row(values, name, number)
+        elif good == 0 and not isinstance(values, list):
+            raise _neither(name, f"a line that is {type(values).__name__}")
+        else:
+            problems.bad_row(name, number, f"the line is a JSON {type(values).__name__}, not an object")
+
+
+def _whole_file(path: Path) -> str | None:
+    """What a file holds that is one JSON value over several lines; None where it is not that."""
+    with _open(path) as stream:
+        try:
+            content = json.loads(stream.read().decode("utf-8-sig"))
+        except ValueError:
+            return None
+    if isinstance(content, dict):
+        return f"one JSON object with the keys {', '.join(map(str, list(content)[:8]))}"
+    return f"one JSON {type(content).__name__}"
+
+
+def _neither(name: str, found: str) -> DataError:
+    return DataError(f"{name}: needed is a JSON array of objects, or one object a line; this is {found}")
+
+
+def _read_table(path: Path, name: str, delimiter: str, problems: _Problems) -> Iterator[Row]:
+    lines = list(_lines(path, name, problems))
+    records = _plain_records(lines, delimiter) if delimiter == "\t" else None
+    rows = iter(records) if records is not None else _quoted_records(lines, name, delimiter)
+    number, header = next(rows, (1, []))
+    named = [column for column in header if column]
+    repeated = sorted({column for column in named if named.count(column) > 1})
+    if repeated:
+        raise DataError(f"{name}:{number}: the header names a column twice: {', '.join(repeated)}")
+    for number, cells in rows:
+        if len(cells) > len(header):
+            reason = f"too many fields: {len(cells)}, but the header has {len(header)} ({', '.join(header)})"
+            problems.bad_row(name, number, reason + f"; a text that holds {delimiter!r} must be in quotes")
+            continue
+        yield Row({column: cell for column, cell in zip(header, cells, strict=False) if column}, name, number)
+
+
+def _plain_records(lines: list[tuple[int, str]], delimiter: str) -> list[tuple[int, list[str]]] | None:
+    """The records of a table whose lines all have the header's number of fields when quotes are plain characters.
+
+    A TSV file often holds a bare quotation mark, which a CSV reader would take for the start of a field that spans
+    lines. None where the lines do not agree, so that quotes must mean something.
+    """
+    records = []
+    for number, line in lines:
+        text = line.rstrip("\r\n")
+        if text:
+            records.append((number, [_unquoted(cell) for cell in text.split(delimiter)]))
+    return records if len({len(cells) for _, cells in records}) == 1 else None
+
+
+def _unquoted(cell: str) -> str:
+    inner = cell[1:-1]
+    if len(cell) >= 2 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', ""):
+        return inner.replace('""', '"')
+    return cell
+
+
+def _quoted_records(lines: list[tuple[int, str]], name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the module's limit of 131,072 characters cuts real answers off
+    reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True)
+    while True:
+        start = reader.line_num
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            line = lines[min(start, len(lines) - 1)][0]
+            raise DataError(f"{name}:{line}: bad quotes in the record that begins here ({error})") from error
+        if cells is None:
+            return
+        if cells:
+            yield lines[start][0], cells

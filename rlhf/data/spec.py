@@ -1,0 +1,90 @@
+"""What names a data set, what a row of one is, and the error that data raises."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+FILE_FORMATS = ("json", "jsonl", "csv", "tsv", "parquet")
+
+
+class DataError(ValueError):
+    """Data that cannot be used: names the file, the line and the field where there is one, and what to do."""
+
+
+@dataclass(frozen=True)
+class SkippedRow:
+    """A row left out with `on_bad_row="skip"` (or a tie, which teaches nothing); `field` is the file's column or ""."""
+
+    file: str
+    line: int
+    field: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a data set.
+
+    `line` counts from 1: the line of a text file where the row begins, the element of a JSON array, or the row of a
+    parquet, Arrow or hub table.
+    """
+
+    values: Mapping[str, Any]
+    file: str
+    line: int
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """Where rows are and what their columns mean.
+
+    `path`: a file, a directory, a hub name `org/name`, or `sample:NAME`. `columns`: our name -> the file's column.
+    `format`: a file format (`FILE_FORMATS`) where the suffix does not tell, or a row format
+    (`rlhf.data.formats.ROW_FORMATS`) where the fields do not tell. `weight`: see `mixture.blend`. `split`: of a hub
+    data set or a saved DatasetDict. `category`: of every row. `delimiter`: of a text table, one character.
+    """
+
+    path: str
+    columns: Mapping[str, str] = field(default_factory=dict)
+    format: str | None = None
+    weight: float = 1.0
+    split: str = "train"
+    category: str | None = None
+    delimiter: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> DatasetSpec:
+        """A path, directory, hub name or `sample:NAME` as it is, or a JSON object with the fields of this class."""
+        text = text.strip()
+        if not text:
+            raise DataError("a data set needs a path, a directory, a hub name or `sample:NAME`; nothing was given")
+        if not text.startswith("{"):
+            return cls(path=text)
+        try:
+            given = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise DataError(f"data set {text!r} begins like a JSON object but is not one: {error}") from error
+        valid = [item.name for item in fields(cls)]
+        unknown = sorted(set(given) - set(valid))
+        if unknown:
+            raise DataError(f"data set {text!r}: unknown key {', '.join(unknown)}; valid keys: {', '.join(valid)}")
+        if not isinstance(given.get("path"), str) or not given["path"]:
+            raise DataError(f"data set {text!r} needs `path` (a file, a directory, a hub name or `sample:NAME`)")
+        if given.get("split") is None:
+            given.pop("split", None)
+        for name in ("format", "split", "category", "delimiter"):
+            if given.get(name) is not None and not isinstance(given[name], str):
+                raise DataError(f"data set {text!r}: `{name}` must be a text, not {given[name]!r}")
+        columns = given.get("columns") or {}
+        if not isinstance(columns, dict) or not all(isinstance(column, str) for column in columns.values()):
+            raise DataError(f'data set {text!r}: `columns` must look like {{"prompt": "질문", "response": "답변"}}')
+        weight = given.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise DataError(f"data set {text!r}: `weight` must be a number above 0, not {weight!r}")
+        if given.get("delimiter") is not None and len(given["delimiter"]) != 1:
+            raise DataError(f"data set {text!r}: `delimiter` must be one character, not {given['delimiter']!r}")
+        return cls(**{**given, "columns": columns, "weight": float(weight)})

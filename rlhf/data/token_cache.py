@@ -1,0 +1,162 @@
+"""Tokenised rows kept on disk under a key of everything they depend on.
+
+Rows are stored as flat integer arrays in a safetensors file: loading executes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from rlhf.data.tokenize import Tokenized, TokenReport
+from rlhf.distributed import rank_zero_first
+from rlhf.types import (
+    PreferenceRecord,
+    PromptRecord,
+    RankedRecord,
+    Record,
+    ResponseRecord,
+    TokenizedPrompt,
+    TokenizedRanking,
+    TokenizedResponse,
+)
+
+FORMAT_VERSION = 1
+"""Part of every key; raised when tokenisation or this file format changes meaning."""
+
+MakeRows = Callable[[], tuple[list[Tokenized], TokenReport]]
+
+
+def cached_tokens(
+    *key_parts: str | Iterable[str], cache_dir: Path, make: MakeRows
+) -> tuple[list[Tokenized], TokenReport]:
+    """The rows and report of `make()`, read from `cache_dir` when they are there under the same key.
+
+    `key_parts` are all that the rows depend on: strings, or iterables of strings such as `record_key_parts(...)`.
+    Rank 0 makes and writes the file atomically, other ranks wait for it. Raises ValueError for a damaged file.
+    """
+    path = cache_dir / f"tokens-{_digest(key_parts)}.safetensors"
+
+    def write() -> None:
+        rows, report = make()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            save_file(_to_arrays(rows, report), beside)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+
+    rank_zero_first(path, write)
+    try:
+        return _from_arrays(load_file(path))
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"token cache {path} is damaged ({error}); delete it and run again") from error
+
+
+def record_key_parts(records: Sequence[Record]) -> Iterator[str]:
+    """Everything of each record that its tokens depend on, as text."""
+    for record in records:
+        values: list[Any] = [record.id, record.prompt, str(record.meta.get("category") or "")]
+        if isinstance(record, ResponseRecord):
+            values += ["response", record.response]
+        elif isinstance(record, PreferenceRecord):
+            values += ["pair", record.chosen, record.rejected, record.margin]
+        elif isinstance(record, RankedRecord):
+            values += ["ranked", record.responses, record.ranks]
+        elif isinstance(record, PromptRecord):
+            values += ["prompt"]
+        yield json.dumps(values, ensure_ascii=False)
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """A sha256 of what the tokenizer does: its serialised backend, or its vocabulary, and its special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = json.loads(backend.to_str())
+        content["truncation"] = content["padding"] = None  # traces of earlier calls, no part of the tokenizer
+    else:
+        content = sorted(tokenizer.get_vocab().items())
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    text = json.dumps([type(tokenizer).__name__, content, special], ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _digest(key_parts: Sequence[str | Iterable[str]]) -> str:
+    digest = hashlib.sha256(f"format {FORMAT_VERSION}".encode())
+    for part in key_parts:
+        for text in [part] if isinstance(part, str) else part:
+            encoded = text.encode("utf-8", "surrogatepass")
+            digest.update(f"\n{len(encoded)}:".encode())
+            digest.update(encoded)
+        digest.update(b"\nend of part")
+    return digest.hexdigest()[:32]
+
+
+def _to_arrays(rows: Sequence[Tokenized], report: TokenReport) -> dict[str, np.ndarray]:
+    sequences: list[TokenizedPrompt | TokenizedResponse] = []
+    groups, ranks = [0], list[int]()
+    for row in rows:
+        if isinstance(row, TokenizedRanking):
+            sequences.extend(row.candidates)
+            ranks.extend(row.ranks)
+        else:
+            sequences.append(row)
+        groups.append(len(sequences))
+    lengths = np.array([len(sequence.input_ids) for sequence in sequences], dtype=np.int64)
+    facts = {
+        "kind": type(rows[0]).__name__ if rows else "",
+        "report": report.as_dict(),
+        "ids": [row.id for row in rows],
+        "categories": [row.category for row in rows],
+        "texts": [row.text for row in rows if isinstance(row, TokenizedPrompt)],
+    }
+    return {
+        "tokens": np.array([token for sequence in sequences for token in sequence.input_ids], dtype=np.int32),
+        "offsets": np.concatenate([[0], lengths.cumsum()]).astype(np.int64),
+        "prompt_tokens": np.array(
+            [sequence.prompt_tokens for sequence in sequences if isinstance(sequence, TokenizedResponse)],
+            dtype=np.int32,
+        ),
+        "groups": np.array(groups, dtype=np.int64),
+        "ranks": np.array(ranks, dtype=np.int32),
+        "margins": np.array([row.margin for row in rows if isinstance(row, TokenizedRanking)], dtype=np.float64),
+        "facts": np.frombuffer(json.dumps(facts).encode(), dtype=np.uint8).copy(),
+    }
+
+
+def _from_arrays(arrays: dict[str, np.ndarray]) -> tuple[list[Tokenized], TokenReport]:
+    facts = json.loads(arrays["facts"].tobytes())
+    tokens, offsets = _shared_integers(arrays["tokens"]), arrays["offsets"].tolist()
+    prompt_tokens, groups = arrays["prompt_tokens"].tolist(), arrays["groups"].tolist()
+    ranks, margins = arrays["ranks"].tolist(), arrays["margins"].tolist()
+    rows: list[Tokenized] = []
+    for index, (row_id, category) in enumerate(zip(facts["ids"], facts["categories"], strict=True)):
+        first, last = groups[index], groups[index + 1]
+        sequences = [tuple(tokens[offsets[place] : offsets[place + 1]]) for place in range(first, last)]
+        if facts["kind"] == TokenizedPrompt.__name__:
+            rows.append(TokenizedPrompt(row_id, sequences[0], facts["texts"][index], category))
+            continue
+        responses = tuple(
+            TokenizedResponse(row_id, sequence, prompt_tokens[place], category)
+            for place, sequence in zip(range(first, last), sequences, strict=True)
+        )
+        if facts["kind"] == TokenizedResponse.__name__:
+            rows.append(responses[0])
+        else:
+            rows.append(TokenizedRanking(row_id, responses, tuple(ranks[first:last]), margins[index], category))
+    return rows, TokenReport(**facts["report"])
+
+
+def _shared_integers(tokens: np.ndarray) -> np.ndarray:
+    """Token ids as Python integers, one object per id rather than one per token (a quarter of the memory)."""
+    table = np.arange(int(tokens.max()) + 1 if len(tokens) else 0).astype(object)
+    return table[tokens]

@@ -1,0 +1,26 @@
+"""Training and inference engines over DeepSpeed ZeRO; works in a notebook and under the `deepspeed` launcher."""
+
+from rlhf.engine.batch_plan import BatchPlan
+from rlhf.engine.factory import (
+    build_optimizer,
+    build_schedule,
+    device_of,
+    inference_engine,
+    training_engine,
+    zero3_loading,
+)
+from rlhf.engine.rlhf_engine import RLHFEngine
+from rlhf.engine.zero import compute_dtype, zero_config
+
+__all__ = [
+    "BatchPlan",
+    "RLHFEngine",
+    "build_optimizer",
+    "build_schedule",
+    "compute_dtype",
+    "device_of",
+    "inference_engine",
+    "training_engine",
+    "zero3_loading",
+    "zero_config",
+]

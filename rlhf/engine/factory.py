@@ -1,0 +1,249 @@
+"""Engines: a model, an optimizer and a schedule under DeepSpeed. The only place that names deepspeed.initialize."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from rlhf.config import ConfigError, EngineConfig, OptimizerConfig
+from rlhf.distributed import init_world, logger, world_size
+from rlhf.engine.batch_plan import BatchPlan
+from rlhf.engine.zero import compute_dtype, zero_config
+
+
+def training_engine(
+    model: nn.Module,
+    *,
+    engine: EngineConfig,
+    optimizer: OptimizerConfig,
+    plan: BatchPlan,
+    total_steps: int,
+    learning_rate: float | None = None,
+    gradient_checkpointing: bool = False,
+) -> Any:
+    """A DeepSpeed engine that trains `model`; called like the model, with `backward(loss)` and `step()`.
+
+    `backward` divides by the accumulation steps and DeepSpeed averages over ranks: a loss that is a sum over this
+    micro-batch's tokens, times accumulation_steps * world_size / tokens of the global batch, gives the gradient of
+    the token mean of the global batch. `learning_rate` replaces that of `optimizer`.
+    """
+    import deepspeed
+
+    device = init_world()
+    _check(model, engine, plan)
+    if gradient_checkpointing:
+        # ZeRO-3 frees a block's weights after its forward pass, which the non-reentrant form does not survive
+        model.gradient_checkpointing_enable(  # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": engine.zero_stage == 3}
+        )
+    if engine.zero_stage < 3 and device.type != "cpu" and not _quantized(model):
+        model.to(device)  # before the optimizer, which keeps references to the parameters
+    client = build_optimizer(model, optimizer, learning_rate=learning_rate, offload=engine.offload)
+    wrapped, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=client,
+        lr_scheduler=build_schedule(client, optimizer, total_steps),
+        config=_deepspeed_settings(engine, plan, getattr(model, "config", None)),
+    )
+    return wrapped
+
+
+def inference_engine(model: nn.Module, *, engine: EngineConfig, plan: BatchPlan) -> nn.Module:
+    """`model` frozen and in eval mode: on this rank's device, or under ZeRO-3 partitioned over the ranks."""
+    import deepspeed
+
+    device = init_world()
+    _check(model, engine, plan, trains=False)
+    model.requires_grad_(False)
+    if engine.zero_stage < 3:
+        if not _quantized(model):
+            dtype = compute_dtype(engine.precision)
+            for parameter in model.parameters():  # buffers such as rotary frequencies stay in float32
+                parameter.data = parameter.data.to(device, dtype)
+            model.to(device)
+        return model.eval()
+    wrapped, *_ = deepspeed.initialize(
+        model=model, config=_deepspeed_settings(engine, plan, getattr(model, "config", None), trains=False)
+    )
+    frozen: nn.Module = wrapped
+    return frozen.eval()
+
+
+@contextmanager
+def zero3_loading(engine: EngineConfig, plan: BatchPlan) -> Iterator[None]:
+    """Within the block `from_pretrained` partitions weights over the ranks as it loads them, under ZeRO-3 alone.
+
+    Without it every rank would hold the whole model first.
+    """
+    if engine.zero_stage != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    init_world()
+    # transformers keeps a weak reference: the name must stay until the block ends
+    settings = HfDeepSpeedConfig(_deepspeed_settings(engine, plan, None))
+    try:
+        yield
+    finally:
+        del settings
+        unset_hf_deepspeed_config()
+
+
+def build_optimizer(
+    model: nn.Module, config: OptimizerConfig, *, learning_rate: float | None = None, offload: str = "none"
+) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters; weight decay on matrices only (GPT-3, appendix B; biases and norms none).
+
+    Raises ConfigError when nothing trains.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise ConfigError("the model has no trainable parameter; with a quantised base set lora_rank above 0")
+    matrices = [parameter for parameter in trainable if len(_full_shape(parameter)) >= 2]
+    vectors = [parameter for parameter in trainable if len(_full_shape(parameter)) < 2]
+    groups = [
+        {"params": parameters, "weight_decay": decay}
+        for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        if parameters
+    ]
+    arguments: dict[str, Any] = {
+        "lr": config.learning_rate if learning_rate is None else learning_rate,
+        "betas": tuple(config.adam_betas),
+        "eps": config.adam_eps,
+    }
+    if config.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
+        if offload != "none":
+            raise ConfigError(f"optimizer={config.optimizer} does not go with offload={offload}; use optimizer=adamw")
+        import bitsandbytes as bnb
+
+        kind = bnb.optim.AdamW8bit if config.optimizer == "adamw_8bit" else bnb.optim.PagedAdamW8bit
+        built: torch.optim.Optimizer = kind(groups, **arguments)
+        return built
+    if config.optimizer != "adamw":
+        raise ConfigError(f"optimizer={config.optimizer!r} is not one of adamw, adamw_8bit, paged_adamw_8bit")
+    if offload != "none" and _cpu_adam_builds():
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        offloaded: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **arguments)
+        return offloaded
+    return torch.optim.AdamW(groups, fused=True, **arguments)
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, total_steps: int) -> LambdaLR:
+    """Linear warm-up, then cosine or linear to 0, or constant, over `total_steps` optimizer steps.
+
+    Step k (from 0) of w warm-up steps learns at (k + 1) / w of the peak, so that the first step is not wasted. The
+    decay reaches 0 after the last step: all steps of the run learn, and a step beyond `total_steps` does not.
+    """
+    if total_steps < 1:
+        raise ConfigError(f"total_steps={total_steps} must be at least 1: no batch to train on")
+    warmup = config.warmup_steps if config.warmup_steps > 0 else math.ceil(config.warmup_ratio * total_steps)
+    if warmup >= total_steps and warmup > 1:
+        logger.warning("warm-up of %d steps and a run of %d: the peak learning rate comes late", warmup, total_steps)
+    return LambdaLR(optimizer, learning_rate_factor(config.lr_schedule, warmup, total_steps))
+
+
+def learning_rate_factor(schedule: str, warmup: int, total_steps: int) -> Callable[[int], float]:
+    """Share of the peak learning rate at step k (from 0)."""
+    if schedule not in ("cosine", "linear", "constant"):
+        raise ConfigError(f"lr_schedule={schedule!r} is not one of cosine, linear, constant")
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if schedule == "constant":
+            return 1.0
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def device_of(engine: nn.Module) -> torch.device:
+    """The device an engine or a module computes on."""
+    device = getattr(engine, "device", None)
+    if device is not None:
+        return torch.device(device)
+    return next(engine.parameters()).device
+
+
+def read_deepspeed_config(path: str | None) -> dict[str, Any] | None:
+    """A user's DeepSpeed json file; ConfigError when it is missing or no json object."""
+    if path is None:
+        return None
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"deepspeed_config {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"deepspeed_config {path} is not json: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"deepspeed_config {path} must hold a json object, not a {type(content).__name__}")
+    return content
+
+
+def _deepspeed_settings(
+    engine: EngineConfig, plan: BatchPlan, model_config: Any, *, trains: bool = True
+) -> dict[str, Any]:
+    settings = zero_config(
+        zero_stage=engine.zero_stage,
+        offload=engine.offload,
+        dtype=compute_dtype(engine.precision),
+        plan=plan,
+        max_grad_norm=engine.max_grad_norm,
+        hidden_size=getattr(model_config, "hidden_size", None),
+        user_config=read_deepspeed_config(engine.deepspeed_config),
+    )
+    if not trains:
+        settings["zero_optimization"].pop("offload_optimizer", None)
+    return settings
+
+
+def _check(model: nn.Module, engine: EngineConfig, plan: BatchPlan, *, trains: bool = True) -> None:
+    """ConfigError for a model, an engine and a batch plan that do not go together."""
+    if plan.world_size != world_size():
+        raise ConfigError(f"the batch plan is for {plan.world_size} processes and {world_size()} run")
+    if engine.zero_stage == 3 and _quantized(model):
+        raise ConfigError(
+            "a quantised base does not go with zero_stage=3: quantised weights cannot be partitioned; "
+            "use zero_stage 0, 1 or 2, or quantization=none"
+        )
+    dtype = compute_dtype(engine.precision)
+    if trains and dtype == torch.float32:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.dtype != dtype:
+                raise ConfigError(
+                    f"precision=fp32 and the trainable weight {name} is {parameter.dtype}; load the model with "
+                    f"dtype=compute_dtype(precision)"
+                )
+
+
+def _quantized(model: nn.Module) -> bool:
+    return any(parameter.dtype in (torch.int8, torch.uint8) for parameter in model.parameters())
+
+
+def _full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The shape of a parameter, also where ZeRO-3 has partitioned it."""
+    shape: torch.Size = getattr(parameter, "ds_shape", parameter.shape)
+    return shape
+
+
+def _cpu_adam_builds() -> bool:
+    from deepspeed.ops.op_builder import CPUAdamBuilder
+
+    try:
+        CPUAdamBuilder().load(verbose=False)
+    except Exception as error:  # the builder lets through whatever its compiler and loader raise
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        logger.warning("DeepSpeedCPUAdam cannot be built (%s); offloaded states use torch's AdamW, slower", reason[0])
+        return False
+    return True

@@ -1,0 +1,198 @@
+"""The four models of PPO in one object: actor and critic that train, reference and reward model that do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from rlhf.config import ConfigError, EngineConfig, ModelConfig, OptimizerConfig
+from rlhf.distributed import is_main, logger
+from rlhf.engine.batch_plan import BatchPlan
+from rlhf.engine.factory import inference_engine, training_engine, zero3_loading
+from rlhf.engine.zero import compute_dtype
+from rlhf.models import ScalarModel, adapter_disabled, apply_lora, has_adapter, load_causal_lm
+from rlhf.models.scalar import is_scalar_directory
+
+
+class RLHFEngine:
+    """Holds `actor`, `critic` (training engines), `reference`, `reward` (frozen), and knows which share weights.
+
+    `reference` is None when the actor carries a LoRA adapter: the reference is then the actor with its adapter off.
+    """
+
+    def __init__(
+        self, actor: Any, critic: Any, reference: nn.Module | None, reward: nn.Module, *, ema_decay: float = 0.0
+    ) -> None:
+        if reference is None and not has_adapter(actor):
+            raise ConfigError("a reference is needed: only an actor with a LoRA adapter can be its own")
+        if not 0.0 <= ema_decay < 1.0:
+            raise ConfigError(f"ema_decay={ema_decay} must be at least 0 (off) and below 1")
+        self.actor = actor
+        self.critic = critic
+        self.reference = reference
+        self.reward = reward
+        self.ema_decay = ema_decay
+        self._ema: dict[str, torch.Tensor] = {}
+        if ema_decay > 0:
+            self._visit_trainable(self._start_ema)
+
+    @classmethod
+    def build(
+        cls,
+        actor_model: str | Path,
+        reward_model: str | Path,
+        critic_model: str | Path | None = None,
+        *,
+        model: ModelConfig,
+        engine: EngineConfig,
+        actor_optimizer: OptimizerConfig,
+        critic_learning_rate: float,
+        plan: BatchPlan,
+        total_steps: int,
+        ema_decay: float = 0.0,
+        seed: int = 0,
+    ) -> Self:
+        """All four from directories.
+
+        The critic starts as a copy of the reward model, head included, or from `critic_model`: another reward model
+        or critic, or a causal LM, which gets a new head drawn with `seed`. The reference is the actor as it starts.
+        Frozen copies are not quantised, so the reward model scores as it was saved.
+        """
+        if model.quantization != "none":
+            if model.lora_rank < 1:
+                raise ConfigError(f"quantization={model.quantization} needs lora_rank above 0: its base is frozen")
+            if engine.zero_stage == 3:
+                raise ConfigError(
+                    f"quantization={model.quantization} does not go with zero_stage=3: quantised weights cannot be "
+                    f"partitioned; use zero_stage 0, 1 or 2, or quantization=none"
+                )
+        options: dict[str, Any] = {
+            "dtype": compute_dtype(engine.precision),
+            "attn_implementation": model.attn_implementation,
+            "trust_remote_code": model.trust_remote_code,
+        }
+        if model.model_dropout or model.lora_dropout:
+            logger.info("PPO: dropout is off (with it the ratio would not start at 1), whatever the configuration says")
+        training = {**options, "quantization": model.quantization, "dropout": 0.0}
+        critic_path = reward_model if critic_model is None else critic_model
+        with zero3_loading(engine, plan):
+            actor: nn.Module = load_causal_lm(actor_model, **training)
+            reference = None if model.lora_rank else load_causal_lm(actor_model, **options)
+            reward = ScalarModel.from_pretrained(reward_model, **options)
+            if is_scalar_directory(critic_path):
+                critic: nn.Module = ScalarModel.from_pretrained(critic_path, **training)
+            else:
+                critic = ScalarModel.from_base(critic_path, seed=seed, **training)
+        if model.lora_rank:
+            actor, critic = _with_lora(actor, model), _with_lora(critic, model)
+        shared: dict[str, Any] = {
+            "engine": engine,
+            "plan": plan,
+            "total_steps": total_steps,
+            "gradient_checkpointing": model.gradient_checkpointing,
+        }
+        return cls(
+            training_engine(actor, optimizer=actor_optimizer, **shared),
+            training_engine(critic, optimizer=replace(actor_optimizer, learning_rate=critic_learning_rate), **shared),
+            None if reference is None else inference_engine(reference, engine=engine, plan=plan),
+            inference_engine(reward, engine=engine, plan=plan),
+            ema_decay=ema_decay,
+        )
+
+    @contextmanager
+    def reference_model(self) -> Iterator[Any]:
+        """Yield the model that reference log-probabilities are computed with; it must not train in the block."""
+        if self.reference is not None:
+            yield self.reference
+            return
+        with adapter_disabled(self.actor):
+            yield self.actor
+
+    def train(self) -> None:
+        """Actor and critic in training mode (dropout on where there is any)."""
+        self.actor.train()
+        self.critic.train()
+
+    def eval(self) -> None:
+        """Every model in evaluation mode."""
+        for module in self._modules():
+            module.eval()
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Every model in evaluation mode within the block; each of their modules has its mode back after it."""
+        modes = [(part, part.training) for module in self._modules() for part in module.modules()]
+        self.eval()
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
+
+    @contextmanager
+    def updating(self, engine: Any) -> Iterator[None]:
+        """`engine` in training mode within the block (gradient checkpointing needs it), as it was after it."""
+        modes = [(part, part.training) for part in engine.modules()]
+        engine.train()
+        try:
+            yield
+        finally:
+            for part, training in modes:
+                part.training = training
+
+    def update_ema(self) -> None:
+        """Move the averaged actor: average = decay * average + (1 - decay) * weights. A collective under ZeRO-3."""
+        if self.ema_decay <= 0:
+            raise ConfigError("update_ema needs ema_decay above 0")
+        self._visit_trainable(self._average)
+
+    def ema_state_dict(self) -> dict[str, torch.Tensor]:
+        """The averaged trainable weights in float32 by name, on rank 0 ({} on the others)."""
+        return dict(self._ema)
+
+    def load_ema_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Take up an average again (rank 0; the others pass {}). Raises ValueError when the names differ."""
+        if is_main() and state.keys() != self._ema.keys():
+            raise ValueError(
+                f"the averaged actor has {len(self._ema)} weights and the state {len(state)}; "
+                f"differing: {', '.join(sorted(state.keys() ^ self._ema.keys())[:4])}"
+            )
+        self._ema = {name: tensor.float().clone() for name, tensor in state.items()} if is_main() else {}
+
+    def _modules(self) -> list[nn.Module]:
+        return [module for module in (self.actor, self.critic, self.reference, self.reward) if module is not None]
+
+    def _start_ema(self, name: str, weight: torch.Tensor) -> None:
+        self._ema[name] = weight.clone()
+
+    def _average(self, name: str, weight: torch.Tensor) -> None:
+        self._ema[name].lerp_(weight, 1.0 - self.ema_decay)
+
+    @torch.no_grad()
+    def _visit_trainable(self, visit: Any) -> None:
+        """Call `visit(name, float32 copy on the CPU)` on rank 0 for each trainable weight of the actor."""
+        import deepspeed
+
+        for name, parameter in self.actor.module.named_parameters():
+            if parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    if is_main():
+                        visit(name, parameter.detach().to("cpu", torch.float32))
+
+
+def _with_lora(module: nn.Module, model: ModelConfig) -> nn.Module:
+    return apply_lora(
+        module,
+        rank=model.lora_rank,
+        alpha=model.lora_alpha,
+        dropout=0.0,
+        targets=model.lora_targets,
+        quantized=model.quantization != "none",
+        gradient_checkpointing=model.gradient_checkpointing,
+    )

@@ -1,0 +1,133 @@
+"""A base model with one number per position: the reward model and the critic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from rlhf.config import ConfigError
+from rlhf.forward import model_arguments
+from rlhf.models.loading import SCALAR_HEAD_FILE, load_backbone
+
+
+class ScalarHead(nn.Linear):
+    """A linear layer to one number, computed in float32 whatever the dtype of its input and weights.
+
+    Weights ~ N(0, 1/sqrt(hidden + 1)) (the second argument is the standard deviation), bias 0: Stiennon et al. 2020;
+    Huang et al., "The N implementation details of RLHF with PPO".
+    """
+
+    def __init__(self, hidden_size: int, *, seed: int) -> None:
+        super().__init__(hidden_size, 1)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.weight.copy_(torch.randn(1, hidden_size, generator=generator) / (hidden_size + 1) ** 0.5)
+            self.bias.zero_()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [B, L, H] -> [B, L, 1] float32."""
+        return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
+
+
+class ScalarModel(nn.Module):
+    """`backbone` (no language-modelling head) and a scalar `head`; a reward model normalises what the head says."""
+
+    score_mean: torch.Tensor
+    score_std: torch.Tensor
+
+    def __init__(self, backbone: Any, *, seed: int = 0) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = ScalarHead(_hidden_size(backbone.config), seed=seed).to(backbone.device)
+        for name, value in (("score_mean", 0.0), ("score_std", 1.0)):
+            self.register_buffer(name, torch.tensor(value, device=backbone.device))
+
+    @classmethod
+    def from_base(cls, path: str | Path, *, dtype: torch.dtype, seed: int = 0, **options: Any) -> ScalarModel:
+        """A new head on the base of a causal LM directory (or adapter directory); `options` as `load_causal_lm`."""
+        return cls(load_backbone(path, dtype=dtype, **options), seed=seed)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype, **options: Any) -> ScalarModel:
+        """A saved reward model or critic: the same scores, bit for bit, as when it was saved.
+
+        `options` as `load_causal_lm`. Raises ConfigError when `path` holds no scalar head.
+        """
+        file = Path(path) / SCALAR_HEAD_FILE
+        if not file.is_file():
+            raise ConfigError(
+                f"{path} is not a reward model: {SCALAR_HEAD_FILE} is not there; make one with step2_reward"
+            )
+        model = cls(load_backbone(path, dtype=dtype, **options))
+        model.load_head(load_file(file))
+        return model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Values [B, L] float32 of rows padded on either side; those at padding mean nothing."""
+        arguments = model_arguments(self.backbone, attention_mask, use_cache=False)
+        hidden = self.backbone(input_ids=input_ids, **arguments).last_hidden_state
+        values: torch.Tensor = self.head(hidden).squeeze(-1)
+        return values
+
+    def normalise(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B] with mean 0 and variance 1 on the responses that `set_normalisation` measured."""
+        return (scores.float() - self.score_mean) / self.score_std
+
+    def set_normalisation(self, mean: float, std: float) -> None:
+        """Set what `normalise` subtracts and divides by. Raises ValueError for a `std` that is not above 0."""
+        if not std > 0:
+            raise ValueError(f"score_std={std} must be above 0: the reward model says the same of every response")
+        self.score_mean.fill_(mean)
+        self.score_std.fill_(std)
+
+    def load_head(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Set head and normalisation from the tensors of a scalar head file."""
+        if tensors["weight"].shape != self.head.weight.shape:
+            raise ConfigError(
+                f"{SCALAR_HEAD_FILE} has a head for hidden size {tensors['weight'].shape[1]} and the backbone has "
+                f"{self.head.weight.shape[1]}; the directory mixes two models"
+            )
+        with torch.no_grad():
+            self.head.weight.copy_(tensors["weight"])
+            self.head.bias.copy_(tensors["bias"])
+        self.score_mean.copy_(tensors["score_mean"])
+        self.score_std.copy_(tensors["score_std"])
+
+    def save_head(self, directory: Path, state: dict[str, torch.Tensor]) -> None:
+        """Write the scalar head file from the state dict `state` of this model."""
+        tensors = {
+            "weight": state["head.weight"],
+            "bias": state["head.bias"],
+            "score_mean": self.score_mean.float(),
+            "score_std": self.score_std.float(),
+        }
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                  directory / SCALAR_HEAD_FILE, metadata={"format": "pt"})  # fmt: skip
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the backbone."""
+        return self.backbone.config
+
+    def gradient_checkpointing_enable(self, **arguments: Any) -> None:
+        """Recompute the backbone's activations in the backward pass."""
+        self.backbone.gradient_checkpointing_enable(**arguments)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep the backbone's activations again."""
+        self.backbone.gradient_checkpointing_disable()
+
+
+def is_scalar_directory(path: str | Path) -> bool:
+    """True for the directory of a saved reward model or critic."""
+    return (Path(path) / SCALAR_HEAD_FILE).is_file()
+
+
+def _hidden_size(config: Any) -> int:
+    config = config.get_text_config()
+    # OPT-350m projects its hidden states to another width before the language-modelling head
+    return int(getattr(config, "word_embed_proj_dim", None) or config.hidden_size)

@@ -1,0 +1,196 @@
+"""The embedded base model: a byte-level BPE tokenizer and a small GPT-NeoX, trained on the spot.
+
+It stands in for Polyglot-ko where none can be downloaded: the same architecture, end-of-sequence text and spare
+vocabulary rows, small enough that a CPU pre-trains it in about a minute.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from rlhf.distributed import logger, rank_zero_first
+
+EOS_TEXT = "<|endoftext|>"
+PAD_TEXT = "<|pad|>"
+VOCABULARY_MULTIPLE = 64
+
+
+@dataclass(frozen=True)
+class TinyRecipe:
+    """Every constant of the tiny base; a changed one makes another model under another name."""
+
+    version: int = 1
+    vocabulary_size: int = 3000
+    hidden_size: int = 192
+    layers: int = 4
+    heads: int = 4
+    intermediate_size: int = 768
+    rotary_share: float = 0.25
+    max_positions: int = 512
+    row_tokens: int = 128
+    rows_per_step: int = 8
+    steps: int = 500
+    learning_rate: float = 2e-3
+    warmup_steps: int = 25
+    weight_decay: float = 0.1
+    max_grad_norm: float = 1.0
+    threads: int = 2
+
+
+def build_tiny_base(
+    texts: Sequence[str],
+    cache_dir: Path,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    recipe: TinyRecipe | None = None,
+) -> Path:
+    """The directory of the tiny base trained on `texts`, in the Hugging Face layout; trained first if it is not there.
+
+    The same texts, seed and recipe give the same bytes on one machine. Rank 0 trains, other ranks wait.
+    Raises ValueError when the texts make less than one row of tokens.
+    """
+    recipe = recipe or TinyRecipe()
+    content = json.dumps([list(texts), asdict(recipe), seed], ensure_ascii=False)
+    path = cache_dir / f"tiny_base-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+    def make() -> None:
+        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            _train_and_save(texts, beside, recipe, seed, progress)
+            os.rename(beside, path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+
+    rank_zero_first(path, make)
+    return path
+
+
+def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of at most `vocabulary_size` tokens with an end of sequence and a separate padding."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size,
+        special_tokens=[EOS_TEXT, PAD_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS_TEXT, pad_token=PAD_TEXT)
+
+
+def _train_and_save(texts: Sequence[str], directory: Path, recipe: TinyRecipe, seed: int, progress: bool) -> None:
+    tokenizer = train_tokenizer(texts, recipe.vocabulary_size)
+    tokenizer.model_max_length = recipe.max_positions
+    documents = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+    tokens = sum(len(document) for document in documents)
+    if tokens < recipe.row_tokens:
+        raise ValueError(
+            f"the corpus of the tiny base has {tokens} tokens; it needs at least one row of {recipe.row_tokens}"
+        )
+    with _own_random_state(seed, recipe.threads):
+        model = GPTNeoXForCausalLM(_model_config(recipe, tokenizer))
+        losses = _train(model, documents, recipe, progress)
+    logger.info(
+        f"tiny base: {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f}M weights, {len(texts)} texts, "
+        f"{tokens} tokens; loss {losses[0]:.2f} -> {sum(losses[-20:]) / len(losses[-20:]):.2f}"
+    )
+    model.eval()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _model_config(recipe: TinyRecipe, tokenizer: PreTrainedTokenizerFast) -> GPTNeoXConfig:
+    return GPTNeoXConfig(
+        # more rows than tokens, as in Polyglot-ko, so that nothing downstream may confuse the two numbers
+        vocab_size=(len(tokenizer) // VOCABULARY_MULTIPLE + 1) * VOCABULARY_MULTIPLE,
+        hidden_size=recipe.hidden_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        intermediate_size=recipe.intermediate_size,
+        max_position_embeddings=recipe.max_positions,
+        rope_parameters={
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": recipe.rotary_share,
+        },
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+
+
+def _train(
+    model: GPTNeoXForCausalLM, documents: Sequence[Sequence[int]], recipe: TinyRecipe, progress: bool
+) -> list[float]:
+    """Causal language modelling on packed rows; returns the loss of every step."""
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    others = [weight for weight in model.parameters() if weight.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=recipe.learning_rate,
+        betas=(0.9, 0.95),
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, recipe))
+    rows = _packed_rows(documents, recipe)
+    model.train()
+    losses = []
+    bar = tqdm(range(recipe.steps), desc="train the tiny base model", unit="step", disable=not progress)
+    for _ in bar:
+        input_ids = torch.tensor([next(rows) for _ in range(recipe.rows_per_step)])
+        loss = model(input_ids=input_ids, labels=input_ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+        bar.set_postfix(loss=f"{losses[-1]:.2f}", refresh=False)
+    return losses
+
+
+def _packed_rows(documents: Sequence[Sequence[int]], recipe: TinyRecipe) -> Iterator[list[int]]:
+    """Rows of `row_tokens` tokens without end, cut from the documents in a new order each pass."""
+    buffer: list[int] = []
+    while True:
+        for index in torch.randperm(len(documents)).tolist():
+            buffer.extend(documents[index])
+            while len(buffer) >= recipe.row_tokens:
+                yield buffer[: recipe.row_tokens]
+                del buffer[: recipe.row_tokens]
+
+
+def _learning_rate_factor(step: int, recipe: TinyRecipe) -> float:
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+@contextmanager
+def _own_random_state(seed: int, threads: int) -> Iterator[None]:
+    """Seeded, and on as many threads as the recipe says: sums depend on it, and waiting ranks need none."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(threads, os.cpu_count() or 1))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,136 @@
+"""Score rollouts: log-probabilities, values and reward-model scores of whole sequences."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlhf.forward import forward_logits
+from rlhf.ops import entropy_from_logits, logprobs_from_logits, score_last
+from rlhf.types import Rollout
+
+
+def full_sequence(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompt and response side by side: ids and mask [B, P + T]."""
+    ids = torch.cat([rollout.prompt_ids, rollout.response_ids], dim=1)
+    mask = torch.cat([rollout.prompt_mask.bool(), rollout.response_mask.bool()], dim=1)
+    return ids, mask
+
+
+def response_logits(model: nn.Module, rollout: Rollout) -> torch.Tensor:
+    """Logits [B, T, V] of the distributions each response token was drawn from (before temperature)."""
+    ids, mask = full_sequence(rollout)
+    return forward_logits(model, ids, mask, last=rollout.response_ids.shape[1] + 1)[:, :-1]
+
+
+def response_logprobs(model: nn.Module, rollout: Rollout, temperature: float) -> torch.Tensor:
+    """log pi(response_t | all before it) at `temperature`: [B, T] float32."""
+    return logprobs_from_logits(response_logits(model, rollout), rollout.response_ids, temperature)
+
+
+def response_logprobs_and_entropy(
+    model: nn.Module, rollout: Rollout, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies of the response positions: [B, T] each, float32."""
+    logits = response_logits(model, rollout)
+    return (
+        logprobs_from_logits(logits, rollout.response_ids, temperature),
+        entropy_from_logits(logits, temperature),
+    )
+
+
+def response_values(critic: nn.Module, rollout: Rollout) -> torch.Tensor:
+    """V of the state before emitting response_t: [B, T] float32."""
+    ids, mask = full_sequence(rollout)
+    values = critic(ids, mask)
+    prompt_tokens = rollout.prompt_ids.shape[1]
+    return values[:, prompt_tokens - 1 : -1]
+
+
+class RewardScorer:
+    """Normalised reward-model scores of rollouts, also where the reward model has another tokenizer.
+
+    With the actor's tokenizer the ids go in as they are. With another one the text is decoded and encoded again,
+    and the reward model's own end-of-sequence token stands for the actor's.
+    """
+
+    def __init__(
+        self, reward: Any, reward_tokenizer: Any, actor_tokenizer: Any, *, max_tokens: int | None = None
+    ) -> None:
+        self.reward = reward
+        self.reward_tokenizer = reward_tokenizer
+        self.actor_tokenizer = actor_tokenizer
+        self.max_tokens = max_tokens
+        self.same_tokenizer = same_vocabulary(reward_tokenizer, actor_tokenizer)
+
+    @torch.no_grad()
+    def __call__(self, rollout: Rollout, prompt_texts: list[str]) -> torch.Tensor:
+        """Scores [B] float32, mean 0 and variance 1 on the reward model's reference responses.
+
+        `prompt_texts` are the prompts as they were before tokenisation.
+        """
+        ids, mask = full_sequence(rollout) if self.same_tokenizer else self._encode_again(rollout, prompt_texts)
+        scores = score_last(self.reward(ids, mask), mask)
+        module = getattr(self.reward, "module", self.reward)
+        return module.normalise(scores).float()
+
+    def _encode_again(self, rollout: Rollout, prompt_texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        from rlhf.data import encode_prompt_and_response
+
+        rows = []
+        eos = self.actor_tokenizer.eos_token_id
+        for prompt, ids, mask in zip(prompt_texts, rollout.response_ids, rollout.response_mask, strict=True):
+            tokens = ids[mask.bool()].tolist()
+            ended = bool(tokens) and tokens[-1] == eos
+            response = self.actor_tokenizer.decode(tokens, skip_special_tokens=True)
+            encoded = encode_prompt_and_response(self.reward_tokenizer, prompt, response, append_eos=ended)
+            rows.append(encoded[-self.max_tokens :] if self.max_tokens else encoded)
+        longest = max(len(row) for row in rows)
+        device = rollout.response_ids.device
+        ids = torch.full((len(rows), longest), self.reward_tokenizer.pad_token_id, device=device)
+        mask = torch.zeros(len(rows), longest, dtype=torch.bool, device=device)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row, device=device)
+            mask[index, : len(row)] = True
+        return ids, mask
+
+
+def same_vocabulary(first: Any, second: Any) -> bool:
+    """True when two tokenizers give the same ids: same vocabulary, same end-of-sequence token."""
+    return first.get_vocab() == second.get_vocab() and first.eos_token_id == second.eos_token_id
+
+
+def trim(rollout: Rollout) -> tuple[Rollout, slice]:
+    """Drop columns that are padding in every row; returns the slice of response columns that is left."""
+    prompt_tokens = int(rollout.prompt_mask.sum(-1).max())
+    response_tokens = max(1, int(rollout.response_mask.sum(-1).max()))
+    columns = slice(0, response_tokens)
+    start = rollout.prompt_ids.shape[1] - prompt_tokens
+    return (
+        Rollout(
+            prompt_ids=rollout.prompt_ids[:, start:],
+            prompt_mask=rollout.prompt_mask[:, start:],
+            response_ids=rollout.response_ids[:, columns],
+            response_mask=rollout.response_mask[:, columns],
+            logprobs=rollout.logprobs[:, columns],
+        ),
+        columns,
+    )
+
+
+def pad_response(rollout: Rollout, tokens: int, pad_token_id: int) -> Rollout:
+    """Right-pad the response fields to `tokens` columns (so that rollouts of several ranks fit together)."""
+    missing = tokens - rollout.response_ids.shape[1]
+
+    def widen(tensor: torch.Tensor, value: float) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (0, missing), value=value)
+
+    return Rollout(
+        prompt_ids=rollout.prompt_ids,
+        prompt_mask=rollout.prompt_mask,
+        response_ids=widen(rollout.response_ids, pad_token_id),
+        response_mask=widen(rollout.response_mask, False),
+        logprobs=widen(rollout.logprobs, 0.0),
+    )

@@ -1,0 +1,112 @@
+"""Step 2: the reward model, from preference pairs and rankings.
+
+deepspeed step2_reward/main.py [--config FILE] [--field value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rlhf.algorithms.reward import RewardTrainer
+from rlhf.checkpoint import check_writable, export_scalar_model
+from rlhf.config import save_config
+from rlhf.data import load_stage_data
+from rlhf.distributed import init_world, is_main, seed_everything, setup_logging, world_size
+from rlhf.engine import BatchPlan, compute_dtype, training_engine, zero3_loading
+from rlhf.metrics import write_json
+from rlhf.models import ScalarModel, apply_lora, load_tokenizer
+from rlhf.stages import parse_stage, resolve_base_model
+from rlhf.trainer import write_result
+
+
+def main(argv: list[str] | None = None) -> dict:
+    started = time.perf_counter()
+    configs = parse_stage("reward", argv)
+    run, model_config, engine_config, optimizer_config, batch, data_config, config = configs
+    init_world()
+    setup_logging()
+    directory = Path(run.output_dir) / "reward"
+    check_writable(directory)
+    seed_everything(run.seed)
+    plan = BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size())
+    base_model = resolve_base_model(model_config.base_model, Path(run.cache_dir))
+
+    tokenizer = load_tokenizer(base_model, trust_remote_code=model_config.trust_remote_code)
+    data = load_stage_data(
+        "comparison",
+        data_config.preference_data,
+        data_config.preference_eval_data,
+        config=data_config,
+        stage="reward",
+        tokenizer=tokenizer,
+        seed=run.seed,
+        cache_dir=Path(run.cache_dir),
+        report_dir=directory,
+    )
+    with zero3_loading(engine_config, plan):
+        model = ScalarModel.from_base(
+            base_model,
+            dtype=compute_dtype(engine_config.precision),
+            attn_implementation=model_config.attn_implementation,
+            quantization=model_config.quantization,
+            trust_remote_code=model_config.trust_remote_code,
+            dropout=model_config.model_dropout,
+            seed=run.seed,
+        )
+    if model_config.lora_rank:
+        model = apply_lora(
+            model,
+            rank=model_config.lora_rank,
+            alpha=model_config.lora_alpha,
+            dropout=model_config.lora_dropout,
+            targets=model_config.lora_targets,
+            quantized=model_config.quantization != "none",
+            gradient_checkpointing=model_config.gradient_checkpointing,
+        )
+
+    def export() -> None:
+        trainer.engine.module.set_normalisation(*trainer.calibrate())
+        export_scalar_model(trainer.engine, tokenizer, directory / "model")
+
+    trainer = RewardTrainer(
+        None,
+        data.train,
+        data.evaluation,
+        plan=plan,
+        batch=batch,
+        run=run,
+        directory=directory,
+        config=config,
+        pad_token_id=tokenizer.pad_token_id,
+        export=export,
+    )
+    trainer.engine = training_engine(
+        model,
+        engine=engine_config,
+        optimizer=optimizer_config,
+        plan=plan,
+        total_steps=trainer.total_steps,
+        gradient_checkpointing=model_config.gradient_checkpointing,
+    )
+    outcome = trainer.fit()
+    after = outcome["after"]
+    result = {
+        "accuracy": after.get("eval_accuracy"),
+        "length_baseline_accuracy": after.get("eval_length_baseline_accuracy"),
+        "accuracy_by_category": {name: entry["accuracy"] for name, entry in after.get("by_category", {}).items()},
+        "mean_margin": after.get("eval_margin"),
+        "best_step": outcome["best_step"],
+    }
+    write_json(directory / "evaluation.json", after)
+    write_result(directory, result, seconds=time.perf_counter() - started, seed=run.seed)
+    if is_main():
+        save_config(directory / "config.yaml", configs)
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Step 3: PPO with actor, critic, reference and reward.
+
+deepspeed step3_ppo/main.py [--config FILE] [--field value ...]
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from rlhf.algorithms.ppo import PPOTrainer, ppo_optimizer_steps
+from rlhf.checkpoint import check_writable, export_causal_lm, export_scalar_model
+from rlhf.config import save_config
+from rlhf.data import load_stage_data
+from rlhf.distributed import init_world, is_main, seed_everything, setup_logging, world_size
+from rlhf.engine import BatchPlan, RLHFEngine
+from rlhf.metrics import write_json
+from rlhf.models import load_tokenizer
+from rlhf.scoring import RewardScorer, same_vocabulary
+from rlhf.stages import find_stage_model, paired_samples, parse_stage
+from rlhf.trainer import write_result
+
+
+def main(argv: list[str] | None = None) -> dict:
+    started = time.perf_counter()
+    configs = parse_stage("ppo", argv)
+    run, model_config, engine_config, optimizer_config, batch, data_config, config = configs
+    actor_model = find_stage_model(config.actor_model, "actor_model", run.output_dir, "sft")
+    reward_model = find_stage_model(config.reward_model, "reward_model", run.output_dir, "reward")
+    init_world()
+    setup_logging()
+    directory = Path(run.output_dir) / "ppo"
+    check_writable(directory)
+    seed_everything(run.seed)
+    plan = BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size())
+
+    tokenizer = load_tokenizer(actor_model, trust_remote_code=model_config.trust_remote_code)
+    reward_tokenizer = load_tokenizer(reward_model, trust_remote_code=model_config.trust_remote_code)
+    shared = dict(
+        config=data_config, tokenizer=tokenizer, seed=run.seed, cache_dir=Path(run.cache_dir), report_dir=directory
+    )
+    prompts = load_stage_data("prompt", data_config.prompt_data, data_config.prompt_eval_data, stage="ppo", **shared)
+    ptx = []
+    if config.ptx_coef > 0 and data_config.ptx_data:
+        ptx = load_stage_data("response", data_config.ptx_data, [], stage="sft", **shared).train
+    # a critic reads the actor's tokens: a reward model of another tokenizer cannot lend it its weights
+    critic_model = config.critic_model or (
+        reward_model if same_vocabulary(reward_tokenizer, tokenizer) else actor_model
+    )
+    engine = RLHFEngine.build(
+        actor_model,
+        reward_model,
+        critic_model,
+        model=model_config,
+        engine=engine_config,
+        actor_optimizer=optimizer_config,
+        critic_learning_rate=optimizer_config.critic_learning_rate,
+        plan=plan,
+        total_steps=ppo_optimizer_steps(batch, plan, len(prompts.train)),
+        ema_decay=config.ema_decay,
+        seed=run.seed,
+    )
+
+    def export() -> None:
+        export_causal_lm(engine.actor, tokenizer, directory / "actor")
+        export_scalar_model(engine.critic, tokenizer, directory / "critic")
+        if config.ema_decay > 0:
+            export_causal_lm(engine.actor, tokenizer, directory / "actor_ema", state_dict=engine.ema_state_dict())
+
+    trainer = PPOTrainer(
+        engine,
+        prompts.train,
+        prompts.evaluation,
+        tokenizer=tokenizer,
+        scorer=RewardScorer(engine.reward, reward_tokenizer, tokenizer),
+        plan=plan,
+        batch=batch,
+        config=config,
+        run=run,
+        directory=directory,
+        max_response_tokens=data_config.max_response_tokens,
+        synchronised=engine_config.zero_stage == 3,
+        export=export,
+        ptx=ptx,
+    )
+    outcome = trainer.fit()
+    before, after = outcome["before"], outcome["after"]
+    result = {
+        "score_before": before.get("score"),
+        "score_after": after.get("score"),
+        "score_std_before": before.get("score_std"),
+        "kl_per_token": after.get("kl_per_token"),
+        "eos_rate_before": before.get("eos_rate"),
+        "eos_rate_after": after.get("eos_rate"),
+        "mean_response_tokens_before": before.get("response_tokens"),
+        "mean_response_tokens_after": after.get("response_tokens"),
+    }
+    samples = paired_samples(before.get("samples", []), after.get("samples", []))
+    write_json(directory / "samples.json", {"samples": samples})
+    write_result(directory, {**result, "samples": samples}, seconds=time.perf_counter() - started, seed=run.seed)
+    if is_main():
+        save_config(directory / "config.yaml", configs)
+    return result
+
+
+if __name__ == "__main__":
+    main()

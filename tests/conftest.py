@@ -1,0 +1,43 @@
+"""Fixtures: tiny random models of six architectures, their tokenizer, and ragged rows of token ids."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from tests.tiny_models import ARCHITECTURES, TOKENS, make_tokenizer, save_tiny_model
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """See `make_tokenizer`."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> dict[str, Path]:
+    """One causal LM directory per architecture. Tests must not write into them."""
+    root = tmp_path_factory.mktemp("tiny")
+    return {name: save_tiny_model(root / name, name, tokenizer) for name in ARCHITECTURES}
+
+
+@pytest.fixture()
+def ragged() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same four rows right- and left-padded with 0 (which is eos): ids, mask, ids, mask, each [4, 9]."""
+    generator = torch.Generator().manual_seed(5)
+    right_ids, right_mask = torch.zeros(4, 9, dtype=torch.long), torch.zeros(4, 9, dtype=torch.bool)
+    left_ids, left_mask = right_ids.clone(), right_mask.clone()
+    for row, length in enumerate((9, 6, 3, 1)):
+        tokens = torch.randint(1, TOKENS, (length,), generator=generator)
+        if length > 3:
+            tokens[-1] = 0  # ends in eos, the same id as padding
+        right_ids[row, :length], right_mask[row, :length] = tokens, True
+        left_ids[row, 9 - length :], left_mask[row, 9 - length :] = tokens, True
+    return right_ids, right_mask, left_ids, left_mask

@@ -1,0 +1,117 @@
+"""Metrics: sums and counts are added, divided once, over micro-batches and ranks; written by rank 0."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from rlhf.config import RunConfig
+from rlhf.metrics import MeanMeter, MetricsWriter, write_json
+from tests.launch import run_ranks
+
+QUIET = RunConfig(tensorboard=False)
+
+
+def test_micro_batches_weigh_by_their_counts():
+    meter = MeanMeter()
+    meter.add({"loss": torch.tensor(6.0), "accuracy": 1.0}, 3)
+    meter.add({"loss": 4.0}, torch.tensor(1.0))
+    meter.add({"accuracy": 0.0}, 1)
+    assert meter.means() == {"loss": 10 / 4, "accuracy": 1 / 4}  # not (2 + 4) / 2
+
+
+def test_means_start_anew_and_nothing_gives_nothing():
+    meter = MeanMeter()
+    assert meter.means() == {}
+    meter.add({"loss": 5.0}, 1)
+    assert meter.means() == {"loss": 5.0}
+    assert meter.means() == {}
+    meter.add({"loss": 1.0}, 1)
+    assert meter.means() == {"loss": 1.0}
+
+
+def test_a_count_of_zero_is_nan_not_a_crash():
+    meter = MeanMeter()
+    meter.add({"loss": 0.0}, 0)
+    assert math.isnan(meter.means()["loss"])
+
+
+def test_sums_are_kept_in_float64_and_without_a_graph():
+    meter = MeanMeter()
+    weight = torch.ones((), requires_grad=True)
+    for _ in range(1000):
+        meter.add({"loss": weight * 1e8 + 1}, 1)
+    assert meter.means()["loss"] == pytest.approx(float(torch.tensor(1e8) + 1), rel=1e-12)
+    meter.add({"x": 2.0**53}, 1)
+    meter.add({"x": 1.0}, 1)
+    meter.add({"x": 1.0}, 0)
+    assert meter.means()["x"] == (2.0**53 + 2) / 2 or meter.means() == {}
+
+
+TWO_RANKS = """
+import json, sys
+import torch
+from rlhf.distributed import init_world, rank
+from rlhf.metrics import MeanMeter, MetricsWriter
+from rlhf.config import RunConfig
+from pathlib import Path
+
+init_world()
+meter = MeanMeter()
+meter.add({"loss": [6.0, 4.0][rank()], "kl": [1.0, 0.0][rank()]}, [3, 1][rank()])
+means = meter.means()
+directory = Path(sys.argv[-1]) / f"rank{rank()}"
+writer = MetricsWriter(directory, RunConfig(tensorboard=False), stage="sft")
+writer.write(1, means)
+writer.close()
+print("MEANS", rank(), json.dumps(means), directory.exists(), flush=True)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_ranks_get_the_mean_over_both_and_only_the_first_writes(tmp_path):
+    done = run_ranks(TWO_RANKS, 2, tmp_path, [str(tmp_path)])
+    assert done.returncode == 0, done.stdout
+    lines = sorted(line[line.index("MEANS") :] for line in done.stdout.splitlines() if "MEANS" in line)
+    assert [line.split(" ", 2)[1] for line in lines] == ["0", "1"]
+    for line, written in zip(lines, (True, False), strict=True):
+        means, exists = line.split(" ", 2)[2].rsplit(" ", 1)
+        assert json.loads(means) == {"loss": 10 / 4, "kl": 1 / 4}
+        assert exists == str(written)
+
+
+def test_one_line_of_json_per_step(tmp_path):
+    writer = MetricsWriter(tmp_path / "run", QUIET, stage="sft")
+    writer.write(1, {"loss": 2.5})
+    writer.write(10, {"loss": 1.5, "kl": 0.25})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line.pop("seconds") >= 0 for line in lines] == [True, True]
+    assert lines == [{"step": 1, "loss": 2.5}, {"step": 10, "loss": 1.5, "kl": 0.25}]  # on disk before close
+    writer.close()
+
+
+def test_tensorboard_events_hold_every_value(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(tmp_path, RunConfig(tensorboard=True), stage="sft")
+    writer.write(3, {"loss": 0.5})
+    writer.write(4, {"loss": 0.25})
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5), (4, 0.25)]
+
+
+def test_wandb_without_the_package_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it now fails as if it were not installed
+    with pytest.raises(ImportError, match="wandb_project='p'.*pip install wandb"):
+        MetricsWriter(tmp_path, RunConfig(tensorboard=False, wandb_project="p"), stage="sft")
+
+
+def test_json_files_keep_korean_readable(tmp_path):
+    path = tmp_path / "a" / "result.json"
+    write_json(path, {"답": [1, "가"]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"답": [1, "가"]}
+    assert "가" in path.read_text(encoding="utf-8")

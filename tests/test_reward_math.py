@@ -1,0 +1,160 @@
+"""The reward model's losses and metrics against brute force, tables worked by hand, and TRL's own loss."""
+
+import itertools
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlhf.algorithms.reward import (
+    ScoredRows,
+    accuracy_of,
+    histogram,
+    pairwise_loss,
+    ranked_pairs,
+    ranking_loss,
+    ranking_metrics,
+)
+
+GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3])
+RANKS = torch.tensor([2, 0, 0, 1, 1, 0, 0, 0, 0, 0, 5])  # ties at the top of 0; 2 is nothing but ties
+
+
+def case(seed):
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(11, generator=generator, dtype=torch.float64) * 2
+    margins = torch.rand(4, generator=generator, dtype=torch.float64)[GROUPS]
+    return scores, margins
+
+
+def brute_force_loss(scores, margins, centering_coef):
+    """Plain Python: for every prompt the mean over its ordered pairs, then the sum over prompts."""
+    scores, margins, groups, ranks = scores.tolist(), margins.tolist(), GROUPS.tolist(), RANKS.tolist()
+    total = 0.0
+    for prompt in set(groups):
+        rows = [index for index, group in enumerate(groups) if group == prompt]
+        terms = []
+        for better in rows:
+            for worse in rows:
+                if ranks[better] < ranks[worse]:
+                    gap = scores[better] - scores[worse] - margins[better]
+                    terms.append(math.log1p(math.exp(-gap)) + centering_coef * (scores[better] + scores[worse]) ** 2)
+        if terms:
+            total += sum(terms) / len(terms)
+    return total
+
+
+@pytest.mark.parametrize("centering_coef", [0.0, 0.01])
+@pytest.mark.parametrize("seed", range(3))
+def test_ranking_loss_with_ties_against_a_double_loop(seed, centering_coef):
+    scores, margins = case(seed)
+    found = ranking_loss(scores, GROUPS, RANKS, margins, centering_coef=centering_coef)
+    assert found.item() == pytest.approx(brute_force_loss(scores, margins, centering_coef), rel=1e-12)
+
+
+def test_every_prompt_weighs_the_same_however_many_candidates_it_has():
+    """A gradient on the K = 4 prompt and on the K = 2 prompt at equal scores: the pulls on the best add up to 1/2 each."""
+    groups, ranks = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 1, 1, 1, 0, 1])
+    scores = torch.zeros(6, requires_grad=True)
+    ranking_loss(scores, groups, ranks, torch.zeros(6)).backward()
+    torch.testing.assert_close(scores.grad, torch.tensor([-1 / 2, 1 / 6, 1 / 6, 1 / 6, -1 / 2, 1 / 2]))
+
+
+def test_a_ranking_of_ties_alone_teaches_nothing():
+    scores = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    loss = ranking_loss(scores, torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), torch.zeros(3))
+    loss.backward()
+    assert loss.item() == 0 and scores.grad.tolist() == [0, 0, 0]
+
+
+def test_two_candidates_are_the_pairwise_loss():
+    generator = torch.Generator().manual_seed(0)
+    chosen, rejected, margins = (torch.randn(5, generator=generator) for _ in range(3))
+    scores = torch.stack([rejected, chosen], dim=1).flatten()
+    groups, ranks = torch.arange(5).repeat_interleave(2), torch.tensor([1, 0] * 5)
+    total = ranking_loss(scores, groups, ranks, margins.repeat_interleave(2))
+    torch.testing.assert_close(total / 5, pairwise_loss(chosen, rejected, margins))
+    torch.testing.assert_close(pairwise_loss(chosen, rejected), pairwise_loss(chosen, rejected, torch.zeros(5)))
+
+
+def test_pairwise_loss_worked_by_hand():
+    found = pairwise_loss(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.0]))
+    assert found.item() == pytest.approx((math.log(1 + math.exp(-0.5)) + math.log(2)) / 2)
+
+
+def trl_reward_loss(chosen, rejected, margins, center_rewards_coefficient):
+    """What TRL's RewardTrainer computes from these scores, with everything around the formula left out."""
+    from trl import RewardTrainer
+
+    logits = torch.cat([chosen, rejected]).unsqueeze(1)
+
+    def model(**inputs):
+        return SimpleNamespace(logits=logits)
+
+    model.training = False
+    trainer = SimpleNamespace(
+        model=model,
+        args=SimpleNamespace(center_rewards_coefficient=center_rewards_coefficient),
+        accelerator=SimpleNamespace(gather=lambda tensor: tensor, gather_for_metrics=lambda tensor: tensor),
+        _metrics={"eval": defaultdict(list)},
+        _total_train_tokens=0,
+    )
+    return RewardTrainer.compute_loss(trainer, model, {"margin": margins})
+
+
+@pytest.mark.parametrize("centering_coef", [None, 0.01, 1.0])
+def test_margin_and_centering_agree_with_trl(centering_coef):
+    generator = torch.Generator().manual_seed(3)
+    chosen, rejected = torch.randn(6, generator=generator), torch.randn(6, generator=generator)
+    margins = torch.rand(6, generator=generator)
+    scores = torch.stack([chosen, rejected], dim=1).flatten()
+    groups, ranks = torch.arange(6).repeat_interleave(2), torch.tensor([0, 1] * 6)
+    ours = ranking_loss(scores, groups, ranks, margins.repeat_interleave(2), centering_coef=centering_coef or 0.0) / 6
+    torch.testing.assert_close(ours, trl_reward_loss(chosen, rejected, margins, centering_coef))
+
+
+def test_ranked_pairs_are_those_of_a_double_loop():
+    better, worse = ranked_pairs(GROUPS, RANKS)
+    expected = {
+        (i, j) for i, j in itertools.permutations(range(11), 2) if GROUPS[i] == GROUPS[j] and RANKS[i] < RANKS[j]
+    }
+    assert set(zip(better.tolist(), worse.tolist(), strict=True)) == expected
+    assert len(better) == len(expected) == 5 + 1 + 0 + 1
+
+
+def test_accuracy_counts_a_tie_as_half():
+    assert accuracy_of(torch.tensor([2.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 1.0])).tolist() == [1.0, 0.5, 0.0]
+
+
+def test_metrics_of_three_pairs_worked_by_hand():
+    """Pairs (better, worse): (3, 1) of category a; (0, 2) and (1, 1) of category b."""
+    rows = ScoredRows(
+        scores=torch.tensor([3.0, 1.0, 0.0, 2.0, 1.0, 1.0]),
+        groups=torch.tensor([4, 4, 7, 7, 9, 9]),
+        ranks=torch.tensor([0, 1, 0, 1, 0, 1]),
+        lengths=torch.tensor([5.0, 9.0, 8.0, 3.0, 6.0, 6.0]),
+        categories=torch.tensor([0, 0, 1, 1, 1, 1]),
+    )
+    metrics = ranking_metrics(rows, ["a", "b", "unused"])
+    loss = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2)) + math.log(2)) / 3
+    assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-6)
+    assert metrics["eval_accuracy"] == pytest.approx(0.5)
+    assert metrics["eval_margin"] == pytest.approx(0.0)
+    assert metrics["eval_length_baseline_accuracy"] == pytest.approx(0.5)  # shorter, longer, equal
+    assert metrics["eval_score_mean"] == pytest.approx(8 / 6)
+    assert metrics["eval_score_std"] == pytest.approx(math.sqrt(16 / 6 - (8 / 6) ** 2))
+    assert metrics["by_category"] == {
+        "a": {"accuracy": 1.0, "length_baseline_accuracy": 0.0, "margin": 2.0, "pairs": 1},
+        "b": {"accuracy": 0.25, "length_baseline_accuracy": 0.75, "margin": -1.0, "pairs": 2},
+    }
+    assert sum(metrics["histogram"]["chosen"]) == sum(metrics["histogram"]["rejected"]) == 3
+
+
+def test_histogram_counts_worked_by_hand():
+    found = histogram(torch.tensor([0.0, 0.4, 2.0]), torch.tensor([-2.0, 0.6]), bins=4)
+    assert found["edges"] == [-2.0, -1.0, 0.0, 1.0, 2.0]
+    assert found["chosen"] == [0, 0, 2, 1] and found["rejected"] == [1, 0, 1, 0]
+    same = histogram(torch.tensor([1.0]), torch.tensor([1.0]), bins=2)  # one score: the edges must not coincide
+    assert sum(same["chosen"]) == 1 and same["edges"][0] < same["edges"][-1]

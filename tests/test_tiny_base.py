@@ -1,0 +1,109 @@
+"""The embedded base model: trained on the spot, reproducible, an ordinary Hugging Face directory."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlhf.models.tiny_base import TinyRecipe, build_tiny_base, train_tokenizer
+
+TEXTS = ["안녕하세요. 오늘은 날씨가 좋아요.", "### 응답:\n네, 산책을 해 보세요.", "고마워요. 내일 또 봐요."] * 4
+SMALL = TinyRecipe(
+    vocabulary_size=330,
+    hidden_size=32,
+    layers=1,
+    heads=2,
+    intermediate_size=64,
+    max_positions=64,
+    row_tokens=32,
+    rows_per_step=4,
+    steps=60,
+    learning_rate=1e-2,
+    warmup_steps=5,
+    threads=1,
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    return build_tiny_base(TEXTS, tmp_path_factory.mktemp("cache"), progress=False, recipe=SMALL)
+
+
+def content(directory: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(directory.iterdir())}
+
+
+def loss_of(directory: Path, text: str) -> float:
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    input_ids = tokenizer(text, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        return float(model(input_ids=input_ids, labels=input_ids).loss)
+
+
+def test_it_learns_its_texts(built, tmp_path):
+    barely = TinyRecipe(**{**SMALL.__dict__, "steps": 1, "learning_rate": 0.0})
+    untrained = build_tiny_base(TEXTS, tmp_path, progress=False, recipe=barely)
+    assert loss_of(untrained, TEXTS[0]) > 5 > 2 > loss_of(built, TEXTS[0])
+
+
+def test_tokenizer_is_lossless_and_padding_is_not_eos(built):
+    tokenizer = AutoTokenizer.from_pretrained(built)
+    assert tokenizer.eos_token == "<|endoftext|>" and tokenizer.pad_token == "<|pad|>"
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+    for text in ("안녕하세요. 처음 보는 글자 뷁!", " \n\n두 칸  ", "Hello 😀"):
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.eos_token_id not in ids
+    assert len(tokenizer("안녕하세요")["input_ids"]) < len("안녕하세요".encode()) / 2
+
+
+@pytest.mark.parametrize("vocabulary_size", [320, 330])
+def test_model_has_more_rows_than_the_tokenizer_has_tokens(vocabulary_size, tmp_path):
+    recipe = TinyRecipe(**{**SMALL.__dict__, "vocabulary_size": vocabulary_size, "steps": 1})
+    path = build_tiny_base(TEXTS, tmp_path, progress=False, recipe=recipe)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    assert len(tokenizer) == vocabulary_size and model.config.vocab_size == 384
+    assert model.config.eos_token_id == tokenizer.eos_token_id and model.config.pad_token_id == tokenizer.pad_token_id
+    assert model.config.rope_parameters["partial_rotary_factor"] == 0.25
+
+
+def test_same_seed_gives_the_same_bytes_whatever_the_caller_did(built, tmp_path):
+    torch.manual_seed(123)
+    before = torch.random.get_rng_state()
+    again = build_tiny_base(TEXTS, tmp_path, progress=False, recipe=SMALL)
+    assert torch.equal(before, torch.random.get_rng_state())
+    assert again.name == built.name
+    assert content(again) == content(built)
+    other = build_tiny_base(TEXTS, tmp_path, seed=1, progress=False, recipe=SMALL)
+    assert content(other)["model.safetensors"] != content(built)["model.safetensors"]
+
+
+def test_built_once_and_named_after_texts_and_recipe(built):
+    stamp = (built / "model.safetensors").stat().st_mtime_ns
+    assert build_tiny_base(TEXTS, built.parent, progress=False, recipe=SMALL) == built
+    assert (built / "model.safetensors").stat().st_mtime_ns == stamp
+    other = build_tiny_base(
+        [*TEXTS, "더"], built.parent, progress=False, recipe=TinyRecipe(**{**SMALL.__dict__, "steps": 1})
+    )
+    assert other != built
+    assert all(entry.suffix != ".part" for entry in built.parent.iterdir())
+
+
+def test_a_failed_build_leaves_no_model_behind(tmp_path):
+    with pytest.raises(ValueError, match="needs at least one row of 32"):
+        build_tiny_base(["짧다"], tmp_path, progress=False, recipe=SMALL)
+    assert [entry.suffix for entry in tmp_path.iterdir()] == [".failed"]
+
+
+def test_it_says_how_far_the_loss_fell(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, logger="rlhf"):
+        build_tiny_base(TEXTS, tmp_path, progress=False, recipe=TinyRecipe(**{**SMALL.__dict__, "steps": 2}))
+    assert any("loss" in message and "12 texts" in message for message in caplog.messages)
+
+
+def test_tokenizer_training_is_deterministic():
+    first, second = (train_tokenizer(TEXTS, 330).backend_tokenizer.to_str() for _ in range(2))
+    assert first == second
