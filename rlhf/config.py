@@ -224,7 +224,7 @@ def parse_config(
             raise ConfigError(f"command line: {message}")
 
     arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
-    parser = Parser(list(config_classes), prog=f"step {stage}", allow_abbrev=False)
+    parser = Parser(list[Any](config_classes), prog=f"step {stage}", allow_abbrev=False)
     config_path, arguments = _take_config_option(arguments)
     if config_path is None and default_config is not None and not _names_base_model(arguments):
         config_path = str(default_config)

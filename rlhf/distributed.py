@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 logger = logging.getLogger("rlhf")
 
@@ -167,12 +168,20 @@ def rank_zero_first(path: Path, make: Callable[[], None], *, poll_seconds: float
         time.sleep(poll_seconds)
 
 
+class _BesideProgressBars(logging.Handler):
+    """Prints above a running progress bar instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stdout)
+
+
 def setup_logging() -> None:
     """Print the library's messages on rank 0 only, and quieten the libraries below."""
-    handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.handlers = [handler]
+    from transformers.utils import logging as transformers_logging
+
+    logger.handlers = [_BesideProgressBars()]
     logger.propagate = False
     logger.setLevel(logging.INFO if is_main() else logging.ERROR)
+    transformers_logging.disable_progress_bar()
     for name in ("DeepSpeed", "deepspeed", "transformers", "datasets", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)

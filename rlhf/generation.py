@@ -48,10 +48,9 @@ class Sampling:
 
 def row_uniforms(seed: int, iteration: int, row_ids: Sequence[int], steps: int) -> torch.Tensor:
     """Uniform numbers in [0, 1) for every row and step: float64 [B, steps], a counter-based stream per row."""
-    streams = [
-        np.random.Generator(np.random.Philox(key=[seed % 2**64, (iteration % 2**32) << 32 | (row % 2**32)]))
-        for row in row_ids
-    ]
+    keys = [(seed % 2**64, (iteration % 2**32) << 32 | (row % 2**32)) for row in row_ids]
+    # without a dtype numpy makes float64 of integers above 2**63, and rows would share a stream
+    streams = [np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64))) for key in keys]
     return torch.from_numpy(np.stack([stream.random(steps) for stream in streams]))
 
 
@@ -136,7 +135,8 @@ def _next_logits(model: nn.Module, ids: torch.Tensor, attention: torch.Tensor, c
     if cache is None:
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=innermost(model).config)
+        config: Any = innermost(model).config
+        cache = DynamicCache(config=config)
     arguments = model_arguments(model, attention, use_cache=True, past_key_values=cache, logits_to_keep=1)
     if "position_ids" in arguments:
         arguments["position_ids"] = arguments["position_ids"][:, -ids.shape[1] :]

@@ -30,14 +30,18 @@ class MeanMeter:
             self._sums[name] = self._sums.get(name, torch.zeros((), dtype=torch.float64)) + value
             self._counts[name] = self._counts.get(name, torch.zeros((), dtype=torch.float64)) + weight
 
-    def means(self, device: torch.device | str = "cpu") -> dict[str, float]:
-        """Means over all ranks (a collective; every rank must have added the same names), then start anew."""
+    def means(self, device: torch.device | str = "cpu", *, keep: bool = False) -> dict[str, float]:
+        """Means over all ranks (a collective; every rank must have added the same names), then start anew.
+
+        `keep` leaves the sums as they are, for a look in between.
+        """
         names = sorted(self._sums)
         if not names:
             return {}
         packed = torch.stack([torch.stack([self._sums[name], self._counts[name]]) for name in names])
         packed = all_reduce_sum(packed.float().to(device) if str(device).startswith("mps") else packed.to(device)).cpu()
-        self._sums, self._counts = {}, {}
+        if not keep:
+            self._sums, self._counts = {}, {}
         return {
             name: (packed[i, 0] / packed[i, 1]).item() if packed[i, 1] > 0 else math.nan for i, name in enumerate(names)
         }

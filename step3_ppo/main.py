@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> dict:
     prompts = load_stage_data("prompt", data_config.prompt_data, data_config.prompt_eval_data, stage="ppo", **shared)
     ptx = []
     if config.ptx_coef > 0 and data_config.ptx_data:
-        ptx = load_stage_data("response", data_config.ptx_data, [], stage="sft", **shared).train
+        ptx = load_stage_data("response", data_config.ptx_data, [], stage="sft", report_name="ptx", **shared).train
     # a critic reads the actor's tokens: a reward model of another tokenizer cannot lend it its weights
     critic_model = config.critic_model or (
         reward_model if same_vocabulary(reward_tokenizer, tokenizer) else actor_model

@@ -9,8 +9,7 @@ import transformers
 
 from rlhf.generation import Sampling, draw, filter_logits, generate, row_uniforms
 from rlhf.types import PromptBatch
-
-from conftest import ARCHITECTURES
+from tests.tiny_models import ARCHITECTURES
 
 NEVER = 95
 """An embedding row that no tokenizer id uses; as eos it is as good as absent where a test wants full lengths."""
@@ -198,6 +197,16 @@ def test_streams_are_uniform_and_uncorrelated_between_neighbouring_keys():
     for neighbour in (row_uniforms(0, 2, range(200), 100), row_uniforms(1, 1, range(200), 100), streams.roll(1, 0)):
         correlation = torch.corrcoef(torch.stack([streams.flatten(), neighbour.flatten()]))[0, 1]
         assert abs(float(correlation)) < 4 / math.sqrt(streams.numel())
+
+
+@pytest.mark.parametrize("iteration", [1, 2**31, 2**32 - 1])
+@pytest.mark.parametrize("seed", [0, 2**63 + 1, -1])
+def test_rows_have_streams_of_their_own_also_for_the_largest_keys(seed, iteration):
+    """The evaluation is iteration 2**32 - 1; keys that numpy reads as floating point would lose the row."""
+    streams = row_uniforms(seed, iteration, [0, 1, 2, 500], 4)
+    assert len(set(map(tuple, streams.tolist()))) == 4
+    assert not torch.equal(streams, row_uniforms(seed + 1, iteration, [0, 1, 2, 500], 4))
+    assert not torch.equal(streams, row_uniforms(seed, iteration - 1, [0, 1, 2, 500], 4))
 
 
 def test_a_stream_is_the_same_however_many_steps_are_drawn():

@@ -159,6 +159,10 @@ def test_adapters_train_on_a_quantised_base(kind, quantization, tokenizer, tmp_p
             return forward_logits(model, ids, mask)[mask][:, 5].float().log_softmax(0).mean().neg()
         return (model(ids, mask)[mask] - 1.0).pow(2).mean()
 
+    with torch.no_grad():  # a model is scored before and while it trains
+        model.eval()
+        loss()
+        model.train()
     losses = []
     for _ in range(8):
         value = loss()

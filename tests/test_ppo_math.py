@@ -72,7 +72,7 @@ def test_a_response_without_tokens_gets_no_reward_at_all():
 
 
 def test_gae_of_two_tokens_worked_by_hand():
-    """gamma 0.5, lambda 0.5; V = (1, 2), r = (3, 4): delta_1 = 4 - 2 = 2; delta_0 = 3 + 1 - 1 = 3; A_0 = 3 + 0.25 * 2."""
+    """gamma = lambda = 0.5, V = (1, 2), r = (3, 4): delta_1 = 4 - 2; delta_0 = 3 + 1 - 1; A_0 = 3 + 0.25 * 2."""
     advantages, returns = gae(
         torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 2.0]]), torch.tensor([[True, True]]), gamma=0.5, lam=0.5
     )

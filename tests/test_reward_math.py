@@ -55,7 +55,7 @@ def test_ranking_loss_with_ties_against_a_double_loop(seed, centering_coef):
 
 
 def test_every_prompt_weighs_the_same_however_many_candidates_it_has():
-    """A gradient on the K = 4 prompt and on the K = 2 prompt at equal scores: the pulls on the best add up to 1/2 each."""
+    """At equal scores the best of K = 4 and the best of K = 2 are pulled up alike, by 1/2."""
     groups, ranks = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 1, 1, 1, 0, 1])
     scores = torch.zeros(6, requires_grad=True)
     ranking_loss(scores, groups, ranks, torch.zeros(6)).backward()

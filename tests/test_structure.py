@@ -19,6 +19,7 @@ FLOORS = {
     "rlhf.data": 2,
     "rlhf.models": 2,
     "rlhf.engine": 2,
+    "rlhf.engine.rlhf_engine": 3,  # puts the four models into their engines
     "rlhf.generation": 2,
     "rlhf.checkpoint": 2,
     "rlhf.trainer": 3,
@@ -49,13 +50,14 @@ def room(module):
     """The floor table's entry that `module` lives in; each algorithm file is a room of its own."""
     parts = module.split(".")
     name = parts[0] if parts[0].startswith("step") else ".".join(parts[:2])
-    if name in ("rlhf.algorithms", "rlhf.evaluation") and len(parts) > 2:
-        return ".".join(parts[:3])
+    nested = ".".join(parts[:3])
+    if nested in FLOORS or (name in ("rlhf.algorithms", "rlhf.evaluation") and len(parts) > 2):
+        return nested
     return name
 
 
 def floor_entry(room_name):
-    return ".".join(room_name.split(".")[:2])
+    return room_name if room_name in FLOORS else ".".join(room_name.split(".")[:2])
 
 
 def floor(room_name):

@@ -45,5 +45,6 @@ def missing(extras):
 
 if __name__ == "__main__":
     found = missing(sys.argv[1:])
-    print("\n".join(found))
+    if found:
+        print("\n".join(found))
     sys.exit(1 if found else 0)

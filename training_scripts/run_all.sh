@@ -63,7 +63,7 @@ run_stage() {
     echo
     echo "=== $title"
     rm -f "$result"
-    deepspeed "${LAUNCHER_ARGS[@]}" "$script" "$@" || status=$?
+    deepspeed --log_level error "${LAUNCHER_ARGS[@]}" "$script" "$@" || status=$?
     # The launcher returns 0 when a signal kills its child (out of memory, for one), so look for the result too.
     if [ "$status" -ne 0 ] || [ ! -f "$result" ]; then
         echo "error: stage $stage ($script) failed with status $status; its messages are above. Stopped." >&2

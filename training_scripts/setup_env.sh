@@ -65,7 +65,7 @@ _rlhf_install() {
         _rlhf_fail "$base has no venv module. Install it (Debian, Ubuntu: apt-get install python3-venv)"
         return 1
     }
-    _rlhf_say "making an environment in $venv with $("$base" --version) (a few minutes, once)"
+    _rlhf_say "making or updating the environment in $venv with $("$base" --version) (a few minutes, once)"
     [ -x "$venv/bin/python" ] || "$base" -m venv "$venv" || return 1
     if ! _rlhf_has_gpu; then
         _rlhf_say "no GPU found; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gets the smaller CPU build of torch"

@@ -253,7 +253,7 @@ class PPOConfig:
 
 
 class EmptyRolloutError(RuntimeError):
-    """A rollout without a single response token: there is nothing to learn from."""
+    """A rollout in which every response is empty: there is nothing to learn from."""
 
 
 class PPOTrainer(OnPolicyTrainer):
@@ -361,11 +361,6 @@ class PPOTrainer(OnPolicyTrainer):
             scored = self.score(mine, [examples[index].text for index in share])
         order = torch.argsort(all_gather_rows(torch.tensor(share, device=self.device)))
         rollout = mine._map(lambda tensor: gather_in_order(tensor, order))
-        if not bool(rollout.response_mask.any()):
-            raise EmptyRolloutError(
-                f"iteration {iteration}: all {len(examples)} responses are empty; nothing can be learnt from them. "
-                "Check the actor (does it produce only padding?) and max_response_tokens"
-            )
         return rollout, {name: gather_in_order(tensor, order) for name, tensor in scored.items()}
 
     def make_experience(self, iteration: int) -> PPOExperience:
@@ -374,6 +369,12 @@ class PPOTrainer(OnPolicyTrainer):
         examples = [self.prompts[index] for index in self.order.indices(iteration - 1)]
         rollout, scored = self.rollout_and_scores(examples, iteration)
         mask = rollout.response_mask
+        if not bool((mask.sum(1) > self.ended(rollout).long()).any()):
+            raise EmptyRolloutError(
+                f"iteration {iteration}: all {len(examples)} responses are empty (end-of-sequence at once, or no token "
+                "at all); nothing can be learnt from them. Check the SFT data for empty responses, and kl_coef if the "
+                "actor came to this during PPO"
+            )
         scores = scored["scores"] - config.missing_eos_penalty * (~self.ended(rollout)).float()
         rewards = shape_rewards(
             scores,
@@ -435,9 +436,7 @@ class PPOTrainer(OnPolicyTrainer):
                 if self.config.ema_decay > 0:
                     self.engine.update_ema()
                 if ratio_first is None:
-                    averages = meter.means(self.device)
-                    ratio_first = averages["ratio"]
-                    meter.add(averages, 1)
+                    ratio_first = meter.means(self.device, keep=True)["ratio"]
         observed = self.experience_metrics
         self.kl.update(observed["kl_per_response"], len(experience))
         return {
@@ -616,8 +615,15 @@ def gather_in_order(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 def trim_experience(part: PPOExperience) -> PPOExperience:
     """Drop the columns that are padding in every row."""
     rollout, columns = trim(part.rollout)
-    per_token = [part.ref_logprobs, part.values, part.rewards, part.advantages, part.returns]
-    return PPOExperience(rollout, *(tensor[:, columns] for tensor in per_token), scores=part.scores)
+    return PPOExperience(
+        rollout=rollout,
+        ref_logprobs=part.ref_logprobs[:, columns],
+        values=part.values[:, columns],
+        rewards=part.rewards[:, columns],
+        advantages=part.advantages[:, columns],
+        returns=part.returns[:, columns],
+        scores=part.scores,
+    )
 
 
 def sample_table(samples: Sequence[dict[str, Any]]) -> str:

@@ -99,7 +99,7 @@ def closing_table(summary: Mapping[str, Any], *, samples: int = 3, width: int = 
     for sample in summary["samples"][:samples]:
         lines += [
             "",
-            _cut(f"prompt       {_one_line(sample['prompt'])}", width),
+            f"prompt       {_cut_beginning(_one_line(sample['prompt']), width - 13)}",
             _cut(f"SFT {sample['score_sft']:+8.2f} {_one_line(sample['sft'])}", width),
             _cut(f"PPO {sample['score_ppo']:+8.2f} {_one_line(sample['ppo'])}", width),
         ]
@@ -151,6 +151,16 @@ def _cut(text: str, columns: int) -> str:
     while _columns(kept) > columns - 3:
         kept = kept[:-1]
     return kept + "..."
+
+
+def _cut_beginning(text: str, columns: int) -> str:
+    """The end of `text`: a prompt begins with its template and ends with what was asked."""
+    if _columns(text) <= columns:
+        return text
+    kept = text
+    while _columns(kept) > columns - 3:
+        kept = kept[1:]
+    return "..." + kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:

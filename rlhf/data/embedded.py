@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from rlhf.data.sources import read_rows
 from rlhf.data.spec import DatasetSpec
-from rlhf.data.templates import load_template
 
 
 def embedded_corpus() -> list[str]:
-    """Every training text twice: as a whole in the kullm template, and as a plain sentence. Nothing held out is read.
+    """Plain text for the base model: questions, and exchanges of two lines. Nothing held out is read.
 
-    Chosen and rejected answers occur alike, so the base model can say both and has yet to learn which is wanted.
+    Good and bad answers occur alike, so the base can say both and has yet to learn which is wanted. The answers of
+    the SFT rows and the prompt template are left out: following instructions is what step 1 teaches.
     """
-    template = load_template("kullm")
-    texts: list[str] = []
-    for row in read_rows(DatasetSpec("sample:sft_train")):
-        values = row.values
-        prompt = template.render(values["instruction"], values.get("input") or "")
-        texts += [prompt + values["output"], values["instruction"], values["output"]]
+    texts = [row.values["instruction"] for row in read_rows(DatasetSpec("sample:sft_train"))]
     for row in read_rows(DatasetSpec("sample:preference_train")):
-        prompt = template.render(row.values["prompt"])
-        for answer in (row.values["chosen"], row.values["rejected"]):
-            texts += [prompt + answer, answer]
-    texts += [row.values["prompt"] for row in read_rows(DatasetSpec("sample:prompts_train"))]
-    return texts
+        texts += [f"{row.values['prompt']}\n{row.values[answer]}" for answer in ("chosen", "rejected")]
+        texts += [row.values["chosen"], row.values["rejected"]]
+    return texts + [row.values["prompt"] for row in read_rows(DatasetSpec("sample:prompts_train"))]

@@ -46,13 +46,17 @@ def training_engine(
         )
     if engine.zero_stage < 3 and device.type != "cpu" and not _quantized(model):
         model.to(device)  # before the optimizer, which keeps references to the parameters
+    _cast_new_weights(model, compute_dtype(engine.precision))
     client = build_optimizer(model, optimizer, learning_rate=learning_rate, offload=engine.offload)
-    wrapped, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=client,
-        lr_scheduler=build_schedule(client, optimizer, total_steps),
-        config=_deepspeed_settings(engine, plan, getattr(model, "config", None)),
-    )
+    schedule = build_schedule(client, optimizer, total_steps)
+    with _no_step_taken(client):
+        wrapped, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=client,
+            lr_scheduler=schedule,
+            config=_deepspeed_settings(engine, plan, getattr(model, "config", None)),
+        )
+    wrapped.train()
     return wrapped
 
 
@@ -65,16 +69,15 @@ def inference_engine(model: nn.Module, *, engine: EngineConfig, plan: BatchPlan)
     model.requires_grad_(False)
     if engine.zero_stage < 3:
         if not _quantized(model):
-            dtype = compute_dtype(engine.precision)
-            for parameter in model.parameters():  # buffers such as rotary frequencies stay in float32
-                parameter.data = parameter.data.to(device, dtype)
+            _cast_new_weights(model, compute_dtype(engine.precision))
             model.to(device)
         return model.eval()
+    _cast_new_weights(model, compute_dtype(engine.precision))
     wrapped, *_ = deepspeed.initialize(
         model=model, config=_deepspeed_settings(engine, plan, getattr(model, "config", None), trains=False)
     )
-    frozen: nn.Module = wrapped
-    return frozen.eval()
+    wrapped.eval()  # an engine's eval() returns nothing
+    return wrapped
 
 
 @contextmanager
@@ -206,6 +209,33 @@ def _deepspeed_settings(
     if not trains:
         settings["zero_optimization"].pop("offload_optimizer", None)
     return settings
+
+
+def _cast_new_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give `dtype` to the weights that were not loaded with it (a scalar head, an adapter): ZeRO-3 needs one dtype.
+
+    Masters stay in float32 inside the engine, buffers such as rotary frequencies in the model. A fp32 engine leaves
+    frozen weights as they are.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and not hasattr(parameter, "ds_id") and dtype != torch.float32:
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def _no_step_taken(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Undo the optimizer step on zero gradients that DeepSpeed takes to allocate states (16-bit without ZeRO).
+
+    It would decay the weights, and Adam's bias corrections would start at their second step: the first update of a
+    run would be a quarter too small.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    yield
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    optimizer.state.clear()
 
 
 def _check(model: nn.Module, engine: EngineConfig, plan: BatchPlan, *, trains: bool = True) -> None:

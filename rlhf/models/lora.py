@@ -82,6 +82,11 @@ def _adapted(
     if quantized:
         # its own gradient checkpointing is left off: the training engine turns it on where it is wanted
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+        for module in base.modules():
+            # on a CPU bitsandbytes packs 4-bit weights in the first forward in eval mode and never unpacks them;
+            # packed weights pass no gradient on, so a model that is scored would not train any more
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     if gradient_checkpointing:
         # with a frozen embedding no input of a checkpointed block would need a gradient, and the adapters get none
         base.enable_input_require_grads()

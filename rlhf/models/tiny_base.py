@@ -30,21 +30,25 @@ VOCABULARY_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class TinyRecipe:
-    """Every constant of the tiny base; a changed one makes another model under another name."""
+    """Every constant of the tiny base; a changed one makes another model under another name.
+
+    Sizes and steps are the best held-out loss for about a minute of two CPU cores: hidden 128 on 717k tokens
+    (2.58 nats a character) is ahead of hidden 192 on the 410k tokens it gets through in that time (2.62).
+    """
 
     version: int = 1
     vocabulary_size: int = 3000
-    hidden_size: int = 192
+    hidden_size: int = 128
     layers: int = 4
     heads: int = 4
-    intermediate_size: int = 768
+    intermediate_size: int = 512
     rotary_share: float = 0.25
     max_positions: int = 512
     row_tokens: int = 128
-    rows_per_step: int = 8
-    steps: int = 500
+    rows_per_step: int = 4
+    steps: int = 1400
     learning_rate: float = 2e-3
-    warmup_steps: int = 25
+    warmup_steps: int = 50
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0
     threads: int = 2

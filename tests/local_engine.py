@@ -1,0 +1,61 @@
+"""A training engine in plain torch with DeepSpeed's contract, so that the loops can be tested without DeepSpeed.
+
+`backward` divides by the accumulation steps, `step` updates at their boundary only, gradients are clipped by nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+
+from rlhf.engine import BatchPlan
+
+
+class LocalEngine(nn.Module):
+    """Keeps the gradients of every optimizer step in `gradients`: one dict of name -> tensor per step."""
+
+    def __init__(self, module: nn.Module, plan: BatchPlan, *, lr: float = 1e-2) -> None:
+        super().__init__()
+        self.module = module
+        self.plan = plan
+        self.device = torch.device("cpu")
+        self.optimizer = torch.optim.SGD(module.parameters(), lr=lr)
+        self.gradients: list[dict[str, torch.Tensor]] = []
+        self._backwards = 0
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss / self.plan.accumulation_steps).backward()
+        self._backwards += 1
+
+    def step(self) -> None:
+        if self._backwards % self.plan.accumulation_steps:
+            return
+        named = self.module.named_parameters()
+        self.gradients.append({name: item.grad.clone() for name, item in named if item.grad is not None})
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+class LocalModels:
+    """Actor, critic, reference and reward in evaluation mode all the time: RLHFEngine without DeepSpeed."""
+
+    def __init__(self, actor: nn.Module, critic: nn.Module, reference: nn.Module, plan: BatchPlan) -> None:
+        self.actor = LocalEngine(actor.eval(), plan)
+        self.critic = LocalEngine(critic.eval(), plan)
+        self.reference = reference.eval()
+
+    @contextmanager
+    def reference_model(self) -> Iterator[nn.Module]:
+        yield self.reference
+
+    def scoring(self):
+        return nullcontext()
+
+    def updating(self, engine: nn.Module):
+        return nullcontext()

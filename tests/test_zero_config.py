@@ -1,0 +1,190 @@
+"""The DeepSpeed configuration: what is generated, what a user may add, what contradicts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from rlhf.config import ConfigError, EngineConfig
+from rlhf.engine import BatchPlan, compute_dtype, zero_config
+from rlhf.engine.factory import read_deepspeed_config
+
+PLAN = BatchPlan(96, 8, 4)
+
+
+def config(**changes):
+    arguments = {"zero_stage": 2, "offload": "none", "dtype": torch.bfloat16, "plan": PLAN, "max_grad_norm": 1.0}
+    return zero_config(**{**arguments, **changes})
+
+
+def test_batch_plan_arithmetic():
+    assert (PLAN.accumulation_steps, PLAN.per_rank) == (3, 24)
+    assert (BatchPlan(8, 8, 1).accumulation_steps, BatchPlan(8, 8, 1).per_rank) == (1, 8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            (100, 8, 4),
+            r"global_batch_size=100 must be a multiple of micro_batch_size \* world_size = 8 \* 4 = 32; use 96 or 128$",
+        ),  # noqa: E501
+        ((3, 8, 1), r"8 \* 1 = 8; use 8$"),
+        ((0, 8, 1), "global_batch_size=0 must be at least 1"),
+        ((8, 0, 1), "micro_batch_size=0 must be at least 1"),
+    ],
+)
+def test_batch_plan_that_does_not_come_out_even(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        BatchPlan(*sizes)
+
+
+def test_suggested_sizes_work():
+    for size in (96, 128):
+        assert BatchPlan(size, 8, 4).accumulation_steps == size // 32
+
+
+def test_generated_values():
+    made = config()
+    assert (made["train_batch_size"], made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (
+        96,
+        8,
+        3,
+    )  # noqa: E501
+    assert made["gradient_clipping"] == 1.0
+    assert made["bf16"] == {"enabled": True} and made["fp16"] == {"enabled": False}
+    assert made["zero_optimization"]["stage"] == 2
+    assert "optimizer" not in made and "scheduler" not in made
+    json.dumps(made)
+
+
+def test_stage_0_has_nothing_of_the_others():
+    assert config(zero_stage=0)["zero_optimization"] == {"stage": 0}
+    assert not any(key.startswith("stage3") for key in config(zero_stage=2)["zero_optimization"])
+    assert config(zero_stage=3)["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+@pytest.mark.parametrize(("hidden", "bucket"), [(16, 1_000_000), (2048, 12 * 2048**2), (8192, 200_000_000)])
+def test_buckets_follow_the_model(hidden, bucket):
+    zero = config(zero_stage=3, hidden_size=hidden)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == zero["stage3_prefetch_bucket_size"] == bucket
+    assert zero["stage3_param_persistence_threshold"] == 10 * hidden
+
+
+def test_offload():
+    assert config(offload="optimizer")["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    everything = config(zero_stage=3, offload="all")["zero_optimization"]
+    assert everything["offload_optimizer"]["device"] == everything["offload_param"]["device"] == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"zero_stage": 0, "offload": "optimizer"}, "offload=optimizer needs zero_stage 1, 2 or 3, got 0"),
+        ({"zero_stage": 2, "offload": "all"}, "offload=all needs zero_stage 3, got 2"),
+        ({"zero_stage": 4}, "zero_stage=4 is not one of 0, 1, 2, 3"),
+        ({"offload": "disk"}, "'disk' is not one of none, optimizer, all"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm=-1.0"),
+    ],
+)
+def test_choices_that_do_not_go_together(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        config(**changes)
+
+
+def test_a_users_settings_are_added():
+    user = {"zero_optimization": {"reduce_bucket_size": 123, "overlap_comm": True}, "comms_logger": {"enabled": True}}
+    made = config(user_config=user)
+    assert made["zero_optimization"]["reduce_bucket_size"] == 123
+    assert made["zero_optimization"]["overlap_comm"] is True and made["zero_optimization"]["stage"] == 2
+    assert made["comms_logger"] == {"enabled": True}
+    assert user == {
+        "zero_optimization": {"reduce_bucket_size": 123, "overlap_comm": True},
+        "comms_logger": {"enabled": True},
+    }  # noqa: E501
+
+
+def test_equal_and_automatic_values_are_no_contradiction():
+    user = {
+        "train_batch_size": "auto", "gradient_accumulation_steps": 3, "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}},
+    }  # fmt: skip
+    made = config(user_config=user)
+    assert made["train_batch_size"] == 96 and made["gradient_clipping"] == 1.0 and made["bf16"]["enabled"] is True
+
+
+@pytest.mark.parametrize(
+    ("user", "both"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage=3 and zero_stage makes it 2"),
+        ({"train_batch_size": 64}, "train_batch_size=64 and global_batch_size makes it 96"),
+        ({"train_micro_batch_size_per_gpu": 4}, "=4 and micro_batch_size makes it 8"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps=1 and .* makes it 3"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping=0.5 and max_grad_norm makes it 1.0"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled=True and precision makes it False"),
+        ({"bfloat16": {"enabled": False}}, "bf16.enabled=False and precision makes it True"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, "device=cpu and offload makes it none"),
+        ({"zero_optimization": {"cpu_offload": True}}, "set offload instead"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "`optimizer.type` .*learning_rate"),
+        ({"scheduler": {"type": "WarmupLR"}}, "`scheduler.type`.*warmup_steps"),
+        ({"amp": {"enabled": True}}, "set precision instead"),
+        ({"train_batch_size": {"a": 1}}, "is not a DeepSpeed setting"),
+    ],
+)
+def test_contradictions_name_both_values(user, both):
+    with pytest.raises(ConfigError, match=both):
+        config(user_config=user)
+
+
+def test_reading_a_users_file(tmp_path):
+    assert read_deepspeed_config(None) is None
+    with pytest.raises(ConfigError, match="missing.json cannot be read"):
+        read_deepspeed_config(str(tmp_path / "missing.json"))
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ConfigError, match="is not json"):
+        read_deepspeed_config(str(tmp_path / "broken.json"))
+    (tmp_path / "list.json").write_text("[1]")
+    with pytest.raises(ConfigError, match="a json object, not a list"):
+        read_deepspeed_config(str(tmp_path / "list.json"))
+    (tmp_path / "good.json").write_text('{"comms_logger": {"enabled": true}}')
+    assert read_deepspeed_config(str(tmp_path / "good.json")) == {"comms_logger": {"enabled": True}}
+
+
+class Accelerator:
+    def __init__(self, name: str, *, bf16: bool = True, fp16: bool = True) -> None:
+        self.device_name = lambda: name
+        self.is_bf16_supported = lambda: bf16
+        self.is_fp16_supported = lambda: fp16
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "precision", "dtype"),
+    [
+        (Accelerator("cpu"), "auto", torch.float32),
+        (Accelerator("cuda"), "auto", torch.bfloat16),
+        (Accelerator("cuda", bf16=False), "auto", torch.float32),
+        (Accelerator("cpu"), "bf16", torch.bfloat16),
+        (Accelerator("cuda"), "fp16", torch.float16),
+        (Accelerator("cuda"), "fp32", torch.float32),
+    ],
+)
+def test_compute_dtype(accelerator, precision, dtype, monkeypatch):
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: accelerator)
+    assert compute_dtype(precision) == dtype
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "precision"),
+    [(Accelerator("cuda", bf16=False), "bf16"), (Accelerator("cpu", fp16=False), "fp16"), (Accelerator("cpu"), "int3")],
+)
+def test_a_precision_there_is_not(accelerator, precision, monkeypatch):
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: accelerator)
+    with pytest.raises(ConfigError, match=f"precision='?{precision}"):
+        compute_dtype(precision)
+
+
+def test_the_engine_defaults_make_a_valid_configuration():
+    defaults = EngineConfig()
+    config(zero_stage=defaults.zero_stage, offload=defaults.offload, max_grad_norm=defaults.max_grad_norm)
