@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,17 @@ def parse_stage(stage: str, argv: Sequence[str] | None = None) -> tuple[Any, ...
     }
     default = DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None
     return parse_config(stage, STAGE_CONFIGS[stage], argv, default_config=default, known_fields=known)
+
+
+def run_stage(main: Callable[[], Any]) -> None:
+    """Run a stage's `main`; a mistake in the configuration or the data ends it with a sentence, not a traceback."""
+    from rlhf.data import DataError
+
+    try:
+        main()
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
 
 
 def resolve_base_model(base_model: str, cache_dir: Path) -> str:

@@ -18,7 +18,7 @@ from rlhf.data import load_stage_data
 from rlhf.distributed import init_world, is_main, seed_everything, setup_logging, world_size
 from rlhf.engine import BatchPlan, compute_dtype, training_engine, zero3_loading
 from rlhf.models import apply_lora, load_causal_lm, load_tokenizer
-from rlhf.stages import parse_stage, resolve_base_model
+from rlhf.stages import parse_stage, resolve_base_model, run_stage
 from rlhf.trainer import write_result
 
 
@@ -99,4 +99,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -19,7 +19,7 @@ from rlhf.distributed import init_world, is_main, seed_everything, setup_logging
 from rlhf.engine import BatchPlan, compute_dtype, training_engine, zero3_loading
 from rlhf.metrics import write_json
 from rlhf.models import ScalarModel, apply_lora, load_tokenizer
-from rlhf.stages import parse_stage, resolve_base_model
+from rlhf.stages import parse_stage, resolve_base_model, run_stage
 from rlhf.trainer import write_result
 
 
@@ -109,4 +109,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -20,7 +20,7 @@ from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.metrics import write_json
 from rlhf.models import load_tokenizer
 from rlhf.scoring import RewardScorer, same_vocabulary
-from rlhf.stages import find_stage_model, paired_samples, parse_stage
+from rlhf.stages import find_stage_model, paired_samples, parse_stage, run_stage
 from rlhf.trainer import write_result
 
 
@@ -107,4 +107,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    main()
+    run_stage(main)

@@ -21,13 +21,26 @@ def run(arguments: list[str]) -> None:
     common = ["--output_dir", output, "--cache_dir", f"{output}/cache", "--zero_stage", zero_stage]
     common += ["--base_model", base, "--max_prompt_tokens", "48", "--max_response_tokens", "12", *SMALL.split(), *extra]
     files = {name: f"{data}/{name}.jsonl" for name in ("sft", "preference", "prompts")}
-    sft([*common, "--sft_data", files["sft"], "--sft_eval_data", files["sft"], "--max_steps", "3"])
+    held = {name: f"{data}/{name}_eval.jsonl" for name in files}
+    sft(
+        [
+            *common,
+            "--sft_data",
+            files["sft"],
+            "--sft_eval_data",
+            held["sft"],
+            "--max_steps",
+            "3",
+            "--learning_rate",
+            "1e-3",
+        ]
+    )
     reward(
-        [*common, "--preference_data", files["preference"], "--preference_eval_data", files["preference"]]
+        [*common, "--preference_data", files["preference"], "--preference_eval_data", held["preference"]]
         + ["--max_steps", "3", "--learning_rate", "1e-3"]
     )
     ppo(
-        [*common, "--prompt_data", files["prompts"], "--prompt_eval_data", files["prompts"], "--max_steps", "2"]
+        [*common, "--prompt_data", files["prompts"], "--prompt_eval_data", held["prompts"], "--max_steps", "2"]
         + [
             "--rollout_batch_size",
             "16",

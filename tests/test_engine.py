@@ -51,7 +51,7 @@ def token_sum(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.
     return -(taken * mask[:, 1:]).sum()
 
 
-def reference_gradients(path: Path, **lora: Any) -> dict[str, torch.Tensor]:
+def reference_gradients(path: Path) -> dict[str, torch.Tensor]:
     """Gradients of the token mean over all six rows, by plain autograd."""
     model = load_causal_lm(path, dtype=FP32)
     ids, mask = batch()
@@ -127,8 +127,8 @@ for stage in (0, 1, 2, 3):
     results[stage] = (gradients, state)
 for stage, rank_of_lora in ((3, 0), (3, 2), (1, 2)):
     four = RLHFEngine.build(
-        path, reward, model=ModelConfig(lora_rank=rank_of_lora), engine=EngineConfig(zero_stage=stage, precision="fp32"),
-        actor_optimizer=OPTIMIZER, critic_learning_rate=1e-2, plan=plan, total_steps=4, ema_decay=0.5)
+        path, reward, model=ModelConfig(lora_rank=rank_of_lora),
+        engine=EngineConfig(zero_stage=stage, precision="fp32"), actor_optimizer=OPTIMIZER, critic_learning_rate=1e-2, plan=plan, total_steps=4, ema_decay=0.5)
     four.eval()
     with torch.no_grad():
         before = forward_logits(four.actor, ids, mask)

@@ -35,10 +35,10 @@ def inputs(tmp_path_factory) -> tuple[Path, Path]:
     recipe = TinyRecipe(vocabulary_size=400, hidden_size=32, layers=2, heads=2, intermediate_size=64, steps=40)
     texts = (SAMPLE / "sft_train.jsonl").read_text(encoding="utf-8").splitlines()[:200]
     base = build_tiny_base(texts, root, progress=False, recipe=recipe)
-    # counts that 2 ranks x micro-batches of 2 do not divide: the last evaluation batches are ragged
-    write_rows("sft_train", root / "sft.jsonl", 33)
-    write_rows("preference_train", root / "preference.jsonl", 27)
-    write_rows("prompts_train", root / "prompts.jsonl", 19)
+    for name in ("sft", "preference", "prompts"):
+        write_rows(f"{name}_train", root / f"{name}.jsonl", 33)
+        # 2 ranks x micro-batches of 2 do not divide it: the last evaluation batches are ragged
+        write_rows(f"{name}_heldout", root / f"{name}_eval.jsonl", 11)
     return base, root
 
 
