@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from rlhf.config import ConfigError
+
 logger = logging.getLogger("rlhf")
 
 
@@ -45,7 +47,7 @@ def is_main() -> bool:
 def init_world(timeout_minutes: float = 60.0) -> torch.device:
     """Join the launcher's world, or make a world of one, and return this rank's device.
 
-    Raises OSError when the launcher's port is taken, naming the port and the option that changes it.
+    Raises ConfigError when the launcher's port is taken, naming the port and the option that changes it.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -85,7 +87,7 @@ def _check_port(address: str, port: int) -> None:
         try:
             probe.bind((address, port))
         except OSError as error:
-            raise OSError(
+            raise ConfigError(
                 f"port {port} on {address} cannot be used for the rendezvous ({error.strerror}): another run may "
                 f"hold it; choose a free one with `deepspeed --master_port PORT ...`"
             ) from error

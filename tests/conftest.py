@@ -12,7 +12,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
+from rlhf.models.tiny_base import TinyRecipe, build_tiny_base
 from tests.tiny_models import ARCHITECTURES, TOKENS, make_tokenizer, save_tiny_model
+
+SAMPLE = Path(__file__).parents[1] / "rlhf" / "data" / "sample"
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +44,11 @@ def ragged() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         right_ids[row, :length], right_mask[row, :length] = tokens, True
         left_ids[row, 9 - length :], left_mask[row, 9 - length :] = tokens, True
     return right_ids, right_mask, left_ids, left_mask
+
+
+@pytest.fixture(scope="session")
+def micro_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal LM that has seen a little Korean, far smaller than the embedded base. Tests must not write into it."""
+    recipe = TinyRecipe(vocabulary_size=400, hidden_size=32, layers=2, heads=2, intermediate_size=64, steps=40)
+    texts = (SAMPLE / "sft_train.jsonl").read_text(encoding="utf-8").splitlines()[:200]
+    return build_tiny_base(texts, tmp_path_factory.mktemp("micro"), progress=False, recipe=recipe)

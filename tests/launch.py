@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_ranks(
-    script: str | Path, world: int, tmp_path: Path, args: Sequence[str] = (), *, timeout: float = 300.0
+    script: str | Path, world: int, tmp_path: Path, args: Sequence[str] = (), *, timeout: float = 300.0, port: int = 0
 ) -> subprocess.CompletedProcess[str]:
-    """Run `script` (a path, or the text of a python program) on `world` ranks over gloo.
+    """Run `script` (a path, or the text of a python program) on `world` ranks over gloo; `port` 0 takes a free one.
 
     Returns the finished process with its output; fails with the output when it takes longer than `timeout` seconds.
     """
@@ -39,7 +39,7 @@ def run_ranks(
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)  # set by tests that made a world of one in this process
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world)]
-    command += ["--master_port", str(free_port()), str(path), *map(str, args)]
+    command += ["--master_port", str(port or free_port()), str(path), *map(str, args)]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,

@@ -302,3 +302,12 @@ def test_published_lfs_pointers(name: str) -> None:
         pytest.skip(f"published data not there: {DATA / name}")
     with pytest.raises(DataError, match="git lfs pull"):
         read(DATA / name)
+
+
+def test_a_path_may_name_an_environment_variable(monkeypatch):
+    monkeypatch.setenv("SOME_DATA_DIR", "/data/here")
+    assert DatasetSpec.parse("${SOME_DATA_DIR}/a.jsonl").path == "/data/here/a.jsonl"
+    assert DatasetSpec.parse('{"path": "${SOME_DATA_DIR}/a.jsonl"}').path == "/data/here/a.jsonl"
+    monkeypatch.delenv("SOME_DATA_DIR")
+    with pytest.raises(DataError, match="SOME_DATA_DIR is not set"):
+        DatasetSpec.parse("${SOME_DATA_DIR}/a.jsonl")

@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf.models.tiny_base import TinyRecipe, build_tiny_base
 from tests.launch import run_ranks
 
 WORKER = Path(__file__).with_name("pipeline_worker.py")
@@ -30,16 +29,13 @@ def write_rows(source: str, target: Path, rows: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> tuple[Path, Path]:
+def inputs(micro_base, tmp_path_factory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("two_ranks")
-    recipe = TinyRecipe(vocabulary_size=400, hidden_size=32, layers=2, heads=2, intermediate_size=64, steps=40)
-    texts = (SAMPLE / "sft_train.jsonl").read_text(encoding="utf-8").splitlines()[:200]
-    base = build_tiny_base(texts, root, progress=False, recipe=recipe)
     for name in ("sft", "preference", "prompts"):
         write_rows(f"{name}_train", root / f"{name}.jsonl", 33)
         # 2 ranks x micro-batches of 2 do not divide it: the last evaluation batches are ragged
         write_rows(f"{name}_heldout", root / f"{name}_eval.jsonl", 11)
-    return base, root
+    return micro_base, root
 
 
 def run_pipeline(inputs: tuple[Path, Path], output: Path, *, world: int, zero_stage: int) -> Path:

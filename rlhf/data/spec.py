@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -42,7 +44,7 @@ class Row:
 class DatasetSpec:
     """Where rows are and what their columns mean.
 
-    `path`: a file, a directory, a hub name `org/name`, or `sample:NAME`. `columns`: our name -> the file's column.
+    `path`: a file, a directory, a hub name `org/name`, or `sample:NAME`; `${NAME}` in it is an environment variable. `columns`: our name -> the file's column.
     `format`: a file format (`FILE_FORMATS`) where the suffix does not tell, or a row format
     (`rlhf.data.formats.ROW_FORMATS`) where the fields do not tell. `weight`: see `mixture.blend`. `split`: of a hub
     data set or a saved DatasetDict. `category`: of every row. `delimiter`: of a text table, one character.
@@ -63,7 +65,7 @@ class DatasetSpec:
         if not text:
             raise DataError("a data set needs a path, a directory, a hub name or `sample:NAME`; nothing was given")
         if not text.startswith("{"):
-            return cls(path=text)
+            return cls(path=expand_variables(text))
         try:
             given = json.loads(text)
         except json.JSONDecodeError as error:
@@ -87,4 +89,17 @@ class DatasetSpec:
             raise DataError(f"data set {text!r}: `weight` must be a number above 0, not {weight!r}")
         if given.get("delimiter") is not None and len(given["delimiter"]) != 1:
             raise DataError(f"data set {text!r}: `delimiter` must be one character, not {given['delimiter']!r}")
-        return cls(**{**given, "columns": columns, "weight": float(weight)})
+        path = expand_variables(given["path"])
+        return cls(**{**given, "path": path, "columns": columns, "weight": float(weight)})
+
+
+def expand_variables(path: str) -> str:
+    """`path` with each `${NAME}` replaced by that environment variable; DataError where it is not set."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if not os.environ.get(name):
+            raise DataError(f"data set {path!r}: the environment variable {name} is not set; `export {name}=...` first")
+        return os.environ[name]
+
+    return re.sub(r"\$\{(\w+)\}", value, path)
