@@ -7,10 +7,13 @@ The docstring under a field is its entry in `docs/configuration.md`.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
@@ -178,6 +181,31 @@ class ConfigError(ValueError):
 T = TypeVar("T")
 
 
+def field_docstrings(config_class: type) -> dict[str, str]:
+    """Field name -> the string literal under it, over the class and its bases; the class's own one wins.
+
+    Raises ValueError that names the class and the field where a field of the dataclass has none.
+    """
+    found: dict[str, str] = {}
+    for owner in reversed(config_class.__mro__):
+        if not dataclasses.is_dataclass(owner):
+            continue
+        definition = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        assert isinstance(definition, ast.ClassDef)
+        for statement, following in zip(definition.body, definition.body[1:], strict=False):
+            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+                continue
+            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                found[statement.target.id] = " ".join(str(following.value.value).split())
+    for item in dataclasses.fields(config_class):
+        if not found.get(item.name):
+            raise ValueError(
+                f"{config_class.__module__}.{config_class.__name__}.{item.name} has no docstring under it; "
+                "write what it means, its unit and where its default comes from"
+            )
+    return found
+
+
 def load_config_file(path: str | Path, stage: str) -> dict[str, Any]:
     """Read a YAML file into the flat fields of one stage (shared fields, overlaid by the stage's section).
 
@@ -214,7 +242,7 @@ def parse_config(
     `default_config` is read when the command line names neither `--config` nor `--base_model`: it tunes the
     embedded default and would not suit another model. `known_fields` are names of other stages that a shared
     file may hold and this stage passes over. `--local_rank`, which launchers add, is dropped: the
-    rank is read from the environment. Returns one instance per class, in order.
+    rank is read from the environment. `--help` explains every field and exits. Returns one instance per class, in order.
     Raises ConfigError for an unknown field (with the nearest known names) or a value of the wrong type.
     """
     from trl import TrlParser
@@ -225,6 +253,10 @@ def parse_config(
 
     arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
     parser = Parser(list[Any](config_classes), prog=f"step {stage}", allow_abbrev=False)
+    if {"-h", "--help"} & set(arguments):
+        texts = {name: text for config in config_classes for name, text in field_docstrings(config).items()}
+        for action in parser._actions:
+            action.help = texts.get(action.dest, action.help or "").replace("%", "%%")
     config_path, arguments = _take_config_option(arguments)
     if config_path is None and default_config is not None and not _names_base_model(arguments):
         config_path = str(default_config)
@@ -241,6 +273,7 @@ def parse_config(
     )
     if unknown:
         _check_names([unknown[0].split("=")[0].removeprefix("--")], own.keys(), "command line")
+        raise ConfigError(f"command line: cannot read {unknown[0]!r}; fields are given as `--name value`")
     return tuple(configs)
 
 

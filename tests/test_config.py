@@ -8,6 +8,7 @@ from typing import Literal
 import pytest
 
 from rlhf.config import ConfigError, load_config_file, parse_config, save_config
+from rlhf.stages import parse_stage
 
 
 @dataclass
@@ -211,3 +212,16 @@ def test_files_that_cannot_be_read_are_named(config_file, tmp_path):
 def test_an_empty_file_and_an_empty_section_change_nothing(config_file):
     assert load_config_file(config_file(""), "ppo") == {}
     assert parse("--config", config_file("ppo:\n")) == parse()
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_stage("ppo", ["--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "--kl_coef" in shown and "Weight of the KL penalty" in shown
+
+
+def test_a_stray_word_is_refused():
+    with pytest.raises(ConfigError, match="cannot read 'seed'"):
+        parse_stage("sft", ["--epochs", "1", "seed"])

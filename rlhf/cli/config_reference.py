@@ -6,16 +6,15 @@ fields, explanations from the string literal that stands under each field in the
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import inspect
 import re
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.config import field_docstrings
 from rlhf.stages import STAGE_CONFIGS
 
 INTRODUCTION = """\
@@ -62,31 +61,6 @@ class FieldEntry:
     type: str
     default: str
     text: str
-
-
-def field_docstrings(config_class: type) -> dict[str, str]:
-    """Field name -> the string literal under it, over the class and its bases; the class's own one wins.
-
-    Raises ValueError that names the class and the field where a field of the dataclass has none.
-    """
-    found: dict[str, str] = {}
-    for owner in reversed(config_class.__mro__):
-        if not dataclasses.is_dataclass(owner):
-            continue
-        definition = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
-        assert isinstance(definition, ast.ClassDef)
-        for statement, following in zip(definition.body, definition.body[1:], strict=False):
-            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-                continue
-            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                found[statement.target.id] = " ".join(str(following.value.value).split())
-    for item in dataclasses.fields(config_class):
-        if not found.get(item.name):
-            raise ValueError(
-                f"{config_class.__module__}.{config_class.__name__}.{item.name} has no docstring under it; "
-                "write what it means, its unit and where its default comes from"
-            )
-    return found
 
 
 def entries(config_class: type) -> list[FieldEntry]:

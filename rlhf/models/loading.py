@@ -114,12 +114,6 @@ def load_pretrained(
             output_loading_info=True,
             **options,
         )
-    if quantization == "4bit":
-        for module in model.modules():
-            # On a CPU with AVX512-BF16 bitsandbytes would repack the weights in the first evaluation, for a kernel that
-            # has no gradient: training after it would learn nothing.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
     missing = sorted(set(report["missing_keys"]) - set(getattr(model, "all_tied_weights_keys", None) or {}))
     if missing:
         raise ConfigError(
