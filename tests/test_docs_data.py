@@ -14,7 +14,8 @@ from rlhf.data.sources import read_rows
 from rlhf.data.spec import DatasetSpec
 from rlhf.data.templates import TEXT_TEMPLATES, load_template
 
-PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```(jsonl|csv) (\w+) (\w+) (\d+)(?: (\{.*\}))?\n(.*?)```", PAGE, flags=re.DOTALL)
 
 
@@ -37,6 +38,19 @@ def test_every_format_and_template_is_named_on_the_page() -> None:
     names = set(re.findall(r"`(\w+)`", PAGE))
     assert set(ROW_FORMATS) <= names
     assert set(TEXT_TEMPLATES) <= names
+
+
+def test_the_readme_counts_the_formats_rightly() -> None:
+    counted = re.search(r"(\d+) row formats", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert counted is not None
+    assert int(counted.group(1)) == len(ROW_FORMATS)
+
+
+def test_links_between_the_pages_lead_somewhere() -> None:
+    for page in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "training_scripts" / "configs" / "README.md"]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            if target != "docs/results.md":  # written by a long run
+                assert (page.parent / target).exists(), f"{page.name} links to {target}, which is not there"
 
 
 def test_there_is_an_example_for_each_family_of_formats() -> None:

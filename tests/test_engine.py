@@ -128,7 +128,8 @@ for stage in (0, 1, 2, 3):
 for stage, rank_of_lora in ((3, 0), (3, 2), (1, 2)):
     four = RLHFEngine.build(
         path, reward, model=ModelConfig(lora_rank=rank_of_lora),
-        engine=EngineConfig(zero_stage=stage, precision="fp32"), actor_optimizer=OPTIMIZER, critic_learning_rate=1e-2, plan=plan, total_steps=4, ema_decay=0.5)
+        engine=EngineConfig(zero_stage=stage, precision="fp32"), actor_optimizer=OPTIMIZER,
+        critic_learning_rate=1e-2, plan=plan, total_steps=4, ema_decay=0.5)
     four.eval()
     with torch.no_grad():
         before = forward_logits(four.actor, ids, mask)
