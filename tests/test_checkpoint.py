@@ -145,6 +145,24 @@ def test_a_reader_never_sees_a_part(tmp_path):
     assert [file.name for file in out.iterdir()] == ["b"]
 
 
+def test_a_rename_that_fails_brings_the_old_directory_back(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a").write_text("1")
+    rename = Path.rename
+
+    def fails_for_the_new_one(self: Path, target: Path) -> Path:
+        if ".part-" in self.name:
+            raise OSError(5, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails_for_the_new_one)
+    with pytest.raises(OSError, match="Input/output error"), replaced_directory(out) as part:
+        (part / "b").write_text("2")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    assert (out / "a").read_text() == "1"
+
+
 def test_check_writable_makes_the_directory_and_leaves_it_empty(tmp_path):
     check_writable(tmp_path / "deep" / "down")
     assert list((tmp_path / "deep" / "down").iterdir()) == []

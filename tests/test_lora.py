@@ -159,10 +159,22 @@ def test_adapters_train_on_a_quantised_base(kind, quantization, tokenizer, tmp_p
             return forward_logits(model, ids, mask)[mask][:, 5].float().log_softmax(0).mean().neg()
         return (model(ids, mask)[mask] - 1.0).pow(2).mean()
 
-    with torch.no_grad():  # a model is scored before and while it trains
+    def gradients() -> dict[str, torch.Tensor]:
+        optimizer.zero_grad()
+        loss().backward()
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+        optimizer.zero_grad()
+        return found
+
+    before = gradients()
+    with torch.no_grad():  # scoring, as PPO does before it trains, must leave no trace in the weights
         model.eval()
         loss()
         model.train()
+    after = gradients()
+    assert any(gradient.abs().sum() > 0 for gradient in before.values())
+    for name, gradient in before.items():
+        torch.testing.assert_close(after[name], gradient)
     losses = []
     for _ in range(8):
         value = loss()
