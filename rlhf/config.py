@@ -10,8 +10,10 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import importlib.util
 import inspect
 import json
+import logging
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -22,6 +24,20 @@ from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
+
+logger = logging.getLogger("rlhf")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used, with what was given, what is needed and what to do."""
+
+
+def require_at_least(config: Any, least: float, *names: str) -> None:
+    """ConfigError for a field of `config` below `least`."""
+    for name in names:
+        if getattr(config, name) < least:
+            raise ConfigError(f"{name}={getattr(config, name)} must be at least {least}")
+
 
 STAGES = ("sft", "reward", "ppo")
 EMBEDDED_BASE = "default"
@@ -44,6 +60,14 @@ class RunConfig:
     """Write TensorBoard event files beside `metrics.jsonl`."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project; needs the `wandb` package."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "log_every_steps")
+        if self.wandb_project and importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                f"wandb_project={self.wandb_project!r} needs the wandb package, which is not installed; "
+                "run `pip install wandb` or leave wandb_project unset"
+            )
 
 
 @dataclass
@@ -70,6 +94,14 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     model_dropout: float = 0.0
     """Dropout probability set on the base model while it trains (KULLM-RLHF: none)."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "lora_rank")
+        if self.quantization != "none" and self.lora_rank == 0:
+            raise ConfigError(
+                f"quantization={self.quantization} needs lora_rank above 0: a quantised base is frozen and only an "
+                "adapter can train on it"
+            )
 
 
 @dataclass
@@ -109,6 +141,11 @@ class OptimizerConfig:
     warmup_ratio: float = 0.0
     """Share of all optimizer steps used for linear warm-up."""
 
+    def __post_init__(self) -> None:
+        if len(self.adam_betas) != 2 or not all(0 <= beta < 1 for beta in self.adam_betas):
+            raise ConfigError(f"adam_betas={self.adam_betas} must be two numbers in [0, 1), such as 0.9 0.95")
+        require_at_least(self, 0, "learning_rate", "weight_decay", "warmup_steps", "warmup_ratio")
+
 
 @dataclass
 class BatchConfig:
@@ -123,6 +160,10 @@ class BatchConfig:
     max_steps: int = 0
     """Stop after this many optimizer steps (PPO: iterations); 0 means `epochs` decides."""
 
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "global_batch_size", "micro_batch_size")
+        require_at_least(self, 0, "epochs", "max_steps")
+
 
 @dataclass
 class DataConfig:
@@ -136,10 +177,15 @@ class DataConfig:
     """Longer prompts lose their beginning (KULLM-RLHF: 256)."""
     max_response_tokens: int = 256
     """Longer responses lose their end; PPO samples at most this many tokens (KULLM-RLHF: 256)."""
-    eval_fraction: float = 0.0
+    eval_fraction: float = 0.05
     """Share of the prompts held out (by a hash of the prompt) where no evaluation data is named."""
     stage_split: str | None = None
     """Split each data set over sft, reward and ppo by a hash of the prompt, such as `2,4,4`; unset uses all of it."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "max_prompt_tokens", "max_response_tokens")
+        if not 0 <= self.eval_fraction < 1:
+            raise ConfigError(f"eval_fraction={self.eval_fraction} must lie in [0, 1): a share of the prompts")
 
 
 @dataclass
@@ -174,8 +220,7 @@ class PPODataConfig(DataConfig):
     """Data sets of the ptx mixture (prompt and response); needed when `ptx_coef` is above 0."""
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used, with what was given, what is needed and what to do."""
+MODEL_OPTIONS = ("base_model", "actor_model", "reward_model", "critic_model")
 
 
 T = TypeVar("T")
@@ -239,10 +284,10 @@ def parse_config(
 ) -> tuple[Any, ...]:
     """Fill `config_classes` from the defaults, then `--config FILE`, then the command line.
 
-    `default_config` is read when the command line names neither `--config` nor `--base_model`: it tunes the
-    embedded default and would not suit another model. `known_fields` are names of other stages that a shared
-    file may hold and this stage passes over. `--local_rank`, which launchers add, is dropped: the
-    rank is read from the environment. `--help` explains every field and exits. Returns one instance per class, in order.
+    `default_config` is read when the command line names neither `--config` nor a model: it tunes the embedded
+    default and would not suit another one. `known_fields` are names of other stages that a shared file may hold and
+    this stage passes over. `--local_rank`, which launchers add, is dropped: the rank is read from the environment.
+    `--help` explains every field and exits. Returns one instance per class, in order.
     Raises ConfigError for an unknown field (with the nearest known names) or a value of the wrong type.
     """
     from trl import TrlParser
@@ -258,13 +303,22 @@ def parse_config(
         for action in parser._actions:
             action.help = texts.get(action.dest, action.help or "").replace("%", "%%")
     config_path, arguments = _take_config_option(arguments)
-    if config_path is None and default_config is not None and not _names_base_model(arguments):
+    implicit = config_path is None and default_config is not None and not _given(arguments, *MODEL_OPTIONS)
+    if implicit:
         config_path = str(default_config)
+    if config_path is not None:
+        logger.info("configuration: %s", config_path)
     own = {name: kind for config in config_classes for name, kind in get_type_hints(config).items()}
     if config_path is not None:
         values = load_config_file(config_path, stage)
         _check_names(values, known_fields | own.keys(), config_path)
         values = {name: value for name, value in values.items() if name in own}
+        if implicit:  # its held-out data belongs to its training data
+            values = {
+                name: value
+                for name, value in values.items()
+                if not (name.endswith("_eval_data") and _given(arguments, name.replace("_eval_data", "_data")))
+            }
         parser.set_defaults_with_config(
             **{name: _checked(name, value, own[name], config_path) for name, value in values.items()}
         )
@@ -283,8 +337,9 @@ def save_config(path: Path, configs: Sequence[Any]) -> None:
     path.write_text(yaml.safe_dump(merged, allow_unicode=True, sort_keys=False), encoding="utf-8")
 
 
-def _names_base_model(arguments: Sequence[str]) -> bool:
-    return any(argument.split("=")[0] in ("--base_model", "--base-model") for argument in arguments)
+def _given(arguments: Sequence[str], *names: str) -> bool:
+    given = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
+    return not given.isdisjoint(names)
 
 
 def _take_config_option(arguments: list[str]) -> tuple[str | None, list[str]]:

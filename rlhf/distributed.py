@@ -5,6 +5,7 @@ Everything works in a single process without a launcher: the world is then of si
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from rlhf.config import ConfigError
 
 logger = logging.getLogger("rlhf")
+_PROCESS_STARTED = time.time()
 
 
 def rank() -> int:
@@ -58,7 +60,7 @@ def init_world(timeout_minutes: float = 60.0) -> torch.device:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
             os.environ["MASTER_PORT"] = str(free_port())
         elif os.environ["RANK"] == "0":
-            _check_port(os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ["MASTER_PORT"]))
+            _check_port(int(os.environ.get("MASTER_PORT", "29500")))
         deepspeed.init_distributed(
             dist_backend=accelerator.communication_backend_name() if accelerator.is_available() else "gloo",
             auto_mpi_discovery=False,
@@ -79,17 +81,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _check_port(address: str, port: int) -> None:
+def _check_port(port: int) -> None:
+    """The rendezvous listens on every interface of rank 0's machine."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's own store listens there
         return
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+    with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((address, port))
+            probe.bind(("", port))
         except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                return  # not for this check to judge
             raise ConfigError(
-                f"port {port} on {address} cannot be used for the rendezvous ({error.strerror}): another run may "
-                f"hold it; choose a free one with `deepspeed --master_port PORT ...`"
+                f"port {port} cannot be used for the rendezvous ({error.strerror}): another run may hold it; "
+                f"choose a free one with `deepspeed --master_port PORT ...`"
             ) from error
 
 
@@ -138,12 +143,6 @@ def all_reduce_max(value: int, device: torch.device | str = "cpu") -> int:
     return int(largest)
 
 
-def barrier() -> None:
-    """Wait for every rank."""
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
 def rank_zero_first(path: Path, make: Callable[[], None], *, poll_seconds: float = 0.5) -> None:
     """Let rank 0 make the file or directory `path` while the others poll for it.
 
@@ -163,10 +162,14 @@ def rank_zero_first(path: Path, make: Callable[[], None], *, poll_seconds: float
             failed.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
             raise
         return
-    started = time.time()
+    waiting_since = time.monotonic()
+    told = False
     while not path.exists():
-        if failed.exists() and failed.stat().st_mtime >= started - 1:
+        if failed.exists() and failed.stat().st_mtime >= _PROCESS_STARTED - 5:  # not one of an earlier run
             raise RuntimeError(f"rank 0 could not make {path}: {failed.read_text(encoding='utf-8')}")
+        if not told and time.monotonic() - waiting_since > 60:
+            logger.error("rank %d waits for rank 0 to make %s; on several nodes it must be a shared disk", rank(), path)
+            told = True
         time.sleep(poll_seconds)
 
 

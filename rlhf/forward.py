@@ -24,6 +24,14 @@ def innermost(model: nn.Module) -> nn.Module:
     return get_base_model() if callable(get_base_model) else model
 
 
+def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Every id that ends a response: the tokenizer's, and those of the model's generation settings (chat models)."""
+    settings = getattr(innermost(model), "generation_config", None)
+    more = getattr(settings, "eos_token_id", None)
+    ids = {tokenizer.eos_token_id, *(more if isinstance(more, list | tuple) else [more])}
+    return sorted(int(number) for number in ids if number is not None)
+
+
 def model_arguments(model: nn.Module, attention_mask: torch.Tensor, **wanted: Any) -> dict[str, Any]:
     """Keyword arguments for a forward over `attention_mask` [B, L]: the mask, position ids where the model
     takes them, and those of `wanted` that its `forward` names."""

@@ -93,13 +93,8 @@ class MetricsWriter:
 
 
 def _start_wandb(run: RunConfig, stage: str) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError(
-            f"wandb_project={run.wandb_project!r} needs the wandb package, which is not installed; "
-            "run `pip install wandb` or leave wandb_project unset"
-        ) from error
+    import wandb
+
     return wandb.init(project=run.wandb_project, name=f"{Path(run.output_dir).name}-{stage}", reinit=True)
 
 

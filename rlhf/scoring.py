@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from rlhf.data.token_cache import tokenizer_fingerprint
+from rlhf.data.tokenize import TextEncoder
 from rlhf.forward import forward_logits
 from rlhf.ops import entropy_from_logits, logprobs_from_logits, score_last
 from rlhf.types import Rollout
@@ -53,17 +57,19 @@ class RewardScorer:
     """Normalised reward-model scores of rollouts, also where the reward model has another tokenizer.
 
     With the actor's tokenizer the ids go in as they are. With another one the text is decoded and encoded again,
-    and the reward model's own end-of-sequence token stands for the actor's.
+    the reward model's own end-of-sequence token stands for the actor's, and a prompt too long for the reward model's
+    positions loses its beginning. `eos_ids` are the actor's end-of-sequence ids.
     """
 
-    def __init__(
-        self, reward: Any, reward_tokenizer: Any, actor_tokenizer: Any, *, max_tokens: int | None = None
-    ) -> None:
+    def __init__(self, reward: Any, reward_tokenizer: Any, actor_tokenizer: Any, *, eos_ids: Sequence[int]) -> None:
         self.reward = reward
         self.reward_tokenizer = reward_tokenizer
         self.actor_tokenizer = actor_tokenizer
-        self.max_tokens = max_tokens
-        self.same_tokenizer = same_vocabulary(reward_tokenizer, actor_tokenizer)
+        self.eos_ids = frozenset(eos_ids)
+        self.same_tokenizer = same_tokenizer(reward_tokenizer, actor_tokenizer)
+        self.encoder = TextEncoder(reward_tokenizer)
+        module = getattr(reward, "module", reward)
+        self.max_tokens = getattr(getattr(module, "config", None), "max_position_embeddings", None)
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout, prompt_texts: list[str]) -> torch.Tensor:
@@ -77,16 +83,16 @@ class RewardScorer:
         return module.normalise(scores).float()
 
     def _encode_again(self, rollout: Rollout, prompt_texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        from rlhf.data import encode_prompt_and_response
-
         rows = []
-        eos = self.actor_tokenizer.eos_token_id
-        for prompt, ids, mask in zip(prompt_texts, rollout.response_ids, rollout.response_mask, strict=True):
+        prompts = self.encoder.prompts(prompt_texts)
+        for prompt, ids, mask in zip(prompts, rollout.response_ids, rollout.response_mask, strict=True):
             tokens = ids[mask.bool()].tolist()
-            ended = bool(tokens) and tokens[-1] == eos
-            response = self.actor_tokenizer.decode(tokens, skip_special_tokens=True)
-            encoded = encode_prompt_and_response(self.reward_tokenizer, prompt, response, append_eos=ended)
-            rows.append(encoded[-self.max_tokens :] if self.max_tokens else encoded)
+            ended = bool(tokens) and tokens[-1] in self.eos_ids
+            text = self.actor_tokenizer.decode(tokens, skip_special_tokens=True)
+            response = self.encoder.responses([text], append_eos=ended)[0].ids
+            start = self.encoder.start_ids
+            room = (self.max_tokens or sys.maxsize) - len(start) - len(response)
+            rows.append([*start, *prompt.ids[len(start) :][-max(room, 1) :], *response])
         longest = max(len(row) for row in rows)
         device = rollout.response_ids.device
         ids = torch.full((len(rows), longest), self.reward_tokenizer.pad_token_id, device=device)
@@ -97,9 +103,9 @@ class RewardScorer:
         return ids, mask
 
 
-def same_vocabulary(first: Any, second: Any) -> bool:
-    """True when two tokenizers give the same ids: same vocabulary, same end-of-sequence token."""
-    return first.get_vocab() == second.get_vocab() and first.eos_token_id == second.eos_token_id
+def same_tokenizer(first: Any, second: Any) -> bool:
+    """True when two tokenizers give the same ids for every text: vocabulary, merges, normaliser, special tokens."""
+    return tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
 
 
 def trim(rollout: Rollout) -> tuple[Rollout, slice]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
+from rlhf.algorithms.ppo import EmptyRolloutError, PPOBatchConfig, PPOConfig, PPOOptimizerConfig
 from rlhf.algorithms.reward import RewardConfig
 from rlhf.algorithms.sft import SFTConfig
 from rlhf.config import (
@@ -24,6 +24,8 @@ from rlhf.config import (
     SFTDataConfig,
     parse_config,
 )
+from rlhf.distributed import is_main, setup_logging
+from rlhf.trainer import NonFiniteError
 
 STAGE_CONFIGS: dict[str, tuple[type, ...]] = {
     "sft": (RunConfig, ModelConfig, EngineConfig, OptimizerConfig, BatchConfig, SFTDataConfig, SFTConfig),
@@ -44,13 +46,15 @@ def parse_stage(stage: str, argv: Sequence[str] | None = None) -> tuple[Any, ...
 
 
 def run_stage(main: Callable[[], Any]) -> None:
-    """Run a stage's `main`; a mistake in the configuration or the data ends it with a sentence, not a traceback."""
+    """Run a stage's `main`; what a user can mend ends it with a sentence from rank 0, not with a traceback."""
     from rlhf.data import DataError
 
+    setup_logging()
     try:
         main()
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except (ConfigError, DataError, NonFiniteError, EmptyRolloutError) as error:
+        if is_main():
+            print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 

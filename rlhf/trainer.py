@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from rlhf.config import BatchConfig, RunConfig
@@ -174,6 +173,11 @@ class Trainer(ABC, Generic[Batch]):
     def fit(self) -> dict[str, Any]:
         """Train; returns {"before": metrics, "after": metrics of the exported model, "best_step", "seconds"}."""
         started = time.perf_counter()
+        torch.manual_seed(self.run.seed * 1_000_003 + rank())  # dropout masks differ between ranks
+        if not self.evaluation:
+            logger.warning(
+                "%s: no held-out data, so no evaluation and the last model is kept; see eval_fraction", self.stage
+            )
         before = self._evaluate_and_log(0)
         best, best_step = before, 0
         self.engine.train()
@@ -220,7 +224,8 @@ class Trainer(ABC, Generic[Batch]):
             metrics = self.evaluate()
         numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
         self.writer.write(step, numbers)
-        logger.info("%s step %d: %s", self.stage, step, "  ".join(f"{k}={v:.4f}" for k, v in numbers.items()))
+        shown = {name: value for name, value in numbers.items() if "/" not in name}
+        logger.info("%s step %d: %s", self.stage, step, "  ".join(f"{k}={v:.4f}" for k, v in shown.items()))
         return metrics
 
     def evaluation_batches(self, examples: Sequence[Any] | None = None) -> Iterator[tuple[Batch, int]]:
@@ -295,8 +300,8 @@ class OnPolicyTrainer(ABC):
             due = self.eval_every_steps > 0 and iteration % self.eval_every_steps == 0
             if due or iteration == self.iterations:
                 after = self._evaluate_and_log(iteration)
+                self.export()
         progress.close()
-        self.export()
         self.writer.close()
         return {"before": before, "after": after, "seconds": time.perf_counter() - started}
 
@@ -311,9 +316,3 @@ class OnPolicyTrainer(ABC):
 def write_result(directory: Path, result: Mapping[str, Any], *, seconds: float, seed: int) -> None:
     """Write a stage's `result.json` (rank 0): what `summary.json` is put together from."""
     write_json(directory / "result.json", {**result, "seconds": round(seconds, 1), "seed": seed})
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable and all parameters, also of a ZeRO-3 partitioned model."""
-    sizes = [(getattr(item, "ds_numel", item.numel()), item.requires_grad) for item in model.parameters()]
-    return sum(size for size, trains in sizes if trains), sum(size for size, _ in sizes)

@@ -15,9 +15,9 @@ from rlhf.algorithms.sft import SFTTrainer
 from rlhf.checkpoint import check_writable, export_causal_lm
 from rlhf.config import save_config
 from rlhf.data import load_stage_data
-from rlhf.distributed import init_world, is_main, seed_everything, setup_logging, world_size
+from rlhf.distributed import init_world, is_main, seed_everything, world_size
 from rlhf.engine import BatchPlan, compute_dtype, training_engine, zero3_loading
-from rlhf.models import apply_lora, load_causal_lm, load_tokenizer
+from rlhf.models import apply_lora, check_vocabulary, load_causal_lm, load_tokenizer
 from rlhf.stages import parse_stage, resolve_base_model, run_stage
 from rlhf.trainer import write_result
 
@@ -27,7 +27,6 @@ def main(argv: list[str] | None = None) -> dict:
     configs = parse_stage("sft", argv)
     run, model_config, engine_config, optimizer_config, batch, data_config, config = configs
     init_world()
-    setup_logging()
     directory = Path(run.output_dir) / "sft"
     check_writable(directory)
     seed_everything(run.seed)
@@ -55,6 +54,7 @@ def main(argv: list[str] | None = None) -> dict:
             trust_remote_code=model_config.trust_remote_code,
             dropout=model_config.model_dropout,
         )
+    check_vocabulary(model, tokenizer)
     if model_config.lora_rank:
         model = apply_lora(
             model,

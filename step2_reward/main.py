@@ -15,10 +15,10 @@ from rlhf.algorithms.reward import RewardTrainer
 from rlhf.checkpoint import check_writable, export_scalar_model
 from rlhf.config import save_config
 from rlhf.data import load_stage_data
-from rlhf.distributed import init_world, is_main, seed_everything, setup_logging, world_size
+from rlhf.distributed import init_world, is_main, seed_everything, world_size
 from rlhf.engine import BatchPlan, compute_dtype, training_engine, zero3_loading
 from rlhf.metrics import write_json
-from rlhf.models import ScalarModel, apply_lora, load_tokenizer
+from rlhf.models import ScalarModel, apply_lora, check_vocabulary, load_tokenizer
 from rlhf.stages import parse_stage, resolve_base_model, run_stage
 from rlhf.trainer import write_result
 
@@ -28,7 +28,6 @@ def main(argv: list[str] | None = None) -> dict:
     configs = parse_stage("reward", argv)
     run, model_config, engine_config, optimizer_config, batch, data_config, config = configs
     init_world()
-    setup_logging()
     directory = Path(run.output_dir) / "reward"
     check_writable(directory)
     seed_everything(run.seed)
@@ -57,6 +56,7 @@ def main(argv: list[str] | None = None) -> dict:
             dropout=model_config.model_dropout,
             seed=run.seed,
         )
+    check_vocabulary(model.backbone, tokenizer)
     if model_config.lora_rank:
         model = apply_lora(
             model,

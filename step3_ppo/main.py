@@ -13,13 +13,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rlhf.algorithms.ppo import PPOTrainer, ppo_optimizer_steps
 from rlhf.checkpoint import check_writable, export_causal_lm, export_scalar_model
-from rlhf.config import save_config
+from rlhf.config import ConfigError, save_config
 from rlhf.data import load_stage_data
-from rlhf.distributed import init_world, is_main, seed_everything, setup_logging, world_size
+from rlhf.distributed import init_world, is_main, seed_everything, world_size
 from rlhf.engine import BatchPlan, RLHFEngine
+from rlhf.forward import eos_token_ids
 from rlhf.metrics import write_json
-from rlhf.models import load_tokenizer
-from rlhf.scoring import RewardScorer, same_vocabulary
+from rlhf.models import check_vocabulary, load_tokenizer
+from rlhf.scoring import RewardScorer, same_tokenizer
 from rlhf.stages import find_stage_model, paired_samples, parse_stage, run_stage
 from rlhf.trainer import write_result
 
@@ -31,10 +32,13 @@ def main(argv: list[str] | None = None) -> dict:
     actor_model = find_stage_model(config.actor_model, "actor_model", run.output_dir, "sft")
     reward_model = find_stage_model(config.reward_model, "reward_model", run.output_dir, "reward")
     init_world()
-    setup_logging()
     directory = Path(run.output_dir) / "ppo"
     check_writable(directory)
     seed_everything(run.seed)
+    if config.ptx_coef > 0 and not data_config.ptx_data:
+        raise ConfigError(f"ptx_coef={config.ptx_coef} needs data: name it in `ptx_data`, or set ptx_coef to 0")
+    if config.ptx_coef == 0 and data_config.ptx_data:
+        raise ConfigError("ptx_data is given and ptx_coef is 0: set ptx_coef (InstructGPT: 27.8) or leave ptx_data out")
     plan = BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size())
 
     tokenizer = load_tokenizer(actor_model, trust_remote_code=model_config.trust_remote_code)
@@ -44,12 +48,10 @@ def main(argv: list[str] | None = None) -> dict:
     )
     prompts = load_stage_data("prompt", data_config.prompt_data, data_config.prompt_eval_data, stage="ppo", **shared)
     ptx = []
-    if config.ptx_coef > 0 and data_config.ptx_data:
+    if config.ptx_coef > 0:
         ptx = load_stage_data("response", data_config.ptx_data, [], stage="sft", report_name="ptx", **shared).train
     # a critic reads the actor's tokens: a reward model of another tokenizer cannot lend it its weights
-    critic_model = config.critic_model or (
-        reward_model if same_vocabulary(reward_tokenizer, tokenizer) else actor_model
-    )
+    critic_model = config.critic_model or (reward_model if same_tokenizer(reward_tokenizer, tokenizer) else actor_model)
     engine = RLHFEngine.build(
         actor_model,
         reward_model,
@@ -63,6 +65,8 @@ def main(argv: list[str] | None = None) -> dict:
         ema_decay=config.ema_decay,
         seed=run.seed,
     )
+    check_vocabulary(engine.actor, tokenizer)
+    check_vocabulary(engine.critic.module.backbone, tokenizer)
 
     def export() -> None:
         export_causal_lm(engine.actor, tokenizer, directory / "actor")
@@ -75,7 +79,7 @@ def main(argv: list[str] | None = None) -> dict:
         prompts.train,
         prompts.evaluation,
         tokenizer=tokenizer,
-        scorer=RewardScorer(engine.reward, reward_tokenizer, tokenizer),
+        scorer=RewardScorer(engine.reward, reward_tokenizer, tokenizer, eos_ids=eos_token_ids(engine.actor, tokenizer)),
         plan=plan,
         batch=batch,
         config=config,

@@ -1,4 +1,4 @@
-"""Run the three stages in one process: pipeline_worker.py BASE_MODEL DATA_DIR OUTPUT_DIR ZERO_STAGE [--field value ...]"""
+"""Run the three stages in one process: pipeline_worker.py BASE DATA_DIR OUTPUT_DIR ZERO_STAGE [--field value ...]"""
 
 from __future__ import annotations
 

@@ -148,6 +148,33 @@ def test_model_directory_without_a_model(options, tmp_path):
         sft([*options, "--base_model", str(tmp_path / "empty")])
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("log_every_steps", "0"),
+        ("ppo_epochs", "0"),
+        ("eval_samples_per_prompt", "0"),
+        ("generation_batch_size", "-1"),
+        ("ema_decay", "1.5"),
+        ("kl_coef", "-0.1"),
+        ("max_response_tokens", "0"),
+        ("eval_fraction", "1"),
+        ("adam_betas", "0.9"),
+        ("ptx_coef", "27.8"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_before_anything_is_loaded(options, field, value, tmp_path):
+    (tmp_path / "actor").mkdir()
+    models = ["--actor_model", str(tmp_path / "actor"), "--reward_model", str(tmp_path / "actor")]
+    with pytest.raises(ConfigError, match=field):
+        ppo([*options, *models, f"--{field}", value])
+
+
+def test_quantisation_without_lora(options):
+    with pytest.raises(ConfigError, match="lora_rank above 0"):
+        sft([*options, "--quantization", "4bit"])
+
+
 def test_quantisation_with_zero_3(options):
     with pytest.raises(ConfigError, match="zero_stage=3"):
         sft([*options, "--quantization", "4bit", "--lora_rank", "4", "--zero_stage", "3"])

@@ -34,7 +34,7 @@ def load(tokenizer, tmp_path):
             kind,
             specs,
             eval_specs,
-            config=DataConfig(**{"template": "koalpaca", **config}),
+            config=DataConfig(**{"template": "koalpaca", "eval_fraction": 0.0, **config}),
             stage=stage,
             tokenizer=tokenizer,
             seed=seed,
@@ -202,12 +202,14 @@ def test_template_markers_are_read_as_special_tokens_only_where_the_template_wri
     assert user not in load("prompt", [path], tokenizer=chat, template="kullm").train[0].input_ids
 
 
-def test_embedded_corpus_holds_training_texts_of_every_shape_and_nothing_held_out():
+def test_embedded_corpus_leaves_out_the_template_the_sft_answers_and_all_that_is_held_out():
     corpus = set(embedded_corpus())
-    template = load_template("kullm")
     pair = next(iter(read_rows(DatasetSpec.parse("sample:preference_train")))).values
     for answer in (pair["chosen"], pair["rejected"]):
-        assert {answer, template.render(pair["prompt"]) + answer} <= corpus
+        assert {answer, f"{pair['prompt']}\n{answer}"} <= corpus
+    row = next(iter(read_rows(DatasetSpec.parse("sample:sft_train")))).values
+    assert row["instruction"] in corpus and row["output"] not in corpus
+    assert not any("### 응답" in text for text in corpus)
     held = [row.values for row in read_rows(DatasetSpec.parse("sample:preference_heldout"))]
     joined = "\n".join(corpus)
     assert held and not any(row["chosen"] in joined or f"\n{row['prompt']}\n" in joined for row in held)

@@ -536,8 +536,8 @@ def test_15_the_split_into_micro_batches_changes_no_gradient(make_trainer, micro
 
 
 def test_15_the_gradient_is_that_of_the_token_mean_written_out(make_trainer, tiny_models):
-    """max(pg1, pg2) and 0.5 max(clipped, unclipped), row by row over unpadded responses, over the token count."""
-    trainer, experience, actor_gradients, critic_gradients, _ = gradients_of_one_step(make_trainer, 4)
+    """max(pg1, pg2) less the entropy bonus, and 0.5 max(clipped, unclipped), over unpadded rows and the token count."""
+    _, experience, actor_gradients, critic_gradients, _ = gradients_of_one_step(make_trainer, 4, entropy_coef=0.3)
     actor = load(tiny_models["gpt_neox"])
     critic = ScalarModel.from_base(tiny_models["gpt_neox"], dtype=torch.float32, seed=1).eval()
     policy, value, count = 0.0, 0.0, 0
@@ -552,7 +552,9 @@ def test_15_the_gradient_is_that_of_the_token_mean_written_out(make_trainer, tin
             ratio = (logits[at].log_softmax(-1)[token] - rollout.logprobs[row, t]).exp()
             advantage = experience.advantages[row, t]
             clipped = min(max(ratio, torch.tensor(0.8)), torch.tensor(1.2))
-            policy = policy + max(-advantage * ratio, -advantage * clipped)
+            distribution = logits[at].softmax(-1)
+            entropy = -(distribution * distribution.log()).sum()
+            policy = policy + max(-advantage * ratio, -advantage * clipped) - 0.3 * entropy
             old, target = experience.values[row, t], experience.returns[row, t]
             limited = min(max(values[at], old - 0.2), old + 0.2)
             value = value + 0.5 * max((values[at] - target) ** 2, (limited - target) ** 2)

@@ -145,6 +145,9 @@ def test_metrics_of_three_pairs_worked_by_hand():
     assert metrics["eval_length_baseline_accuracy"] == pytest.approx(0.5)  # shorter, longer, equal
     assert metrics["eval_score_mean"] == pytest.approx(8 / 6)
     assert metrics["eval_score_std"] == pytest.approx(math.sqrt(16 / 6 - (8 / 6) ** 2))
+    histograms = {name: entry.pop("histogram") for name, entry in metrics["by_category"].items()}
+    assert {name: sum(counts["chosen"]) for name, counts in histograms.items()} == {"a": 1, "b": 2}
+    assert metrics["eval_accuracy/a"] == 1.0 and metrics["eval_accuracy/b"] == 0.25
     assert metrics["by_category"] == {
         "a": {"accuracy": 1.0, "length_baseline_accuracy": 0.0, "margin": 2.0, "pairs": 1},
         "b": {"accuracy": 0.25, "length_baseline_accuracy": 0.75, "margin": -1.0, "pairs": 2},

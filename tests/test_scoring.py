@@ -15,7 +15,7 @@ from rlhf.scoring import (
     response_logprobs,
     response_logprobs_and_entropy,
     response_values,
-    same_vocabulary,
+    same_tokenizer,
     trim,
 )
 from rlhf.types import Rollout
@@ -119,7 +119,9 @@ def test_pad_response_pads_ids_with_pad_and_the_rest_with_nothing():
 @torch.no_grad()
 def test_scorer_gives_the_normalised_value_at_each_rows_last_token(fresh_critic, tokenizer):
     fresh_critic.set_normalisation(2.0, 0.5)
-    scores = RewardScorer(fresh_critic, tokenizer, tokenizer)(rollout_of(more_left=1, more_right=2), ["", "", ""])
+    scores = RewardScorer(fresh_critic, tokenizer, tokenizer, eos_ids=[0])(
+        rollout_of(more_left=1, more_right=2), ["", "", ""]
+    )
     assert scores.dtype == torch.float32
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         ids = torch.tensor([prompt + response])
@@ -127,13 +129,13 @@ def test_scorer_gives_the_normalised_value_at_each_rows_last_token(fresh_critic,
         assert scores[row].item() == pytest.approx((raw - 2.0) / 0.5, abs=1e-4)
 
 
-def test_same_vocabulary_tells_vocabularies_and_ends_apart(tokenizer):
+def test_same_tokenizer_tells_tokenizers_apart(tokenizer):
     import copy
 
     other = copy.deepcopy(tokenizer)
-    assert same_vocabulary(tokenizer, other)
+    assert same_tokenizer(tokenizer, other)
     other.eos_token = "a"
-    assert not same_vocabulary(tokenizer, other)
+    assert not same_tokenizer(tokenizer, other)
     longer = copy.deepcopy(tokenizer)
     longer.add_tokens(["ab"])
-    assert not same_vocabulary(tokenizer, longer)
+    assert not same_tokenizer(tokenizer, longer)

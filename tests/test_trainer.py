@@ -16,7 +16,7 @@ from rlhf.algorithms.sft import SFTConfig, SFTTrainer
 from rlhf.config import BatchConfig, RunConfig
 from rlhf.engine import BatchPlan
 from rlhf.models import ScalarModel
-from rlhf.trainer import DataOrder, NonFiniteError, accumulate_step, count_parameters, learning_rate
+from rlhf.trainer import DataOrder, NonFiniteError, accumulate_step, learning_rate
 from rlhf.types import TokenizedRanking, TokenizedResponse
 from tests.local_engine import LocalEngine
 
@@ -348,8 +348,6 @@ def test_reward_gradients_do_not_depend_on_the_split_into_micro_batches(tiny_mod
 # --------------------------------------------------------------------------------------------------- rest
 
 
-def test_learning_rate_and_parameter_counts():
-    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2, bias=False))
-    module[0].requires_grad_(False)
-    assert count_parameters(module) == (8, 24)
+def test_learning_rate():
+    module = torch.nn.Linear(4, 2)
     assert learning_rate(LocalEngine(module, BatchPlan(1, 1, 1), lr=0.25)) == 0.25

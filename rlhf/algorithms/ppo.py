@@ -9,15 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
-from rlhf.config import BatchConfig, ConfigError, OptimizerConfig, RunConfig
+from rlhf.config import BatchConfig, ConfigError, OptimizerConfig, RunConfig, require_at_least
 from rlhf.distributed import all_gather_rows, all_reduce_max, rank, world_size
-from rlhf.forward import forward_logits
+from rlhf.forward import eos_token_ids, forward_logits
 from rlhf.generation import Sampling, generate
 from rlhf.metrics import MeanMeter
 from rlhf.ops import KLEstimator, estimate_kl, last_true, masked_mean, masked_variance, masked_whiten, next_token_loss
@@ -45,15 +46,19 @@ def shape_rewards(
     kl_coef: float,
     kl_estimator: KLEstimator = "k1",
     score_clip: float = 0.0,
+    penalties: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Per-token rewards [B, T]: -kl_coef * KL estimate on every response token, plus the score on the last one.
 
     Ziegler et al. (arXiv 1909.08593) eq. 2. `scores` [B] are clipped to +-score_clip (0: not at all) before the
-    KL penalty is added, so that the penalty is never clipped away. 0 outside `mask` [B, T].
+    KL penalty and `penalties` [B] (of a missing end) are taken off, so that no penalty is clipped away. 0 outside
+    `mask` [B, T].
     """
     kl = estimate_kl(logprobs, ref_logprobs, kl_estimator)
     rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
     clipped = scores.clamp(-score_clip, score_clip) if score_clip else scores
+    if penalties is not None:
+        clipped = clipped - penalties
     last = last_true(mask).unsqueeze(1)
     has_tokens = mask.any(dim=1)
     return rewards.scatter_add(1, last, (clipped * has_tokens).to(rewards.dtype).unsqueeze(1))
@@ -174,9 +179,14 @@ class PPOBatchConfig(BatchConfig):
     rollout_batch_size: int = 32
     """Prompts sampled in one iteration over all devices."""
     generation_batch_size: int = 0
-    """Prompts that one device samples side by side; 0 takes all of its share at once."""
+    """Prompts that one device samples side by side; 0 takes its share of a rollout."""
     ppo_epochs: int = 1
     """Passes over each rollout (KULLM-RLHF, DeepSpeed-Chat: 1; Ziegler et al.: 4)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, 1, "rollout_batch_size", "ppo_epochs")
+        require_at_least(self, 0, "generation_batch_size")
 
 
 @dataclass
@@ -242,9 +252,13 @@ class PPOConfig:
         for name in ("clip_range", "value_clip_range", "temperature"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        require_at_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "entropy_coef", "ptx_coef")
+        require_at_least(self, 1, "eval_samples_per_prompt", "kl_horizon")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay={self.ema_decay} must lie in [0, 1); 0 keeps no average")
         if self.kl_target is not None and self.kl_target <= 0:
             raise ConfigError(f"kl_target={self.kl_target} must be above 0 nats, or unset for a fixed kl_coef")
 
@@ -281,6 +295,7 @@ class PPOTrainer(OnPolicyTrainer):
         self.prompts = prompts
         self.eval_prompts = eval_prompts
         self.tokenizer = tokenizer
+        self.eos_ids = eos_token_ids(engine.actor, tokenizer)
         self.scorer = scorer
         self.plan = plan
         self.batch = batch
@@ -320,13 +335,13 @@ class PPOTrainer(OnPolicyTrainer):
                 self.engine.actor,
                 part,
                 self.sampling,
-                eos_token_ids=[self.tokenizer.eos_token_id],
+                eos_token_ids=self.eos_ids,
                 pad_token_id=pad,
                 seed=self.run.seed,
                 iteration=iteration,
                 synchronised=self.synchronised,
             )
-            for part in mine.split(self.batch.generation_batch_size or len(mine))
+            for part in mine.split(self.batch.generation_batch_size or self.batch.rollout_batch_size // world_size())
         ]
         longest = all_reduce_max(max(part.response_ids.shape[1] for part in parts), self.device)
         return concatenate([pad_response(part, longest, pad) for part in parts]), share
@@ -375,15 +390,15 @@ class PPOTrainer(OnPolicyTrainer):
                 "at all); nothing can be learnt from them. Check the SFT data for empty responses, and kl_coef if the "
                 "actor came to this during PPO"
             )
-        scores = scored["scores"] - config.missing_eos_penalty * (~self.ended(rollout)).float()
         rewards = shape_rewards(
-            scores,
+            scored["scores"],
             scored["logprobs"],
             scored["ref_logprobs"],
             mask,
             kl_coef=self.kl.value,
             kl_estimator=config.kl_estimator,
             score_clip=config.score_clip,
+            penalties=config.missing_eos_penalty * (~self.ended(rollout)).float(),
         )
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
@@ -399,13 +414,15 @@ class PPOTrainer(OnPolicyTrainer):
             "sampling_logprob_error": captured_error,
         }
         old = Rollout(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, mask, scored["logprobs"])
-        return PPOExperience(old, scored["ref_logprobs"], scored["values"], rewards, advantages, returns, scores)
+        return PPOExperience(
+            old, scored["ref_logprobs"], scored["values"], rewards, advantages, returns, scored["scores"]
+        )
 
     def ended(self, rollout: Rollout) -> torch.Tensor:
         """Which responses end with the end-of-sequence token: [B] bool."""
         last = last_true(rollout.response_mask).unsqueeze(1)
         final = rollout.response_ids.gather(1, last).squeeze(1)
-        return (final == self.tokenizer.eos_token_id) & rollout.response_mask.any(1)
+        return torch.isin(final, torch.tensor(self.eos_ids, device=final.device)) & rollout.response_mask.any(1)
 
     def describe(self, rollout: Rollout, scored: dict[str, torch.Tensor]) -> dict[str, float]:
         """Metrics of a rollout: score, KL to the reference, share that ended, length."""
@@ -547,7 +564,8 @@ class PPOTrainer(OnPolicyTrainer):
         examples = [prompt for prompt in self.eval_prompts for _ in range(copies)]
         counted = len(examples)
         fill = (-counted) % world_size()  # every rank must have as many rows: collectives
-        rollout, scored = self.rollout_and_scores(examples + examples[:fill], iteration=2**32 - 1)
+        filled = examples + list(islice(cycle(examples), fill))
+        rollout, scored = self.rollout_and_scores(filled, iteration=2**32 - 1)
         rows = slice(0, counted)
         rollout, scored = rollout.rows(rows), {name: tensor[rows] for name, tensor in scored.items()}
         texts = [

@@ -106,7 +106,7 @@ def ranking_metrics(rows: ScoredRows, category_names: Sequence[str]) -> dict[str
         "eval_score_mean": float(rows.scores.mean()),
         "eval_score_std": float(rows.scores.std(unbiased=False)),
     }
-    per_category: dict[str, dict[str, float]] = defaultdict(dict)
+    per_category: dict[str, dict[str, Any]] = defaultdict(dict)
     for index, name in enumerate(category_names):
         member = rows.categories[better] == index
         if member.any():
@@ -115,7 +115,9 @@ def ranking_metrics(rows: ScoredRows, category_names: Sequence[str]) -> dict[str
                 "length_baseline_accuracy": float(by_length[member].mean()),
                 "margin": float(margin[member].mean()),
                 "pairs": int(member.sum()),
+                "histogram": histogram(rows.scores[better][member], rows.scores[worse][member]),
             }
+            result[f"eval_accuracy/{name or 'all'}"] = float(correct[member].mean())
     result["by_category"] = dict(per_category)
     result["histogram"] = histogram(rows.scores[better], rows.scores[worse])
     return result
@@ -173,13 +175,15 @@ class RewardTrainer(Trainer[RankedBatch]):
         return ranking_metrics(self._score_all(self.evaluation), self.category_names)
 
     def calibrate(self) -> tuple[float, float]:
-        """Mean and standard deviation of the scores of the best responses of up to `calibration_rows` prompts.
+        """Mean and standard deviation of the scores of the best responses of `calibration_rows` random prompts.
 
         InstructGPT normalises the reward model so that reference responses have mean score 0.
         """
         self.engine.eval()
         with torch.no_grad():
-            rows = self._score_all(self.train[: self.config.calibration_rows])
+            order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.run.seed))
+            chosen = [self.train[index] for index in order[: self.config.calibration_rows].tolist()]
+            rows = self._score_all(chosen)
         best = rows.scores[rows.ranks == 0]
         return float(best.mean()), max(float(best.std(unbiased=False)), 1e-6)
 

@@ -79,7 +79,7 @@ def closing_table(summary: Mapping[str, Any], *, samples: int = 3, width: int = 
             "held-out accuracy",
             None,
             reward["accuracy"],
-            "longer response wins: {:.3f}".format(reward["length_baseline_accuracy"]),
+            f"choosing the longer response: {_figure(reward['length_baseline_accuracy']).strip()}",
         ),
         ("", "mean margin", None, reward["mean_margin"], ""),
     ]

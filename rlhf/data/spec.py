@@ -44,7 +44,8 @@ class Row:
 class DatasetSpec:
     """Where rows are and what their columns mean.
 
-    `path`: a file, a directory, a hub name `org/name`, or `sample:NAME`; `${NAME}` in it is an environment variable. `columns`: our name -> the file's column.
+    `path`: a file, a directory, a hub name `org/name`, or `sample:NAME`; `${NAME}` in it is an environment variable.
+    `columns`: our name -> the file's column.
     `format`: a file format (`FILE_FORMATS`) where the suffix does not tell, or a row format
     (`rlhf.data.formats.ROW_FORMATS`) where the fields do not tell. `weight`: see `mixture.blend`. `split`: of a hub
     data set or a saved DatasetDict. `category`: of every row. `delimiter`: of a text table, one character.

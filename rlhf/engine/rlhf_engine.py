@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -90,7 +90,9 @@ class RLHFEngine:
             else:
                 critic = ScalarModel.from_base(critic_path, seed=seed, **training)
         if model.lora_rank:
-            actor, critic = _with_lora(actor, model), _with_lora(critic, model)
+            same_architecture = actor.config.model_type == critic.config.model_type  # type: ignore[union-attr]
+            critic_targets = model.lora_targets if same_architecture else []  # another one has other names
+            actor, critic = _with_lora(actor, model, model.lora_targets), _with_lora(critic, model, critic_targets)
         shared: dict[str, Any] = {
             "engine": engine,
             "plan": plan,
@@ -186,13 +188,13 @@ class RLHFEngine:
                         visit(name, parameter.detach().to("cpu", torch.float32))
 
 
-def _with_lora(module: nn.Module, model: ModelConfig) -> nn.Module:
+def _with_lora(module: nn.Module, model: ModelConfig, targets: Sequence[str]) -> nn.Module:
     return apply_lora(
         module,
         rank=model.lora_rank,
         alpha=model.lora_alpha,
         dropout=0.0,
-        targets=model.lora_targets,
+        targets=targets,
         quantized=model.quantization != "none",
         gradient_checkpointing=model.gradient_checkpointing,
     )

@@ -203,7 +203,11 @@ def _adapter_config(path: str | Path) -> str | None:
     from transformers.utils import find_adapter_config_file
 
     found: str | None = find_adapter_config_file(str(path))
-    return found
+    if found is None:
+        return None
+    from huggingface_hub import snapshot_download
+
+    return str(Path(snapshot_download(str(path))) / ADAPTER_CONFIG_FILE)  # the adapter's weights as well
 
 
 def _is_file(path: str | Path, name: str) -> bool:
