@@ -128,6 +128,7 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
         named = copy.deepcopy(tokenizer)
         if actor_eos is not None:
             named.eos_token = named.convert_ids_to_tokens(actor_eos)
+            engine.actor.module.generation_config.eos_token_id = actor_eos
         examples = prompt_examples(rollout)
         return PPOTrainer(
             engine,
@@ -180,7 +181,7 @@ def test_02_padding_on_either_side_changes_neither_logprobs_values_nor_scores(
     critic = ScalarModel.from_base(tiny_models["gpt_neox"], dtype=torch.float32, seed=3).eval()
     rollout = rollout_of(more_left=more_left, more_right=more_right)
     logprobs, values = response_logprobs(actor, rollout, 1.0), response_values(critic, rollout)
-    scores = RewardScorer(critic, tokenizer, tokenizer)(rollout, [""] * len(PROMPTS))
+    scores = RewardScorer(critic, tokenizer, tokenizer, eos_ids=[EOS])(rollout, [""] * len(PROMPTS))
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         alone = rollout_of([prompt], [response])
         assert not (~alone.prompt_mask).any() and not (~alone.response_mask).any()  # no padding to go wrong
@@ -209,7 +210,7 @@ def test_03_positions_do_not_count_padding_on_absolute_and_rotary_models(tiny_mo
         lambda rollout: response_values(critic, rollout),
     ):
         torch.testing.assert_close(quantity(few)[mask], quantity(many)[:, :width][mask], atol=3e-5, rtol=1e-5)
-    score = RewardScorer(critic, tokenizer, tokenizer)
+    score = RewardScorer(critic, tokenizer, tokenizer, eos_ids=[EOS])
     torch.testing.assert_close(score(few, [""] * 4), score(many, [""] * 4), atol=3e-5, rtol=1e-5)
     alone = torch.tensor([PROMPTS[1] + RESPONSES[1]])
     expected = actor(alone).logits[0, 0].log_softmax(-1)[14]
@@ -368,9 +369,28 @@ def test_09_text_ends_at_eos_and_what_does_not_end_is_penalised(make_trainer):
     assert all(len(answer) == 40 for answer, end in zip(answers, ended, strict=True) if not end)
     assert sorted(map(len, answers))[0] < 10  # a short one
     assert sorted(seen) == sorted(answers)  # nobody is left out, and nobody is scored with more than was said
-    assert experience.scores.tolist() == [2.0 if end else 0.5 for end in ended]
+    assert experience.scores.tolist() == [2.0] * 16
+    assert experience.rewards.sum(1).tolist() == [2.0 if end else 0.5 for end in ended]
     assert trainer.experience_metrics["eos_rate"] == pytest.approx(sum(ended) / 16)
-    torch.testing.assert_close(experience.rewards.sum(1), experience.scores)
+
+
+def test_09_the_penalty_of_a_missing_end_is_not_clipped_away():
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    zeros = torch.zeros(2, 2)
+    rewards = shape_rewards(
+        torch.tensor([9.0, -9.0]), zeros, zeros, mask, kl_coef=0.1, score_clip=5.0, penalties=torch.tensor([1.0, 1.0])
+    )
+    assert rewards.tolist() == [[0, 4], [0, -6]]
+
+
+def test_09_every_eos_of_the_models_generation_settings_ends_a_response(make_trainer):
+    """Chat models end with another token than the tokenizer's eos (Llama 3, Gemma)."""
+    trainer = make_trainer(rollout=16, kl_coef=0.0, new_tokens=40)
+    trainer.eos_ids = sorted({EOS, *range(1, 30)})
+    rollout = trainer.make_experience(1).rollout
+    last = [int(ids[mask][-1]) for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+    assert all(token < 30 for token in last)
+    assert trainer.experience_metrics["eos_rate"] == 1.0
 
 
 def test_10_the_score_lands_on_the_last_real_token():
@@ -706,8 +726,11 @@ def test_17_scores_are_normalised_to_mean_0_and_variance_1_on_the_reference_resp
         config=RewardConfig(calibration_rows=6), pad_token_id=EOS,
     )  # fmt: skip
     model.set_normalisation(*trainer.calibrate())
-    scored = [RewardScorer(model, tokenizer, tokenizer)(rollout_of([[i]], [[*e.candidates[1].input_ids[1:]]]), [""])
-              for i, e in enumerate(examples[:6], start=1)]  # fmt: skip
+    scorer = RewardScorer(model, tokenizer, tokenizer, eos_ids=[EOS])
+    chosen = trainer.calibration_examples()
+    assert len(chosen) == 6 and chosen != examples[:6]  # drawn from all of them
+    rows = [example.candidates[1].input_ids for example in chosen]
+    scored = [scorer(rollout_of([[row[0]]], [[*row[1:]]]), [""]) for row in rows]
     scores = torch.cat(scored)
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
     assert scores.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
@@ -717,7 +740,7 @@ def test_17_scores_are_normalised_to_mean_0_and_variance_1_on_the_reference_resp
 def test_18_the_score_is_read_at_eos_where_pad_is_eos(tiny_models, tokenizer):
     """transformers#35352: looking for the first pad, or the last id that is not pad, reads one token early."""
     model = ScalarModel.from_base(tiny_models["llama"], dtype=torch.float32, seed=3).eval()
-    scores = RewardScorer(model, tokenizer, tokenizer)(rollout_of(more_right=2), [""] * 4)
+    scores = RewardScorer(model, tokenizer, tokenizer, eos_ids=[EOS])(rollout_of(more_right=2), [""] * 4)
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         ids = torch.tensor([prompt + response])
         values = model(ids, torch.ones_like(ids))[0]
@@ -746,13 +769,13 @@ def test_19_a_reward_model_with_another_tokenizer_scores_the_text(tiny_models, t
     ids = [tokenizer(text)["input_ids"] for text in responses]
     ids[0].append(tokenizer.eos_token_id)
     rollout = rollout_of([tokenizer(text)["input_ids"] for text in prompts], ids)
-    scores = RewardScorer(model, other, tokenizer)(rollout, prompts)
+    scores = RewardScorer(model, other, tokenizer, eos_ids=[EOS])(rollout, prompts)
     for row in range(2):
         wanted = [*other(prompts[row])["input_ids"], *other(responses[row])["input_ids"]] + [0] * ended[row]
         wanted = torch.tensor([wanted])
         torch.testing.assert_close(scores[row], model(wanted, torch.ones_like(wanted))[0, -1], atol=2e-5, rtol=1e-5)
-    same = RewardScorer(model, tokenizer, tokenizer)
-    assert same.same_tokenizer and not RewardScorer(model, other, tokenizer).same_tokenizer
+    same = RewardScorer(model, tokenizer, tokenizer, eos_ids=[EOS])
+    assert same.same_tokenizer and not RewardScorer(model, other, tokenizer, eos_ids=[EOS]).same_tokenizer
     assert (same(rollout, ["ignored", "ignored"]) - scores).abs().min() > 1e-3  # its own ids, as they are
 
 

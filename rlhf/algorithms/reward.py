@@ -181,11 +181,14 @@ class RewardTrainer(Trainer[RankedBatch]):
         """
         self.engine.eval()
         with torch.no_grad():
-            order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.run.seed))
-            chosen = [self.train[index] for index in order[: self.config.calibration_rows].tolist()]
-            rows = self._score_all(chosen)
+            rows = self._score_all(self.calibration_examples())
         best = rows.scores[rows.ranks == 0]
         return float(best.mean()), max(float(best.std(unbiased=False)), 1e-6)
+
+    def calibration_examples(self) -> list[TokenizedRanking]:
+        """Random training prompts, the same on every rank (data sets may stand one after the other)."""
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.run.seed))
+        return [self.train[index] for index in order[: self.config.calibration_rows].tolist()]
 
     def _score_all(self, examples: Sequence[TokenizedRanking]) -> ScoredRows:
         parts = []
