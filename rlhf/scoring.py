@@ -58,14 +58,16 @@ class RewardScorer:
 
     With the actor's tokenizer the ids go in as they are. With another one the text is decoded and encoded again,
     the reward model's own end-of-sequence token stands for the actor's, and a prompt too long for the reward model's
-    positions loses its beginning. `eos_ids` are the actor's end-of-sequence ids.
+    positions loses its beginning. `eos_ids` are the ids that end the actor's responses (default: its tokenizer's).
     """
 
-    def __init__(self, reward: Any, reward_tokenizer: Any, actor_tokenizer: Any, *, eos_ids: Sequence[int]) -> None:
+    def __init__(
+        self, reward: Any, reward_tokenizer: Any, actor_tokenizer: Any, *, eos_ids: Sequence[int] | None = None
+    ) -> None:
         self.reward = reward
         self.reward_tokenizer = reward_tokenizer
         self.actor_tokenizer = actor_tokenizer
-        self.eos_ids = frozenset(eos_ids)
+        self.eos_ids = frozenset([actor_tokenizer.eos_token_id] if eos_ids is None else eos_ids)
         self.same_tokenizer = same_tokenizer(reward_tokenizer, actor_tokenizer)
         self.encoder = TextEncoder(reward_tokenizer)
         module = getattr(reward, "module", reward)

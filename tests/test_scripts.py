@@ -345,6 +345,19 @@ def write_results(directory, results):
         (directory / stage / "result.json").write_text(json.dumps(result, ensure_ascii=False), encoding="utf-8")
 
 
+def test_summary_of_a_run_that_held_nothing_out(tmp_path, capsys):
+    results = made_up_results()
+    for stage, figures in results.items():
+        for name, value in figures.items():
+            if isinstance(value, float) and name != "seconds":
+                results[stage][name] = None
+    results["reward"]["accuracy_by_category"] = {}
+    results["ppo"]["samples"] = []
+    write_results(tmp_path, results)
+    assert summary.main([str(tmp_path)]) == 0
+    assert "held-out accuracy" in capsys.readouterr().out
+
+
 def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
     write_results(tmp_path, made_up_results())
     assert summary.main([str(tmp_path)]) == 0
@@ -360,7 +373,7 @@ def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
     assert written["seconds"] == {"sft": 10.0, "reward": 20.0, "ppo": 30.5, "total": 60.5}
     assert written["seed"] == 3
     table = capsys.readouterr().out
-    assert "longer response wins: 0.500" in table
+    assert "choosing the longer response: 0.500" in table
     assert "+1.200 = +2.40 standard deviations" in table, "1.2 over a standard deviation of 0.5"
     assert "안녕하세요! 반가워요" in table and "seed 3" in table
 

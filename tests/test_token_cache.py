@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
 from rlhf.data.token_cache import cached_tokens, record_key_parts, tokenizer_fingerprint
@@ -134,6 +135,7 @@ def test_failure_leaves_no_file(tmp_path):
 
 def _run_rank(rank, cache_dir, results):
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.is_initialized = lambda: False  # an earlier test may have made a world of one
     made = []
 
     def make():
