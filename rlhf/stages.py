@@ -24,7 +24,7 @@ from rlhf.config import (
     SFTDataConfig,
     parse_config,
 )
-from rlhf.distributed import is_main, setup_logging
+from rlhf.distributed import close_world, is_main, setup_logging
 from rlhf.trainer import NonFiniteError
 
 STAGE_CONFIGS: dict[str, tuple[type, ...]] = {
@@ -52,6 +52,7 @@ def run_stage(main: Callable[[], Any]) -> None:
     setup_logging()
     try:
         main()
+        close_world()
     except (ConfigError, DataError, NonFiniteError, EmptyRolloutError) as error:
         if is_main():
             print(f"error: {error}", file=sys.stderr, flush=True)

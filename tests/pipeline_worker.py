@@ -7,6 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rlhf.distributed import close_world
 from step1_sft.main import main as sft
 from step2_reward.main import main as reward
 from step3_ppo.main import main as ppo
@@ -57,3 +58,4 @@ def run(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     run(sys.argv[1:])
+    close_world()

@@ -17,6 +17,7 @@ from rlhf.algorithms.reward import (
     ranking_loss,
     ranking_metrics,
 )
+from rlhf.config import ConfigError
 
 GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3])
 RANKS = torch.tensor([2, 0, 0, 1, 1, 0, 0, 0, 0, 0, 5])  # ties at the top of 0; 2 is nothing but ties
@@ -161,3 +162,9 @@ def test_histogram_counts_worked_by_hand():
     assert found["chosen"] == [0, 0, 2, 1] and found["rejected"] == [1, 0, 1, 0]
     same = histogram(torch.tensor([1.0]), torch.tensor([1.0]), bins=2)  # one score: the edges must not coincide
     assert sum(same["chosen"]) == 1 and same["edges"][0] < same["edges"][-1]
+
+
+def test_rankings_that_are_ties_only_are_refused():
+    rows = ScoredRows(*(torch.tensor(values) for values in ([1.0, 2.0], [0, 0], [0, 0], [3.0, 4.0], [0, 0])))
+    with pytest.raises(ConfigError, match="ties only"):
+        ranking_metrics(rows, ["a"])

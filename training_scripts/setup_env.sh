@@ -120,6 +120,10 @@ _rlhf_setup() {
         export DS_ACCELERATOR=cpu  # DeepSpeed would find out too, with a warning from every process
     fi
     export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-false}"  # its threads and forked workers do not mix
+    if [ "$RLHF_PYTHON" = "$venv/bin/python" ]; then
+        # DeepSpeed compiles operators on first use; environments that shared them would rebuild each other's every time.
+        export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$venv/torch_extensions}"
+    fi
     export PYTHONUNBUFFERED=1
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rlhf.config import ConfigError
 from rlhf.distributed import all_gather_rows, rank, world_size
 from rlhf.ops import score_last
 from rlhf.trainer import Trainer
@@ -93,6 +94,8 @@ def accuracy_of(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 def ranking_metrics(rows: ScoredRows, category_names: Sequence[str]) -> dict[str, Any]:
     """Pair accuracy, margin, loss, the accuracy of choosing the longer response, and all of it per category."""
     better, worse = ranked_pairs(rows.groups, rows.ranks)
+    if better.numel() == 0:
+        raise ConfigError("the held-out rankings are ties only: no pair to measure accuracy on; hold out more")
     margin = rows.scores[better] - rows.scores[worse]
     correct = accuracy_of(rows.scores[better], rows.scores[worse])
     by_length = accuracy_of(rows.lengths[better], rows.lengths[worse])
