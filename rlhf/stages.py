@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from rlhf.config import (
     SFTDataConfig,
     parse_config,
 )
-from rlhf.distributed import close_world, is_main, setup_logging
+from rlhf.distributed import close_world, setup_logging
 from rlhf.trainer import NonFiniteError
 
 STAGE_CONFIGS: dict[str, tuple[type, ...]] = {
@@ -46,7 +47,7 @@ def parse_stage(stage: str, argv: Sequence[str] | None = None) -> tuple[Any, ...
 
 
 def run_stage(main: Callable[[], Any]) -> None:
-    """Run a stage's `main`; what a user can mend ends it with a sentence from rank 0, not with a traceback."""
+    """Run a stage's `main`; what a user can mend ends it with a sentence, not with a traceback."""
     from rlhf.data import DataError
 
     setup_logging()
@@ -54,7 +55,7 @@ def run_stage(main: Callable[[], Any]) -> None:
         main()
         close_world()
     except (ConfigError, DataError, NonFiniteError, EmptyRolloutError) as error:
-        if is_main():
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: a file may be missing on one of them only
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
