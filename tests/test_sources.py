@@ -147,15 +147,16 @@ def test_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load_dataset(path: str, split: str) -> object:
-        asked.append((path, split))
+    def load_dataset(path: str, name: str | None, split: str) -> object:
+        asked.append((path, name, split))
         if path == "org/absent":
             raise ConnectionError("Couldn't reach the Hub\nmore")
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read("org/name", split="test") == ROWS
-    assert asked == [("org/name", "test")]
+    assert read("org/name", subset="ko") == ROWS
+    assert asked == [("org/name", None, "test"), ("org/name", "ko", "train")]
     with pytest.raises(
         DataError, match=r"org/absent: no such file, and not reachable as a hub data set.*Couldn't reach"
     ):

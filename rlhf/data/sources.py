@@ -120,7 +120,7 @@ def _read_hub(spec: DatasetSpec) -> Iterator[Row]:
     import datasets
 
     try:
-        loaded = datasets.load_dataset(spec.path, split=spec.split)
+        loaded = datasets.load_dataset(spec.path, spec.subset, split=spec.split)
     except Exception as error:  # the libraries below raise a dozen unrelated types; each is reported with its cause
         reason = str(error).strip().splitlines()
         raise DataError(

@@ -48,7 +48,8 @@ class DatasetSpec:
     `columns`: our name -> the file's column.
     `format`: a file format (`FILE_FORMATS`) where the suffix does not tell, or a row format
     (`rlhf.data.formats.ROW_FORMATS`) where the fields do not tell. `weight`: see `mixture.blend`. `split`: of a hub
-    data set or a saved DatasetDict. `category`: of every row. `delimiter`: of a text table, one character.
+    data set or a saved DatasetDict. `subset`: the configuration of a hub data set that has several. `category`: of
+    every row. `delimiter`: of a text table, one character.
     """
 
     path: str
@@ -56,6 +57,7 @@ class DatasetSpec:
     format: str | None = None
     weight: float = 1.0
     split: str = "train"
+    subset: str | None = None
     category: str | None = None
     delimiter: str | None = None
 
@@ -79,7 +81,7 @@ class DatasetSpec:
             raise DataError(f"data set {text!r} needs `path` (a file, a directory, a hub name or `sample:NAME`)")
         if given.get("split") is None:
             given.pop("split", None)
-        for name in ("format", "split", "category", "delimiter"):
+        for name in ("format", "split", "subset", "category", "delimiter"):
             if given.get(name) is not None and not isinstance(given[name], str):
                 raise DataError(f"data set {text!r}: `{name}` must be a text, not {given[name]!r}")
         columns = given.get("columns") or {}
