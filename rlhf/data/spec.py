@@ -57,9 +57,9 @@ class DatasetSpec:
     format: str | None = None
     weight: float = 1.0
     split: str = "train"
-    subset: str | None = None
     category: str | None = None
     delimiter: str | None = None
+    subset: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> DatasetSpec:
