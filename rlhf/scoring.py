@@ -11,9 +11,9 @@ from torch import nn
 
 from rlhf.data.token_cache import tokenizer_fingerprint
 from rlhf.data.tokenize import TextEncoder
-from rlhf.forward import forward_logits
-from rlhf.ops import entropy_from_logits, logprobs_from_logits, score_last
-from rlhf.types import Rollout
+from rlhf.forward import token_logprobs
+from rlhf.ops import score_last
+from rlhf.types import IGNORE_INDEX, Rollout, TokenBatch
 
 
 def full_sequence(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,26 +23,28 @@ def full_sequence(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
-def response_logits(model: nn.Module, rollout: Rollout) -> torch.Tensor:
-    """Logits [B, T, V] of the distributions each response token was drawn from (before temperature)."""
-    ids, mask = full_sequence(rollout)
-    return forward_logits(model, ids, mask, last=rollout.response_ids.shape[1] + 1)[:, :-1]
-
-
 def response_logprobs(model: nn.Module, rollout: Rollout, temperature: float) -> torch.Tensor:
-    """log pi(response_t | all before it) at `temperature`: [B, T] float32."""
-    return logprobs_from_logits(response_logits(model, rollout), rollout.response_ids, temperature)
+    """log pi(response_t | all before it) at `temperature`: [B, T] float32, 0 outside the response."""
+    return response_logprobs_and_entropy(model, rollout, temperature, with_entropy=False)[0]
 
 
 def response_logprobs_and_entropy(
-    model: nn.Module, rollout: Rollout, temperature: float
+    model: nn.Module, rollout: Rollout, temperature: float, *, with_entropy: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropies of the response positions: [B, T] each, float32."""
-    logits = response_logits(model, rollout)
-    return (
-        logprobs_from_logits(logits, rollout.response_ids, temperature),
-        entropy_from_logits(logits, temperature),
-    )
+    """Log-probabilities and entropies of the response positions: [B, T] each, float32, 0 outside the response."""
+    ids, mask = full_sequence(rollout)
+    prompt_tokens = rollout.prompt_ids.shape[1]
+    scored = mask.clone()
+    scored[:, :prompt_tokens] = False
+    logprobs, entropies = token_logprobs(model, ids, mask, scored, temperature=temperature, with_entropy=with_entropy)
+    return logprobs[:, prompt_tokens:], entropies[:, prompt_tokens:]
+
+
+def label_loss(model: nn.Module, batch: TokenBatch) -> torch.Tensor:
+    """Summed cross-entropy in nats of the labels that are not -100: the loss of SFT and of the ptx mixture."""
+    scored = batch.labels != IGNORE_INDEX
+    scored[:, 0] = False  # nothing comes before it
+    return -token_logprobs(model, batch.input_ids, batch.attention_mask, scored)[0].sum()
 
 
 def response_values(critic: nn.Module, rollout: Rollout) -> torch.Tensor:

@@ -6,12 +6,12 @@ import pytest
 import torch
 import transformers
 
+from rlhf.forward import forward_logits
 from rlhf.models import ScalarModel
 from rlhf.scoring import (
     RewardScorer,
     full_sequence,
     pad_response,
-    response_logits,
     response_logprobs,
     response_logprobs_and_entropy,
     response_values,
@@ -78,7 +78,8 @@ def test_limiting_the_head_to_the_response_changes_no_logit(tiny_models):
         position_ids = (mask.long().cumsum(1) - 1).clamp(min=0)
         everything = model(input_ids=ids, attention_mask=mask.long(), position_ids=position_ids).logits
         prompt_tokens = rollout.prompt_ids.shape[1]
-        torch.testing.assert_close(response_logits(model, rollout), everything[:, prompt_tokens - 1 : -1])
+        last = forward_logits(model, ids, mask, last=rollout.response_ids.shape[1] + 1)[:, :-1]
+        torch.testing.assert_close(last, everything[:, prompt_tokens - 1 : -1])
 
 
 @torch.no_grad()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from rlhf.config import ConfigError
 
@@ -11,12 +14,15 @@ from rlhf.config import ConfigError
 class BatchPlan:
     """How the sequences of one optimizer step are spread over devices and forward passes.
 
-    Raises ConfigError, with sizes that work, when the arithmetic does not come out even.
+    A forward pass holds `micro_batch_tokens` tokens (0: as many as `micro_batch_size` sequences of the step's longest
+    length), so short sequences go through together. Raises ConfigError, with sizes that work, when the arithmetic
+    does not come out even.
     """
 
     global_batch_size: int
     micro_batch_size: int
     world_size: int
+    micro_batch_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "micro_batch_size", "world_size"):
@@ -39,5 +45,47 @@ class BatchPlan:
 
     @property
     def accumulation_steps(self) -> int:
-        """Forward and backward passes of one optimizer step on one device."""
+        """Forward and backward passes of one optimizer step on one device, of `micro_batch_size` sequences each."""
         return self.per_rank // self.micro_batch_size
+
+    def token_budget(self, lengths: Sequence[int]) -> int:
+        """Tokens of one forward and backward pass over sequences of these lengths."""
+        return self.micro_batch_tokens or self.micro_batch_size * max(lengths)
+
+    def micro_batches(self, lengths: Sequence[int], *, sharers: int = 1) -> list[list[int]]:
+        """The micro-batches of all devices: indices of sequences of like length, equally many parts per device.
+
+        Parts hold about equally many tokens and not more than the budget allows, unless one sequence is longer than
+        it; `sharers` models that train at the same time share the budget. Device r takes every world_size-th part
+        from r. With fewer sequences than devices each is one part.
+        """
+        budget = max(1, self.token_budget(lengths) // sharers)
+        parts = -(-sum(lengths) // budget)
+        parts += -parts % self.world_size
+        most = len(lengths) - len(lengths) % self.world_size or len(lengths)
+        while True:
+            split = partition(lengths, min(parts, most))
+            if parts >= most or all(
+                len(part) == 1 or sum(lengths[index] for index in part) <= budget for part in split
+            ):
+                return split
+            parts += self.world_size
+
+
+def partition(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """`parts` groups of indices, none empty, longest sequences first, with about equally many tokens each.
+
+    Raises ValueError when there are fewer sequences than parts.
+    """
+    if not 1 <= parts <= len(lengths):
+        raise ValueError(f"{len(lengths)} sequences cannot make {parts} parts")
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    ends = list(accumulate(lengths[index] for index in order))
+    cuts = [0]
+    for part in range(1, parts):
+        wanted = ends[-1] * part / parts
+        cut = bisect_left(ends, wanted)
+        cut += abs(ends[cut] - wanted) <= abs((ends[cut - 1] if cut else 0) - wanted)
+        cuts.append(min(max(cut, cuts[-1] + 1), len(order) - (parts - part)))
+    cuts.append(len(order))
+    return [order[start:end] for start, end in zip(cuts, cuts[1:], strict=False)]

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlhf.config import ConfigError
-from rlhf.forward import model_arguments
+from rlhf.forward import hidden_states
 from rlhf.models.loading import SCALAR_HEAD_FILE, load_backbone
 
 
@@ -29,7 +29,7 @@ class ScalarHead(nn.Linear):
             self.bias.zero_()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [B, L, H] -> [B, L, 1] float32."""
+        """hidden [..., H] -> [..., 1] float32."""
         return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
 
 
@@ -57,20 +57,21 @@ class ScalarModel(nn.Module):
 
         `options` as `load_causal_lm`. Raises ConfigError when `path` holds no scalar head.
         """
-        file = Path(path) / SCALAR_HEAD_FILE
-        if not file.is_file():
-            raise ConfigError(
-                f"{path} is not a reward model: {SCALAR_HEAD_FILE} is not there; make one with step2_reward"
-            )
-        model = cls(load_backbone(path, dtype=dtype, **options))
-        model.load_head(load_file(file))
+        check_scalar_directory(path)
+        return cls.on_backbone(load_backbone(path, dtype=dtype, **options), path)
+
+    @classmethod
+    def on_backbone(cls, backbone: Any, path: str | Path) -> ScalarModel:
+        """`backbone` under the head and normalisation saved in `path`. Raises ConfigError as `from_pretrained`."""
+        check_scalar_directory(path)
+        model = cls(backbone)
+        model.load_head(load_file(Path(path) / SCALAR_HEAD_FILE))
         return model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Values [B, L] float32 of rows padded on either side; those at padding mean nothing."""
-        arguments = model_arguments(self.backbone, attention_mask, use_cache=False)
-        hidden = self.backbone(input_ids=input_ids, **arguments).last_hidden_state
-        values: torch.Tensor = self.head(hidden).squeeze(-1)
+        """Values [B, L] float32 of rows padded on either side; at padding they mean nothing."""
+        hidden, padded = hidden_states(self.backbone, input_ids, attention_mask)
+        values: torch.Tensor = padded(self.head(hidden).squeeze(-1))
         return values
 
     def normalise(self, scores: torch.Tensor) -> torch.Tensor:
@@ -125,6 +126,12 @@ class ScalarModel(nn.Module):
 def is_scalar_directory(path: str | Path) -> bool:
     """True for the directory of a saved reward model or critic."""
     return (Path(path) / SCALAR_HEAD_FILE).is_file()
+
+
+def check_scalar_directory(path: str | Path) -> None:
+    """ConfigError when `path` is no saved reward model or critic."""
+    if not is_scalar_directory(path):
+        raise ConfigError(f"{path} is not a reward model: {SCALAR_HEAD_FILE} is not there; make one with step2_reward")
 
 
 def _hidden_size(config: Any) -> int:
