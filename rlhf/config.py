@@ -90,6 +90,8 @@ class ModelConfig:
     """Dropout on LoRA inputs (KULLM: 0.05)."""
     lora_targets: list[str] = field(default_factory=list)
     """Names of the linear modules to adapt; empty picks the attention projections of the architecture."""
+    share_base: bool = True
+    """With LoRA, keep one copy of a base that several of PPO's models stand on; off loads each its own."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     model_dropout: float = 0.0
@@ -116,6 +118,11 @@ class EngineConfig:
     """Compute precision; `auto` is bf16 where the accelerator has it, else fp32."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global L2 norm; 0 turns clipping off."""
+    gather_for_generation: bool = True
+    """PPO under ZeRO-3: gather the actor's weights once for a rollout, as DeepSpeed-Chat's hybrid engine does; off
+    fetches them for every token, in the memory of one layer."""
+    side_by_side: bool = True
+    """PPO on a CPU in one process: run independent models at the same time, each on half of the threads."""
     deepspeed_config: str | None = None
     """A DeepSpeed json file merged into the generated settings; a contradiction is an error."""
 
@@ -154,7 +161,9 @@ class BatchConfig:
     global_batch_size: int = 32
     """Sequences (reward: prompts) of one optimizer step over all devices."""
     micro_batch_size: int = 8
-    """Sequences (reward: prompts) of one forward pass on one device."""
+    """Sequences (reward: prompts) of one forward pass on one device, were all as long as the longest of the step."""
+    micro_batch_tokens: int = 0
+    """Tokens of one forward pass on one device; 0 takes micro_batch_size times the longest sequence of the step."""
     epochs: float = 1.0
     """Passes over the training data."""
     max_steps: int = 0
@@ -162,7 +171,7 @@ class BatchConfig:
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "global_batch_size", "micro_batch_size")
-        require_at_least(self, 0, "epochs", "max_steps")
+        require_at_least(self, 0, "epochs", "max_steps", "micro_batch_tokens")
 
 
 @dataclass

@@ -25,11 +25,9 @@ class Plan(Protocol):
     @property
     def global_batch_size(self) -> int: ...
     @property
-    def micro_batch_size(self) -> int: ...
-    @property
     def world_size(self) -> int: ...
-    @property
-    def accumulation_steps(self) -> int: ...
+    def token_budget(self, lengths: Sequence[int]) -> int: ...
+    def micro_batches(self, lengths: Sequence[int], *, sharers: int = 1) -> list[list[int]]: ...
 
 
 class NonFiniteError(RuntimeError):
@@ -39,9 +37,8 @@ class NonFiniteError(RuntimeError):
 class DataOrder:
     """The order of examples: an endless stream of shuffled epochs, the same on every rank.
 
-    Step s takes examples s*G to (s+1)*G of the stream, so no batch is ever partial. Within a step examples are
-    sorted by length before they are cut into micro-batches, which saves padding and changes no gradient: losses
-    are normalised over the whole global batch.
+    Step s takes examples s*G to (s+1)*G of the stream, so no batch is ever partial. Within a step examples go into
+    micro-batches by length, which changes no gradient: losses are normalised over the whole global batch.
     """
 
     def __init__(self, lengths: Sequence[int], plan: Plan, seed: int) -> None:
@@ -65,10 +62,10 @@ class DataOrder:
         return sorted(chosen, key=lambda index: (-self._lengths[index], index))
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """This rank's micro-batches of `step`: every world_size-th one, equally many on every rank."""
-        chosen, size = self.indices(step), self._plan.micro_batch_size
-        parts = [chosen[start : start + size] for start in range(0, len(chosen), size)]
-        return parts[rank() :: self._plan.world_size]
+        """This rank's micro-batches of `step`, equally many on every rank (see `BatchPlan.micro_batches`)."""
+        chosen = self.indices(step)
+        parts = self._plan.micro_batches([self._lengths[index] for index in chosen])
+        return [[chosen[place] for place in part] for part in parts[rank() :: self._plan.world_size]]
 
     def _permutation(self, epoch: int) -> torch.Tensor:
         if getattr(self, "_epoch", None) != epoch:
@@ -97,18 +94,18 @@ def accumulate_step(
     total = all_reduce_sum(torch.tensor(float(sum(count(batch) for batch in micro_batches)), device=device))
     if total == 0:
         raise ValueError(f"step {step}: no element of the batch counts for {name}; check the data and the masks")
-    scale = len(micro_batches) * world_size()  # DeepSpeed divides by both
     running = torch.zeros((), device=device)
-    for batch in micro_batches:
+    for left, batch in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
+        engine.set_gradient_accumulation_boundary(left == 0)  # the number of micro-batches varies from step to step
         loss = loss_sum(batch) / total
-        if any_rank(not bool(torch.isfinite(loss)), device):
-            raise NonFiniteError(
-                f"{name} is not finite at step {step} (this rank's value: {loss.item()}); lower the learning rate, "
-                "check the data, or train in bf16 or fp32 rather than fp16"
-            )
-        engine.backward(loss * scale)
-        engine.step()
+        engine.backward(loss * world_size(), scale_wrt_gas=False)  # DeepSpeed takes the mean over ranks
         running += loss.detach()
+    if any_rank(not bool(torch.isfinite(running)), device):
+        raise NonFiniteError(
+            f"{name} is not finite at step {step} (this rank's part: {running.item()}); lower the learning rate, "
+            "check the data, or train in bf16 or fp32 rather than fp16"
+        )
+    engine.step()
     return float(all_reduce_sum(running))
 
 
@@ -152,7 +149,7 @@ class Trainer(ABC, Generic[Batch]):
 
     @abstractmethod
     def length(self, example: Any) -> int:
-        """Tokens of an example, for sorting."""
+        """Tokens of an example."""
 
     @abstractmethod
     def collate(self, examples: Sequence[Any]) -> Batch:
@@ -234,10 +231,9 @@ class Trainer(ABC, Generic[Batch]):
         Every rank gets equally many batches (a collective forward must not run short); rows that only fill up
         are the last examples again and do not count.
         """
-        size, world = self.plan.micro_batch_size, self.plan.world_size
+        world = self.plan.world_size
         chosen = self.evaluation if examples is None else examples
-        ordered = sorted(range(len(chosen)), key=lambda index: -self.length(chosen[index]))
-        parts = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        parts = self.plan.micro_batches([self.length(example) for example in chosen])
         counts = [len(part) for part in parts]
         while len(parts) % world:
             parts.append(parts[-1])

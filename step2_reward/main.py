@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> dict:
     directory = Path(run.output_dir) / "reward"
     check_writable(directory)
     seed_everything(run.seed)
-    plan = BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size())
+    plan = BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size(), batch.micro_batch_tokens)
     base_model = resolve_base_model(model_config.base_model, Path(run.cache_dir))
 
     tokenizer = load_tokenizer(base_model, trust_remote_code=model_config.trust_remote_code)

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> dict:
         raise ConfigError(f"ptx_coef={config.ptx_coef} needs data: name it in `ptx_data`, or set ptx_coef to 0")
     if config.ptx_coef == 0 and data_config.ptx_data:
         raise ConfigError("ptx_data is given and ptx_coef is 0: set ptx_coef (InstructGPT: 27.8) or leave ptx_data out")
-    plan = BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size())
+    plan = BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size(), batch.micro_batch_tokens)
 
     tokenizer = load_tokenizer(actor_model, trust_remote_code=model_config.trust_remote_code)
     reward_tokenizer = load_tokenizer(reward_model, trust_remote_code=model_config.trust_remote_code)
@@ -88,6 +88,8 @@ def main(argv: list[str] | None = None) -> dict:
         max_response_tokens=data_config.max_response_tokens,
         synchronised=engine_config.zero_stage == 3,
         export=export,
+        concurrent=engine_config.side_by_side,
+        gather_for_generation=engine_config.gather_for_generation,
         ptx=ptx,
     )
     outcome = trainer.fit()

@@ -1,6 +1,6 @@
 """A training engine in plain torch with DeepSpeed's contract, so that the loops can be tested without DeepSpeed.
 
-`backward` divides by the accumulation steps, `step` updates at their boundary only, gradients are clipped by nothing.
+`step` updates at the boundary that was set only, gradients are clipped by nothing.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ class LocalEngine(nn.Module):
         self.device = torch.device("cpu")
         self.optimizer = torch.optim.SGD(module.parameters(), lr=lr)
         self.gradients: list[dict[str, torch.Tensor]] = []
-        self._backwards = 0
+        self._boundary = True
 
     def forward(self, *args, **kwargs):
         return self.module(*args, **kwargs)
 
-    def backward(self, loss: torch.Tensor) -> None:
-        (loss / self.plan.accumulation_steps).backward()
-        self._backwards += 1
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        self._boundary = is_boundary
+
+    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool = True) -> None:
+        (loss / (self.plan.accumulation_steps if scale_wrt_gas else 1)).backward()
 
     def step(self) -> None:
-        if self._backwards % self.plan.accumulation_steps:
+        if not self._boundary:
             return
         named = self.module.named_parameters()
         self.gradients.append({name: item.grad.clone() for name, item in named if item.grad is not None})

@@ -386,7 +386,7 @@ def test_09_the_penalty_of_a_missing_end_is_not_clipped_away():
 def test_09_every_eos_of_the_models_generation_settings_ends_a_response(make_trainer):
     """Chat models end with another token than the tokenizer's eos (Llama 3, Gemma)."""
     trainer = make_trainer(rollout=16, kl_coef=0.0, new_tokens=40)
-    trainer.eos_ids = sorted({EOS, *range(1, 30)})
+    trainer.rollouts.eos_ids = sorted({EOS, *range(1, 30)})
     rollout = trainer.make_experience(1).rollout
     last = [int(ids[mask][-1]) for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
     assert all(token < 30 for token in last)
@@ -535,7 +535,7 @@ def gradients_of_one_step(make_trainer, micro, **config):
         experience, rollout=dataclasses.replace(experience.rollout, logprobs=current + shift)
     )
     (minibatch,) = trainer.minibatches(experience, 1, 0)
-    assert len(minibatch) == 8 // micro
+    assert {1: 6, 2: 3, 4: 2, 8: 1}[micro] == len(minibatch)  # short rows go through together
     meter = MeanMeter()
     trainer.actor_step(minibatch, meter)
     trainer.critic_step(minibatch, meter)
@@ -621,7 +621,7 @@ trainer = PPOTrainer(
 )
 mine, share = None, None
 with engine.scoring():
-    mine, share = trainer.sample([trainer.prompts[i] for i in trainer.order.indices(0)], 1)
+    mine, share = trainer.rollouts.sample([trainer.prompts[i] for i in trainer.order.indices(0)], 1)
 experience = trainer.make_experience(1)
 metrics = trainer.update(experience, 1)
 torch.save(

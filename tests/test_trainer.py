@@ -69,22 +69,28 @@ def test_the_ranks_micro_batches_are_a_partition_of_the_global_batch(monkeypatch
     for step in range(4):
         whole = DataOrder(lengths, plan, seed=5).indices(step)
         assert whole == DataOrder(lengths, BatchPlan(16, 2, 1), seed=5).indices(step)
-        seen = []
+        seen, counts = [], set()
         for rank in range(world):
             on_rank(monkeypatch, rank, world)
             parts = DataOrder(lengths, plan, seed=5).micro_batches(step)
-            assert len(parts) == plan.accumulation_steps and all(len(part) == 2 for part in parts)
+            budget = 2 * max(lengths[index] for index in whole)
+            assert len(parts) <= plan.accumulation_steps
+            assert all(sum(lengths[index] for index in part) <= budget for part in parts)
+            counts.add(len(parts))
             seen += [index for part in parts for index in part]
         assert sorted(seen) == sorted(whole)
+        assert len(counts) == 1  # collectives: every rank has as many forward passes
 
 
 def test_micro_batches_hold_rows_of_like_length(monkeypatch):
     on_rank(monkeypatch, 0, 1)
-    lengths = list(range(1, 17))
+    lengths = list(range(1, 17))  # 136 tokens; four rows of the longest are 64
     parts = DataOrder(lengths, BatchPlan(16, 4, 1), seed=0).micro_batches(0)
-    assert [sorted(lengths[index] for index in part) for part in parts] == [
-        [13, 14, 15, 16], [9, 10, 11, 12], [5, 6, 7, 8], [1, 2, 3, 4],
+    assert [[lengths[index] for index in part] for part in parts] == [
+        [16, 15, 14], [13, 12, 11, 10], [9, 8, 7, 6, 5, 4, 3, 2, 1],
     ]  # fmt: skip
+    parts = DataOrder(lengths, BatchPlan(16, 4, 1, micro_batch_tokens=100), seed=0).micro_batches(0)
+    assert [sum(lengths[index] for index in part) for part in parts] == [70, 66]
 
 
 # ----------------------------------------------------------------------------------------------- one step

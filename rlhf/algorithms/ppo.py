@@ -8,29 +8,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 
 from rlhf.config import BatchConfig, ConfigError, OptimizerConfig, RunConfig, require_at_least
-from rlhf.distributed import all_gather_rows, all_reduce_max, rank, world_size
-from rlhf.forward import eos_token_ids, forward_logits
-from rlhf.generation import Sampling, generate
+from rlhf.distributed import all_gather_rows, rank, world_size
+from rlhf.forward import eos_token_ids
+from rlhf.generation import Sampling
 from rlhf.metrics import MeanMeter
-from rlhf.ops import KLEstimator, estimate_kl, last_true, masked_mean, masked_variance, masked_whiten, next_token_loss
-from rlhf.scoring import (
-    pad_response,
-    response_logprobs,
-    response_logprobs_and_entropy,
-    response_values,
-    trim,
-)
+from rlhf.ops import KLEstimator, estimate_kl, last_true, masked_variance, masked_whiten
+from rlhf.rollouts import OldLogprobs, RolloutWorker
+from rlhf.scoring import label_loss, response_logprobs, response_logprobs_and_entropy, response_values, trim
+from rlhf.side_by_side import WORKERS, pays, side_by_side
 from rlhf.trainer import DataOrder, OnPolicyTrainer, Plan, accumulate_step, learning_rate
-from rlhf.types import IGNORE_INDEX, PPOExperience, PromptBatch, Rollout, TokenizedPrompt, TokenizedResponse
+from rlhf.types import IGNORE_INDEX, PPOExperience, Rollout, TokenizedPrompt, TokenizedResponse
 
 logger = logging.getLogger("rlhf")
 
@@ -179,14 +175,16 @@ class PPOBatchConfig(BatchConfig):
     rollout_batch_size: int = 32
     """Prompts sampled in one iteration over all devices."""
     generation_batch_size: int = 0
-    """Prompts that one device samples side by side; 0 takes its share of a rollout."""
+    """Responses that one device samples side by side, waiting prompts taking freed places; 0 takes all of a rollout."""
+    scoring_batch_tokens: int = 0
+    """Tokens of one scoring pass on one device; 0 takes those of a training pass on a CPU, four times those elsewhere."""
     ppo_epochs: int = 1
     """Passes over each rollout (KULLM-RLHF, DeepSpeed-Chat: 1; Ziegler et al.: 4)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, 1, "rollout_batch_size", "ppo_epochs")
-        require_at_least(self, 0, "generation_batch_size")
+        require_at_least(self, 0, "generation_batch_size", "scoring_batch_tokens")
 
 
 @dataclass
@@ -227,6 +225,9 @@ class PPOConfig:
     """Must stay 0 in PPO: a filter makes the sampling distribution differ from the scored one (TRL#256)."""
     top_p: float = 1.0
     """Must stay 1 in PPO, for the same reason."""
+    old_logprobs: OldLogprobs = "auto"
+    """Log-probabilities of the sampling policy: as captured while sampling, recomputed, or (auto) captured where the
+    first rollout, computed both ways, agrees to 1e-4 nats (float32 does, 16-bit does not)."""
     missing_eos_penalty: float = 0.0
     """Taken off the score of a response that does not end (TRL: 1.0)."""
     entropy_coef: float = 0.0
@@ -289,20 +290,34 @@ class PPOTrainer(OnPolicyTrainer):
         max_response_tokens: int,
         synchronised: bool,
         export: Any,
+        concurrent: bool = True,
+        gather_for_generation: bool = True,
         ptx: Sequence[TokenizedResponse] = (),
     ) -> None:
         self.engine = engine
         self.prompts = prompts
         self.eval_prompts = eval_prompts
         self.tokenizer = tokenizer
-        self.eos_ids = eos_token_ids(engine.actor, tokenizer)
-        self.scorer = scorer
         self.plan = plan
         self.batch = batch
         self.config = config
-        self.sampling = Sampling(max_response_tokens, temperature=config.temperature)
-        self.synchronised = synchronised
         self._export = export
+        self.together = concurrent and pays(self.device) and not any_quantized(engine.actor, engine.critic)
+        self.rollouts = RolloutWorker(
+            engine,
+            scorer,
+            Sampling(max_response_tokens, temperature=config.temperature),
+            eos_ids=eos_token_ids(engine.actor, tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            seed=run.seed,
+            slots=batch.generation_batch_size,
+            plan=plan,
+            scoring_tokens=batch.scoring_batch_tokens,
+            old_logprobs=config.old_logprobs,
+            together=self.together,
+            synchronised=synchronised,
+            gather_weights=gather_for_generation,
+        )
         self.kl = KLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
         self.order = DataOrder([len(prompt.input_ids) for prompt in prompts], rollout_plan(batch, plan), run.seed)
         self.ptx = ptx
@@ -322,69 +337,13 @@ class PPOTrainer(OnPolicyTrainer):
 
     # -------------------------------------------------------------------------------------------- experience
 
-    def sample(self, examples: Sequence[TokenizedPrompt], iteration: int) -> tuple[Rollout, list[int]]:
-        """This rank's share of the rollout (every world_size-th prompt) and which examples it is."""
-        from rlhf.data import collate_prompts
-
-        pad = self.tokenizer.pad_token_id
-        everything = collate_prompts(examples, pad, row_ids=list(range(len(examples))))
-        share = list(range(rank(), len(examples), world_size()))
-        mine: PromptBatch = everything.rows(torch.tensor(share)).to(self.device)
-        parts = [
-            generate(
-                self.engine.actor,
-                part,
-                self.sampling,
-                eos_token_ids=self.eos_ids,
-                pad_token_id=pad,
-                seed=self.run.seed,
-                iteration=iteration,
-                synchronised=self.synchronised,
-            )
-            for part in mine.split(self.batch.generation_batch_size or self.batch.rollout_batch_size // world_size())
-        ]
-        longest = all_reduce_max(max(part.response_ids.shape[1] for part in parts), self.device)
-        return concatenate([pad_response(part, longest, pad) for part in parts]), share
-
-    @torch.no_grad()
-    def score(self, rollout: Rollout, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Log-probabilities of actor and reference, values [B, T] and scores [B], in micro-batches."""
-        temperature = self.config.temperature
-        columns: dict[str, list[torch.Tensor]] = {"logprobs": [], "ref_logprobs": [], "values": [], "scores": []}
-        size, width = self.plan.micro_batch_size, rollout.response_ids.shape[1]
-        for start, part in zip(range(0, len(rollout), size), rollout.split(size), strict=True):
-            small, _ = trim(part)
-            with self.engine.reference_model() as reference:
-                ref_logprobs = response_logprobs(reference, small, temperature)
-            found = {
-                "logprobs": response_logprobs(self.engine.actor, small, temperature),
-                "ref_logprobs": ref_logprobs,
-                "values": response_values(self.engine.critic, small),
-            }
-            for name, tensor in found.items():
-                zeroed = torch.where(small.response_mask, tensor.float(), torch.zeros_like(tensor, dtype=torch.float32))
-                columns[name].append(F.pad(zeroed, (0, width - tensor.shape[1])))
-            columns["scores"].append(self.scorer(small, list(texts[start : start + size])))
-        return {name: torch.cat(parts) for name, parts in columns.items()}
-
-    def rollout_and_scores(
-        self, examples: Sequence[TokenizedPrompt], iteration: int
-    ) -> tuple[Rollout, dict[str, torch.Tensor]]:
-        """Sample and score `examples` over all ranks; every rank gets all rows, in the order of `examples`."""
-        with self.engine.scoring():
-            mine, share = self.sample(examples, iteration)
-            scored = self.score(mine, [examples[index].text for index in share])
-        order = torch.argsort(all_gather_rows(torch.tensor(share, device=self.device)))
-        rollout = mine._map(lambda tensor: gather_in_order(tensor, order))
-        return rollout, {name: gather_in_order(tensor, order) for name, tensor in scored.items()}
-
     def make_experience(self, iteration: int) -> PPOExperience:
         """Prompts -> rollout -> scores, rewards, advantages and returns: computed once, over all ranks."""
         config = self.config
         examples = [self.prompts[index] for index in self.order.indices(iteration - 1)]
-        rollout, scored = self.rollout_and_scores(examples, iteration)
+        rollout, scored = self.rollouts.run(examples, iteration)
         mask = rollout.response_mask
-        if not bool((mask.sum(1) > self.ended(rollout).long()).any()):
+        if not bool((mask.sum(1) > self.rollouts.ended(rollout).long()).any()):
             raise EmptyRolloutError(
                 f"iteration {iteration}: all {len(examples)} responses are empty (end-of-sequence at once, or no token "
                 "at all); nothing can be learnt from them. Check the SFT data for empty responses, and kl_coef if the "
@@ -398,57 +357,36 @@ class PPOTrainer(OnPolicyTrainer):
             kl_coef=self.kl.value,
             kl_estimator=config.kl_estimator,
             score_clip=config.score_clip,
-            penalties=config.missing_eos_penalty * (~self.ended(rollout)).float(),
+            penalties=config.missing_eos_penalty * (~self.rollouts.ended(rollout)).float(),
         )
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, scored["values"], mask, gamma=config.gamma, lam=config.lam)
         if config.whiten_advantages:
             advantages = masked_whiten(advantages, mask)
-        captured_error = float(((rollout.logprobs - scored["logprobs"]) * mask).abs().max())
         self.experience_metrics = {
-            **self.describe(rollout, scored),
+            **self.rollouts.describe(rollout, scored),
             "reward": float(rewards.sum(1).mean()),
             "explained_variance": explained_variance(scored["values"], returns, mask),
             "kl_coef": self.kl.value,
-            "sampling_logprob_error": captured_error,
+            "sampling_logprob_error": self.rollouts.captured_error,
+            **self.rollouts.seconds,
         }
         old = Rollout(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, mask, scored["logprobs"])
         return PPOExperience(
             old, scored["ref_logprobs"], scored["values"], rewards, advantages, returns, scored["scores"]
         )
 
-    def ended(self, rollout: Rollout) -> torch.Tensor:
-        """Which responses end with the end-of-sequence token: [B] bool."""
-        last = last_true(rollout.response_mask).unsqueeze(1)
-        final = rollout.response_ids.gather(1, last).squeeze(1)
-        return torch.isin(final, torch.tensor(self.eos_ids, device=final.device)) & rollout.response_mask.any(1)
-
-    def describe(self, rollout: Rollout, scored: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Metrics of a rollout: score, KL to the reference, share that ended, length."""
-        mask = rollout.response_mask
-        log_ratio = scored["logprobs"] - scored["ref_logprobs"]
-        lengths = mask.sum(1).float()
-        return {
-            "score": float(scored["scores"].mean()),
-            "score_std": float(scored["scores"].std(unbiased=False)),
-            "kl_per_token": float(masked_mean(log_ratio, mask)),
-            "kl_per_response": float((log_ratio * mask).sum(1).mean()),
-            "eos_rate": float(self.ended(rollout).float().mean()),
-            "response_tokens": float(lengths.mean()),
-            "empty_responses": float(((lengths == 1) & self.ended(rollout)).float().mean()),
-        }
-
     # ------------------------------------------------------------------------------------------------ update
 
     def update(self, experience: PPOExperience, iteration: int) -> dict[str, float]:
         """All PPO epochs over one experience: the minibatches are reshuffled in every epoch."""
-        meter = MeanMeter()
+        meter, critic_meter = MeanMeter(), MeanMeter()
         ratio_first = None
         for epoch in range(self.batch.ppo_epochs):
             for minibatch in self.minibatches(experience, iteration, epoch):
-                self.actor_step(minibatch, meter)
-                self.critic_step(minibatch, meter)
+                steps = (partial(self.actor_step, minibatch, meter), partial(self.critic_step, minibatch, critic_meter))
+                side_by_side(steps, together=self.together)
                 self.optimizer_step += 1
                 if self.config.ema_decay > 0:
                     self.engine.update_ema()
@@ -459,20 +397,21 @@ class PPOTrainer(OnPolicyTrainer):
         return {
             **observed,
             **meter.means(self.device),
+            **critic_meter.means(self.device),
             "ratio_first": float(ratio_first or 0.0),
             "learning_rate": learning_rate(self.engine.actor),
         }
 
     def minibatches(self, experience: PPOExperience, iteration: int, epoch: int) -> list[list[PPOExperience]]:
-        """Shuffled minibatches, each as this rank's micro-batches, sorted by length and trimmed of padding."""
+        """Shuffled minibatches, each as this rank's micro-batches of rows of like length."""
         generator = torch.Generator().manual_seed((self.run.seed * 1_000_003 + iteration) * 101 + epoch)
         permutation = torch.randperm(len(experience), generator=generator)
         lengths = (experience.rollout.prompt_mask.sum(1) + experience.rollout.response_mask.sum(1)).cpu()
         result = []
         for chosen in permutation.split(self.plan.global_batch_size):
-            ordered = chosen[torch.argsort(lengths[chosen], descending=True, stable=True)]
-            parts = list(ordered.split(self.plan.micro_batch_size))[rank() :: self.plan.world_size]
-            result.append([trim_experience(experience.rows(part.to(self.device))) for part in parts])
+            split = self.plan.micro_batches(lengths[chosen].tolist(), sharers=WORKERS if self.together else 1)
+            parts = split[rank() :: self.plan.world_size]
+            result.append([trim_experience(experience.rows(chosen[part].to(self.device))) for part in parts])
         return result
 
     def actor_step(self, micro_batches: Sequence[PPOExperience], meter: MeanMeter) -> None:
@@ -493,8 +432,7 @@ class PPOTrainer(OnPolicyTrainer):
             part, text = pair
             loss = self.actor_loss(part, meter)
             if text is not None:
-                logits = forward_logits(self.engine.actor, text.input_ids, text.attention_mask)
-                ptx_loss = next_token_loss(logits, text.labels)
+                ptx_loss = label_loss(self.engine.actor, text)
                 meter.add({"ptx_loss": ptx_loss.detach()}, ptx_count(text))
                 loss = loss + ptx_weight * ptx_loss
             return loss
@@ -565,7 +503,7 @@ class PPOTrainer(OnPolicyTrainer):
         counted = len(examples)
         fill = (-counted) % world_size()  # every rank must have as many rows: collectives
         filled = examples + list(islice(cycle(examples), fill))
-        rollout, scored = self.rollout_and_scores(filled, iteration=2**32 - 1)
+        rollout, scored = self.rollouts.run(filled, iteration=2**32 - 1)
         rows = slice(0, counted)
         rollout, scored = rollout.rows(rows), {name: tensor[rows] for name, tensor in scored.items()}
         texts = [
@@ -579,7 +517,7 @@ class PPOTrainer(OnPolicyTrainer):
             for prompt, text, score in zip(self.eval_prompts, texts, scored["scores"][::copies].tolist(), strict=True)
         ]
         logger.info(sample_table(samples[: self.config.sample_table_rows]))
-        return {**self.describe(rollout, scored), "samples": samples}
+        return {**self.rollouts.describe(rollout, scored), "samples": samples}
 
     def export(self) -> None:
         self._export()
@@ -593,11 +531,7 @@ def rollout_plan(batch: PPOBatchConfig, plan: Plan) -> Plan:
             f"rollout_batch_size={batch.rollout_batch_size} must be a multiple of global_batch_size="
             f"{plan.global_batch_size} (a PPO minibatch); use {below} or {below + plan.global_batch_size}"
         )
-    return type(plan)(  # type: ignore[call-arg]
-        global_batch_size=batch.rollout_batch_size,
-        micro_batch_size=plan.micro_batch_size,
-        world_size=plan.world_size,
-    )
+    return replace(plan, global_batch_size=batch.rollout_batch_size)  # type: ignore[type-var]
 
 
 def ppo_optimizer_steps(batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:
@@ -605,6 +539,11 @@ def ppo_optimizer_steps(batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:
     rollouts = rollout_plan(batch, plan)
     iterations = batch.max_steps or DataOrder([1] * max(1, prompts), rollouts, 0).steps(batch.epochs)
     return iterations * batch.ppo_epochs * (batch.rollout_batch_size // plan.global_batch_size)
+
+
+def any_quantized(*models: torch.nn.Module) -> bool:
+    """True when a weight is in 8 or 4 bits: bitsandbytes keeps scratch state beside it, which serves one thread."""
+    return any(not weight.is_floating_point() for model in models for weight in model.parameters())
 
 
 def token_count(part: PPOExperience) -> float:
@@ -615,19 +554,6 @@ def token_count(part: PPOExperience) -> float:
 def ptx_count(batch: Any) -> float:
     """Label tokens of a ptx micro-batch."""
     return float((batch.labels[:, 1:] != IGNORE_INDEX).sum())
-
-
-def concatenate(parts: Sequence[Rollout]) -> Rollout:
-    """Rollouts of equal widths, one below the other."""
-    names = ("prompt_ids", "prompt_mask", "response_ids", "response_mask", "logprobs")
-    return Rollout(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
-
-
-def gather_in_order(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Rows of all ranks, put into the order of the prompts."""
-    if tensor.dtype == torch.bool:
-        return all_gather_rows(tensor.to(torch.uint8)).bool()[order]
-    return all_gather_rows(tensor)[order]
 
 
 def trim_experience(part: PPOExperience) -> PPOExperience:

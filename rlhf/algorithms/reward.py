@@ -148,7 +148,7 @@ class RewardTrainer(Trainer[RankedBatch]):
         super().__init__(*args, eval_every_steps=config.eval_every_steps, stage="reward", **kwargs)
 
     def length(self, example: TokenizedRanking) -> int:
-        return max(len(candidate.input_ids) for candidate in example.candidates)
+        return sum(len(candidate.input_ids) for candidate in example.candidates)
 
     def collate(self, examples: Sequence[TokenizedRanking]) -> RankedBatch:
         from rlhf.data import collate_rankings

@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 import torch
 
-from rlhf.forward import forward_logits
 from rlhf.metrics import MeanMeter
-from rlhf.ops import next_token_loss
+from rlhf.scoring import label_loss
 from rlhf.trainer import Trainer
 from rlhf.types import IGNORE_INDEX, TokenBatch, TokenizedResponse
 
@@ -46,8 +45,7 @@ class SFTTrainer(Trainer[TokenBatch]):
         return float((batch.labels[:, 1:] != IGNORE_INDEX).sum())
 
     def loss_sum(self, batch: TokenBatch) -> torch.Tensor:
-        logits = forward_logits(self.engine, batch.input_ids, batch.attention_mask)
-        return next_token_loss(logits, batch.labels)
+        return label_loss(self.engine, batch)
 
     def evaluate(self) -> dict[str, Any]:
         """Loss in nats per token and perplexity on the held-out rows."""

@@ -1,6 +1,6 @@
 """Training and inference engines over DeepSpeed ZeRO; works in a notebook and under the `deepspeed` launcher."""
 
-from rlhf.engine.batch_plan import BatchPlan
+from rlhf.engine.batch_plan import BatchPlan, partition
 from rlhf.engine.factory import (
     build_optimizer,
     build_schedule,
@@ -9,6 +9,7 @@ from rlhf.engine.factory import (
     training_engine,
     zero3_loading,
 )
+from rlhf.engine.gathered import gathered_weights
 from rlhf.engine.rlhf_engine import RLHFEngine
 from rlhf.engine.zero import compute_dtype, zero_config
 
@@ -19,7 +20,9 @@ __all__ = [
     "build_schedule",
     "compute_dtype",
     "device_of",
+    "gathered_weights",
     "inference_engine",
+    "partition",
     "training_engine",
     "zero3_loading",
     "zero_config",
