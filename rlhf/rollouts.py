@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
+from rlhf.config import ConfigError
 from rlhf.distributed import all_gather_rows, all_reduce_max, logger, rank, world_size
 from rlhf.generation import Sampling, generate
 from rlhf.ops import last_true, masked_mean
@@ -45,7 +46,8 @@ class RolloutWorker:
     tokens (0: by the training pass of `plan`, see FORWARD_ONLY).
     `old_logprobs` says where the log-probabilities of the sampling policy come from: the sampler, a forward pass of
     the actor, or (`auto`) the sampler once a rollout computed both ways has shown them equal to CAPTURED_IS_EXACT.
-    `together` scores with several models side by side (see `rlhf.side_by_side`).
+    `backend`, a `DeepSpeedRollout`, samples in place of `rlhf.generation`.
+    `together` samples in two halves and scores with several models side by side (see `rlhf.side_by_side`).
     `gather_weights` gathers ZeRO-3 weights once per rollout instead of once per token.
     """
 
@@ -65,6 +67,7 @@ class RolloutWorker:
         together: bool = False,
         synchronised: bool = False,
         gather_weights: bool = True,
+        backend: Any = None,
     ) -> None:
         self.engine = engine
         self.scorer = scorer
@@ -79,6 +82,14 @@ class RolloutWorker:
         self.together = together
         self.synchronised = synchronised
         self.gather_weights = gather_weights
+        self.backend = backend
+        if backend is not None:
+            if old_logprobs == "sampled":
+                raise ConfigError(
+                    "old_logprobs=sampled needs generation_backend=own: the other backend captures no "
+                    "log-probabilities; use old_logprobs=auto or recomputed"
+                )
+            self.old_logprobs = "recomputed"
         self.seconds = {"seconds_generation": 0.0, "seconds_scoring": 0.0}
         self.captured_error = 0.0
 
@@ -115,7 +126,8 @@ class RolloutWorker:
         share = list(range(rank(), len(examples), world_size()))
         mine: PromptBatch = everything.rows(torch.tensor(share)).to(self.device)
         by_length = torch.argsort(mine.attention_mask.sum(1), descending=True)
-        teams = [by_length[first::WORKERS] for first in range(WORKERS if self.together and len(mine) >= WORKERS else 1)]
+        halves = self.together and len(mine) >= WORKERS and self.backend is None
+        teams = [by_length[first::WORKERS] for first in range(WORKERS)] if halves else [by_length]
         whole = gathered_weights(self.engine.actor) if self.gather_weights else nullcontext()
         with whole:
             parts = side_by_side(
@@ -127,6 +139,12 @@ class RolloutWorker:
         return found.rows(torch.argsort(torch.cat(teams))), share
 
     def _generate(self, prompts: PromptBatch, iteration: int, teams: int) -> Rollout:
+        if self.backend is not None:
+            seed = ((self.seed * 1_000_003 + iteration) * 1_000_003 + rank()) % 2**63
+            sampling = self.sampling
+            return self.backend.generate(
+                prompts, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, seed=seed
+            )
         return generate(
             self.engine.actor,
             prompts,

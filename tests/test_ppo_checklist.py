@@ -114,7 +114,7 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
 
     def make(
         *, architecture="gpt_neox", engine=None, plan=None, rollout=8, ppo_epochs=1, new_tokens=6, scorer=letter_score,
-        ptx=(), reference_noise=0.0, iterations=2, actor_eos=None, **config,
+        ptx=(), reference_noise=0.0, iterations=2, actor_eos=None, concurrent=True, **config,
     ):  # fmt: skip
         plan = plan or BatchPlan(rollout, 4, 1)
         if engine is None:
@@ -145,6 +145,7 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
             synchronised=False,
             export=lambda: None,
             ptx=ptx,
+            concurrent=concurrent,
         )
 
     return make

@@ -177,7 +177,7 @@ class PPOBatchConfig(BatchConfig):
     generation_batch_size: int = 0
     """Responses that one device samples side by side, waiting prompts taking freed places; 0 takes all of a rollout."""
     scoring_batch_tokens: int = 0
-    """Tokens of one scoring pass on one device; 0 takes those of a training pass on a CPU, four times those elsewhere."""
+    """Tokens of one scoring pass on one device; 0 takes those of a training pass, off the CPU four times as many."""
     ppo_epochs: int = 1
     """Passes over each rollout (KULLM-RLHF, DeepSpeed-Chat: 1; Ziegler et al.: 4)."""
 
@@ -225,6 +225,8 @@ class PPOConfig:
     """Must stay 0 in PPO: a filter makes the sampling distribution differ from the scored one (TRL#256)."""
     top_p: float = 1.0
     """Must stay 1 in PPO, for the same reason."""
+    generation_backend: Literal["own", "deepspeed"] = "own"
+    """What samples: `rlhf.generation`, or DeepSpeed's rollout engine, checked against a forward pass of ours first."""
     old_logprobs: OldLogprobs = "auto"
     """Log-probabilities of the sampling policy: as captured while sampling, recomputed, or (auto) captured where the
     first rollout, computed both ways, agrees to 1e-4 nats (float32 does, 16-bit does not)."""
@@ -317,6 +319,7 @@ class PPOTrainer(OnPolicyTrainer):
             together=self.together,
             synchronised=synchronised,
             gather_weights=gather_for_generation,
+            backend=self._backend(),
         )
         self.kl = KLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
         self.order = DataOrder([len(prompt.input_ids) for prompt in prompts], rollout_plan(batch, plan), run.seed)
@@ -334,6 +337,13 @@ class PPOTrainer(OnPolicyTrainer):
     @property
     def device(self) -> torch.device:
         return self.engine.actor.device
+
+    def _backend(self) -> Any:
+        if self.config.generation_backend == "own":
+            return None
+        from rlhf.engine import DeepSpeedRollout
+
+        return DeepSpeedRollout(self.engine.actor, self.tokenizer, eos_token_ids(self.engine.actor, self.tokenizer))
 
     # -------------------------------------------------------------------------------------------- experience
 

@@ -10,11 +10,13 @@ from rlhf.engine.factory import (
     zero3_loading,
 )
 from rlhf.engine.gathered import gathered_weights
+from rlhf.engine.hybrid import DeepSpeedRollout
 from rlhf.engine.rlhf_engine import RLHFEngine
 from rlhf.engine.zero import compute_dtype, zero_config
 
 __all__ = [
     "BatchPlan",
+    "DeepSpeedRollout",
     "RLHFEngine",
     "build_optimizer",
     "build_schedule",
