@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,14 +17,15 @@ from rlhf.distributed import is_main, logger
 from rlhf.engine.batch_plan import BatchPlan
 from rlhf.engine.factory import inference_engine, training_engine, zero3_loading
 from rlhf.engine.zero import compute_dtype
-from rlhf.models import ScalarModel, adapter_disabled, apply_lora, has_adapter, load_causal_lm
-from rlhf.models.scalar import is_scalar_directory
+from rlhf.models import ScalarModel, adapter_disabled, has_adapter, load_causal_lm
+from rlhf.models.scalar import check_scalar_directory, is_scalar_directory
+from rlhf.models.shared import Roles, adapted_roles
 
 
 class RLHFEngine:
     """Holds `actor`, `critic` (training engines), `reference`, `reward` (frozen), and knows which share weights.
 
-    `reference` is None when the actor carries a LoRA adapter: the reference is then the actor with its adapter off.
+    With `reference` None the actor carries a LoRA adapter and the reference is the actor with its adapter off.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class RLHFEngine:
 
         The critic starts as a copy of the reward model, head included, or from `critic_model`: another reward model
         or critic, or a causal LM, which gets a new head drawn with `seed`. The reference is the actor as it starts.
-        Frozen copies are not quantised, so the reward model scores as it was saved.
+        With LoRA, models that stand on one base share it: see `rlhf.models.shared.adapted_roles`.
         """
         if model.quantization != "none":
             if model.lora_rank < 1:
@@ -79,20 +81,28 @@ class RLHFEngine:
         }
         if model.model_dropout or model.lora_dropout:
             logger.info("PPO: dropout is off (with it the ratio would not start at 1), whatever the configuration says")
-        training = {**options, "quantization": model.quantization, "dropout": 0.0}
+        options["dropout"] = 0.0
         critic_path = reward_model if critic_model is None else critic_model
-        with zero3_loading(engine, plan):
-            actor: nn.Module = load_causal_lm(actor_model, **training)
-            reference = None if model.lora_rank else load_causal_lm(actor_model, **options)
-            reward = ScalarModel.from_pretrained(reward_model, **options)
-            if is_scalar_directory(critic_path):
-                critic: nn.Module = ScalarModel.from_pretrained(critic_path, **training)
-            else:
-                critic = ScalarModel.from_base(critic_path, seed=seed, **training)
+        check_scalar_directory(reward_model)
+        loading = partial(zero3_loading, engine, plan)
         if model.lora_rank:
-            same_architecture = actor.config.model_type == critic.config.model_type  # type: ignore[union-attr]
-            critic_targets = model.lora_targets if same_architecture else []  # another one has other names
-            actor, critic = _with_lora(actor, model, model.lora_targets), _with_lora(critic, model, critic_targets)
+            roles = adapted_roles(
+                actor_model, reward_model, critic_path, model=model, options=options, seed=seed, loading=loading
+            )
+        else:
+            with loading():
+                critic_class = (
+                    ScalarModel.from_pretrained
+                    if is_scalar_directory(critic_path)
+                    else partial(ScalarModel.from_base, seed=seed)
+                )
+                roles = Roles(
+                    actor=load_causal_lm(actor_model, **options),
+                    critic=critic_class(critic_path, **options),
+                    reference=load_causal_lm(actor_model, **options),
+                    reward=ScalarModel.from_pretrained(reward_model, **options),
+                )
+        critic_optimizer = replace(actor_optimizer, learning_rate=critic_learning_rate)
         shared: dict[str, Any] = {
             "engine": engine,
             "plan": plan,
@@ -100,10 +110,10 @@ class RLHFEngine:
             "gradient_checkpointing": model.gradient_checkpointing,
         }
         return cls(
-            training_engine(actor, optimizer=actor_optimizer, **shared),
-            training_engine(critic, optimizer=replace(actor_optimizer, learning_rate=critic_learning_rate), **shared),
-            None if reference is None else inference_engine(reference, engine=engine, plan=plan),
-            inference_engine(reward, engine=engine, plan=plan),
+            training_engine(roles.actor, optimizer=actor_optimizer, **shared),
+            training_engine(roles.critic, optimizer=critic_optimizer, **shared),
+            None if roles.reference is None else inference_engine(roles.reference, engine=engine, plan=plan),
+            inference_engine(roles.reward, engine=engine, plan=plan),
             ema_decay=ema_decay,
         )
 
@@ -186,15 +196,3 @@ class RLHFEngine:
                 with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
                     if is_main():
                         visit(name, parameter.detach().to("cpu", torch.float32))
-
-
-def _with_lora(module: nn.Module, model: ModelConfig, targets: Sequence[str]) -> nn.Module:
-    return apply_lora(
-        module,
-        rank=model.lora_rank,
-        alpha=model.lora_alpha,
-        dropout=0.0,
-        targets=targets,
-        quantized=model.quantization != "none",
-        gradient_checkpointing=model.gradient_checkpointing,
-    )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rlhf.config import ConfigError
@@ -61,12 +63,7 @@ def load_causal_lm(
     A LoRA adapter directory is merged in float32 once, into `<path>/merged/`, and read from there, so that it can be
     quantised, partitioned, or be the base of another adapter. Raises ConfigError for a path that holds no such model.
     """
-    _check_path(path)
-    if _is_file(path, SCALAR_HEAD_FILE):
-        raise ConfigError(
-            f"{path} is a reward model or critic ({SCALAR_HEAD_FILE} is there) and has no language-modelling head; "
-            f"give the directory of a causal language model, such as the output of step1_sft"
-        )
+    check_causal_directory(path)
     return load_pretrained(
         AutoModelForCausalLM,
         path,
@@ -78,6 +75,16 @@ def load_causal_lm(
     )
 
 
+def check_causal_directory(path: str | Path) -> None:
+    """ConfigError for a local path that holds no model, or a reward model or critic."""
+    _check_path(path)
+    if _is_file(path, SCALAR_HEAD_FILE):
+        raise ConfigError(
+            f"{path} is a reward model or critic ({SCALAR_HEAD_FILE} is there) and has no language-modelling head; "
+            f"give the directory of a causal language model, such as the output of step1_sft"
+        )
+
+
 def load_backbone(path: str | Path, **options: Any) -> Any:
     """The base model without its language-modelling head, from a causal LM or a scalar model directory.
 
@@ -85,6 +92,21 @@ def load_backbone(path: str | Path, **options: Any) -> Any:
     """
     _check_path(path)
     return load_pretrained(AutoModel, path, **options)
+
+
+def backbone_of(causal_lm: Any) -> Any:
+    """The module under the language-modelling head, or None where `load_backbone` would give another kind of module.
+
+    It carries the marks of quantisation that `transformers` sets on the outer model.
+    """
+    inner = causal_lm.base_model
+    known = MODEL_MAPPING.get(type(causal_lm.config), ())
+    if inner is causal_lm or type(inner) not in (known if isinstance(known, tuple) else (known,)):
+        return None
+    for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization_method", "hf_quantizer"):
+        if name in vars(causal_lm):
+            setattr(inner, name, getattr(causal_lm, name))
+    return inner
 
 
 def load_pretrained(
@@ -194,6 +216,25 @@ def merged_path(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool
         )
     rank_zero_first(merged, lambda: merge_adapter(adapter, merged, dtype, trust_remote_code=trust_remote_code))
     return str(merged)
+
+
+def adapter_base(path: str | Path) -> str | None:
+    """The base that the adapter directory `path` names, or None: no adapter, or its base is not there any more."""
+    file = Path(path) / ADAPTER_CONFIG_FILE
+    if not file.is_file():
+        return None
+    base = json.loads(file.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return None if not base or (Path(base).is_absolute() and not Path(base).is_dir()) else str(base)
+
+
+def base_key(path: str | Path) -> str:
+    """Equal for paths that hold the same weights: links are followed, merges of one adapter differ in dtype alone."""
+    if not Path(path).is_dir():
+        return str(path)
+    real = Path(path).resolve()
+    if real.parent.name == "merged" and (real.parent.parent / ADAPTER_CONFIG_FILE).is_file():
+        return str(real.parent / re.sub(r"^([0-9a-f]{12})-\w+$", r"\1", real.name))
+    return str(real)
 
 
 def _adapter_config(path: str | Path) -> str | None:

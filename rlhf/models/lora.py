@@ -74,19 +74,13 @@ def _adapted(
     quantized: bool,
     gradient_checkpointing: bool,
 ) -> nn.Module:
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
 
     if rank < 1:
         raise ConfigError(f"lora_rank={rank} must be at least 1")
     chosen = resolve_targets(base, targets)
     if quantized:
-        # its own gradient checkpointing is left off: the training engine turns it on where it is wanted
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-        for module in base.modules():
-            # on a CPU bitsandbytes packs 4-bit weights in the first forward in eval mode and never unpacks them;
-            # packed weights pass no gradient on, so a model that is scored would not train any more
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        base = prepare_quantized(base)
     if gradient_checkpointing:
         # with a frozen embedding no input of a checkpointed block would need a gradient, and the adapters get none
         base.enable_input_require_grads()
@@ -94,10 +88,61 @@ def _adapted(
         task_type=task, r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, bias="none"
     )
     adapted: Any = get_peft_model(base, config)
-    source = Path(str(base.name_or_path))
-    if source.is_dir():  # so that the adapter finds its base from any working directory
-        adapted.peft_config["default"].base_model_name_or_path = str(source.absolute())
+    _name_base(adapted, base)
     return adapted
+
+
+def prepare_quantized(base: Any) -> Any:
+    """A quantised model frozen, its other weights in float32, so that adapters on it train."""
+    from peft import prepare_model_for_kbit_training
+
+    # its own gradient checkpointing is left off: the training engine turns it on where it is wanted
+    base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    for module in base.modules():
+        # on a CPU bitsandbytes packs 4-bit weights in the first forward in eval mode and never unpacks them;
+        # packed weights pass no gradient on, so a model that is scored would not train any more
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return base
+
+
+def load_adapter(base: Any, path: str | Path, *, trainable: bool, gradient_checkpointing: bool = False) -> Any:
+    """The saved adapter in `path` on `base`, unmerged, without dropout; all that trains is the adapter, or nothing.
+
+    Raises ConfigError when the directory lacks a weight of the adapter it describes, or they do not fit.
+    """
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    config = PeftConfig.from_pretrained(str(path))
+    config.lora_dropout = 0.0
+    config.inference_mode = not trainable
+    if gradient_checkpointing:
+        base.enable_input_require_grads()  # see _adapted
+    base.requires_grad_(False)
+    try:
+        adapted: Any = PeftModel.from_pretrained(base, str(path), config=config, is_trainable=trainable)
+    except (RuntimeError, ValueError) as error:  # shapes, target modules
+        raise ConfigError(
+            f"the adapter {path} does not fit its base {base.name_or_path}: {str(error).splitlines()[0]}; "
+            f"name the base that it was trained on in {ADAPTER_CONFIG_FILE}"
+        ) from error
+    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    missing = sorted(wanted - load_peft_weights(str(path), device="cpu").keys())
+    if missing:
+        raise ConfigError(
+            f"the adapter {path} lacks {len(missing)} of its weights, which would start at random: "
+            f"{', '.join(missing[:4])}; give a complete adapter"
+        )
+    _name_base(adapted, base)
+    return adapted
+
+
+def _name_base(adapted: Any, base: Any) -> None:
+    """Write the absolute path of the base into the adapter, so that it is found from any working directory."""
+    source = Path(str(base.name_or_path))
+    if source.is_dir():
+        adapted.peft_config["default"].base_model_name_or_path = str(source.absolute())
 
 
 def resolve_targets(base: Any, targets: Sequence[str]) -> list[str]:
