@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,7 +17,7 @@ from rlhf.distributed import all_gather_rows, all_reduce_max, logger, rank, worl
 from rlhf.generation import Sampling, generate
 from rlhf.ops import last_true, masked_mean
 from rlhf.scoring import pad_response, response_logprobs, response_values, trim
-from rlhf.side_by_side import WORKERS, side_by_side
+from rlhf.side_by_side import side_by_side
 from rlhf.trainer import Plan
 from rlhf.types import PromptBatch, Rollout, TokenizedPrompt
 
@@ -47,7 +46,7 @@ class RolloutWorker:
     `old_logprobs` says where the log-probabilities of the sampling policy come from: the sampler, a forward pass of
     the actor, or (`auto`) the sampler once a rollout computed both ways has shown them equal to CAPTURED_IS_EXACT.
     `backend`, a `DeepSpeedRollout`, samples in place of `rlhf.generation`.
-    `together` samples in two halves and scores with several models side by side (see `rlhf.side_by_side`).
+    `together` scores with several models side by side (see `rlhf.side_by_side`).
     `gather_weights` gathers ZeRO-3 weights once per rollout instead of once per token.
     """
 
@@ -125,20 +124,13 @@ class RolloutWorker:
         everything = collate_prompts(examples, self.pad_token_id, row_ids=list(range(len(examples))))
         share = list(range(rank(), len(examples), world_size()))
         mine: PromptBatch = everything.rows(torch.tensor(share)).to(self.device)
-        by_length = torch.argsort(mine.attention_mask.sum(1), descending=True)
-        halves = self.together and len(mine) >= WORKERS and self.backend is None
-        teams = [by_length[first::WORKERS] for first in range(WORKERS)] if halves else [by_length]
         whole = gathered_weights(self.engine.actor) if self.gather_weights else nullcontext()
         with whole:
-            parts = side_by_side(
-                [partial(self._generate, mine.rows(team), iteration, len(teams)) for team in teams],
-                together=self.together,
-            )
-        longest = all_reduce_max(max(part.response_ids.shape[1] for part in parts), self.device)
-        found = concatenate([pad_response(part, longest, self.pad_token_id) for part in parts])
-        return found.rows(torch.argsort(torch.cat(teams))), share
+            rollout = self._generate(mine, iteration)
+        longest = all_reduce_max(rollout.response_ids.shape[1], self.device)
+        return pad_response(rollout, longest, self.pad_token_id), share
 
-    def _generate(self, prompts: PromptBatch, iteration: int, teams: int) -> Rollout:
+    def _generate(self, prompts: PromptBatch, iteration: int) -> Rollout:
         if self.backend is not None:
             seed = ((self.seed * 1_000_003 + iteration) * 1_000_003 + rank()) % 2**63
             sampling = self.sampling
@@ -154,7 +146,7 @@ class RolloutWorker:
             seed=self.seed,
             iteration=iteration,
             synchronised=self.synchronised and not self.gather_weights,
-            slots=-(-self.slots // teams),
+            slots=self.slots,
         )
 
     @torch.no_grad()
@@ -238,11 +230,6 @@ class RolloutWorker:
             "response_tokens": float(lengths.mean()),
             "empty_responses": float(((lengths == 1) & self.ended(rollout)).float().mean()),
         }
-
-
-def concatenate(parts: Sequence[Rollout]) -> Rollout:
-    """Rollouts of equal widths, one below the other."""
-    return Rollout(*(torch.cat([getattr(part, item.name) for part in parts]) for item in dataclasses.fields(Rollout)))
 
 
 def gather_in_order(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Sampling and scoring of a rollout: what is captured, what runs side by side, another engine that samples."""
 
+import dataclasses
 import threading
 
 import pytest
@@ -48,7 +49,7 @@ def test_captured_log_probabilities_that_are_not_exact_are_recomputed_for_good(m
 
     def off(*arguments, **named):
         rollout = generate(*arguments, **named)
-        return rlhf.rollouts.dataclasses.replace(rollout, logprobs=rollout.logprobs + 2e-4 * rollout.response_mask)
+        return dataclasses.replace(rollout, logprobs=rollout.logprobs + 2e-4 * rollout.response_mask)
 
     exact = scored(make_trainer(reference_noise=0.1, old_logprobs="recomputed"))[1]["logprobs"]
     monkeypatch.setattr(rlhf.rollouts, "generate", off)
