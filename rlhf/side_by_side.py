@@ -8,9 +8,9 @@ after the other.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,38 +33,58 @@ def side_by_side(jobs: Sequence[Callable[[], Result]], *, together: bool) -> lis
     """
     if not together or len(jobs) < 2:
         return [job() for job in jobs]
-    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
-    group = _Jobs(len(jobs), threads)
-
-    def run(job: Callable[[], Result]) -> Result:
-        _running.group = group
-        try:
-            with torch.set_grad_enabled(gradients):
-                return job()
-        finally:
-            group.ended.append(job)
-
+    group = _Group(iter(enumerate(jobs)), len(jobs), torch.get_num_threads(), torch.is_grad_enabled())
+    helper = threading.Thread(target=group.work)
+    helper.start()
     try:
-        with ThreadPoolExecutor(WORKERS, initializer=torch.set_num_threads, initargs=(threads // WORKERS,)) as pool:
-            futures = [pool.submit(run, job) for job in jobs]
-            wait(futures)
+        group.work()  # the caller is one of the workers: a second new thread would hold memory of its own
     finally:
-        torch.set_num_threads(threads)  # a part of the setting is the process's
-    return [future.result() for future in futures]
+        helper.join()
+        torch.set_num_threads(group.threads)  # a part of the setting is the process's
+    for error in group.errors:
+        raise error
+    return [group.results[index] for index in range(len(jobs))]
 
 
 def take_idle_threads() -> None:
     """Called by a job between two pieces of its work: if no other job is left it computes on all threads from here."""
     group = getattr(_running, "group", None)
-    if group is not None and len(group.ended) == group.count - 1 and torch.get_num_threads() < group.threads:
+    if group is not None and group.ended == group.count - 1 and torch.get_num_threads() < group.threads:
         torch.set_num_threads(group.threads)
 
 
-class _Jobs:
-    def __init__(self, count: int, threads: int) -> None:
-        self.count = count
-        self.threads = threads
-        self.ended: list[Callable[[], object]] = []
+@dataclass
+class _Group:
+    """Jobs that are run side by side; `waiting` gives each to one worker."""
+
+    waiting: Iterator[tuple[int, Callable[[], Any]]]
+    count: int
+    threads: int
+    gradients: bool
+    results: dict[int, Any] = field(default_factory=dict)
+    errors: list[Exception] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def ended(self) -> int:
+        return len(self.results) + len(self.errors)
+
+    def work(self) -> None:
+        torch.set_num_threads(self.threads // WORKERS)
+        _running.group = self
+        try:
+            while True:
+                with self.lock:
+                    index, job = next(self.waiting, (0, None))
+                if job is None:
+                    return
+                try:
+                    with torch.set_grad_enabled(self.gradients):
+                        self.results[index] = job()
+                except Exception as error:  # raised by the caller when all have ended
+                    self.errors.append(error)
+        finally:
+            _running.group = None
 
 
 _running = threading.local()

@@ -12,6 +12,7 @@ from rlhf.generation import Sampling, generate, sampler
 from rlhf.generation.architectures import take_apart
 from rlhf.generation.decoders import HuggingFaceDecoder, make_decoder
 from rlhf.generation.lean import LeanDecoder, lean_decoder
+from rlhf.generation.linears import LaidOut
 from rlhf.models import adapter_disabled, apply_lora, load_causal_lm
 from rlhf.types import PromptBatch
 from tests.tiny_models import ROWS, save_tiny_model, tiny_config
@@ -47,8 +48,8 @@ OTHERS = {
     "gpt2": {},
     "opt": {},
     "gemma": {},
-    "gemma2": {},
-    "bloom": {},
+    "gemma2": {"attn_implementation": "eager"},
+    "bloom": {"attn_implementation": "eager"},
     "mistral, a window of 6": {"sliding_window": 6},
     "qwen2, windows in the second layer": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
     "llama, rope by length": rope("dynamic", factor=2.0),
@@ -77,8 +78,9 @@ def build(name, seed=0):
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config_of(name, changes), attn_implementation=attention)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(1.0 if parameter.dim() < 2 else 0.0, 0.3)
+        for part, parameter in model.named_parameters():
+            scale = parameter.dim() < 2 and part.endswith("weight")  # of a norm
+            parameter.normal_(float(scale), 1.0 if "emb" in part or "wte" in part else 0.3)
     model.generation_config.eos_token_id = None
     return model.eval()
 
@@ -102,7 +104,12 @@ def theirs(model, prompts, tokens, eos=NEVER):
 
 def ours(model, prompts, tokens, eos=NEVER, **options):
     options = {"sampling": Sampling(tokens, greedy=True), **options}
-    return generate(model, prompts, eos_token_ids=[eos], pad_token_id=0, **options)
+    return generate(model, prompts, eos_token_ids=eos if isinstance(eos, list) else [eos], pad_token_id=0, **options)
+
+
+def ends(ids, eos):
+    """After how many tokens each row ends."""
+    return [row.index(eos) + 1 if eos in row else len(row) for row in ids.tolist()]
 
 
 # --------------------------------------------------------------------------------- against transformers
@@ -114,11 +121,10 @@ def test_greedy_equals_transformers_generate(name):
     model, prompts, tokens = build(name), prompt_batch(RAGGED), 14
     known = take_apart(model, capacity=max(RAGGED) + tokens) is not None
     assert known == (name in LEAN)
-    free = ours(model, prompts, tokens)
-    eos = int(free.response_ids[0, 4])  # comes early in one row and not in every row
+    free = theirs(model, prompts, tokens)
+    eos = max(free.flatten().tolist(), key=lambda token: len(set(ends(free, token))))
     expected = theirs(model, prompts, tokens, eos)
-    ends = {(expected[row] == eos).long().argmax().item() for row in range(len(RAGGED)) if eos in expected[row]}
-    assert len(ends | {tokens}) > 1 and len(set(map(tuple, expected.tolist()))) > 3
+    assert len(set(ends(expected, eos))) > 1 and len(set(map(tuple, expected.tolist()))) > 3
     for slots in (0, 1, 3):
         assert torch.equal(ours(model, prompts, tokens, eos, slots=slots).response_ids, expected)
     lockstep = ours(model, prompts, tokens, eos, synchronised=True)
@@ -152,7 +158,8 @@ def test_every_logit_while_rows_join_leave_and_grow(name, dtype):
     """By hand: two prefills, a cache that has to grow, rows that change places, a third prefill into what fell free."""
     model = copy.deepcopy(build(name)).to(dtype)
     generator = torch.Generator().manual_seed(0)
-    tolerance = {"atol": 2e-5 if dtype == torch.float32 else 1e-11, "rtol": 1e-4 if dtype == torch.float32 else 1e-9}
+    rough = dtype == torch.float32 or "eager" in name  # whose own softmax is in float32
+    tolerance = {"atol": 2e-5, "rtol": 1e-4} if rough else {"atol": 1e-11, "rtol": 1e-9}
     decoder = lean_decoder(model, slots=5, capacity=60)
     rows: list[list[int]] = []
 
@@ -185,7 +192,7 @@ def test_every_logit_while_rows_join_leave_and_grow(name, dtype):
         grow(3)
         leave([3, 1, 2])  # two rows swap, so that copying one over the other would show
         join(4, 1)
-        grow(columns - 12)
+        grow(columns - 8)
         assert decoder.columns > columns
         leave([4, 1], final=True)
         grow(1)
@@ -282,8 +289,12 @@ def test_prompt_tuning_is_left_to_the_model():
 # ------------------------------------------------------------------------------------- places and neighbours
 
 
+OFTEN = list(range(1, 13))
+"""So many ends of a sequence that a sampled response is short, now and then long."""
+
+
 def sampled(model, prompts, tokens=16, **options):
-    rollout = ours(model, prompts, tokens, eos=7, sampling=Sampling(tokens), seed=9, **options)
+    rollout = ours(model, prompts, tokens, eos=OFTEN, sampling=Sampling(tokens), seed=9, **options)
     return [
         (ids[mask].tolist(), logprobs[mask])
         for ids, mask, logprobs in zip(
@@ -298,13 +309,13 @@ def test_samples_depend_neither_on_places_nor_on_neighbours(name, monkeypatch):
     lengths = [1 + (5 * row) % 11 for row in range(20)]
     prompts = prompt_batch(lengths)
     alone = [sampled(model, prompts.rows(slice(row, row + 1)))[0] for row in range(20)]
-    assert len({tuple(tokens) for tokens, _ in alone}) == 20
+    assert len({tuple(tokens) for tokens, _ in alone}) > 17
     assert len({len(tokens) for tokens, _ in alone}) > 4  # they end at different times
     for slots in (0, 1, 2, 7, 19, 50):
         for (tokens, logprobs), (found, captured) in zip(alone, sampled(model, prompts, slots=slots), strict=True):
             assert found == tokens
             torch.testing.assert_close(captured, logprobs, atol=1e-5, rtol=0)
-    monkeypatch.setattr(sampler, "_steps_per_check", lambda device: 5)  # as on an accelerator
+    monkeypatch.setattr(sampler, "_steps_per_check", lambda device: 4)  # as on an accelerator
     for slots in (0, 7):
         assert [found for found, _ in sampled(model, prompts, slots=slots)] == [tokens for tokens, _ in alone]
 
@@ -324,7 +335,7 @@ def test_a_skewed_batch_costs_what_its_tokens_cost(slots):
     model = build("gpt_neox")
     lengths = [1 + (5 * row) % 11 for row in range(20)]
     rollout, calls = count_tokens(
-        model, lambda: ours(model, prompt_batch(lengths), 30, 7, sampling=Sampling(30), slots=slots)
+        model, lambda: ours(model, prompt_batch(lengths), 30, OFTEN, sampling=Sampling(30), slots=slots)
     )
     produced = int(rollout.response_mask.sum())
     assert produced < 0.7 * rollout.response_mask.numel()
@@ -396,3 +407,32 @@ def test_what_cannot_be_decoded_is_refused():
     empty = PromptBatch(prompts.input_ids, prompts.attention_mask & torch.tensor([[True], [False]]), prompts.row_ids)
     with pytest.raises(ValueError, match="prompt 1 of the batch has no token"):
         ours(model, empty, 2)
+
+
+# ------------------------------------------------------------------------------------------- laid-out weights
+
+
+def test_laid_out_weights_give_the_same_products_up_to_the_bytes_allowed(monkeypatch):
+    torch.manual_seed(0)
+    layers = [nn.Linear(24, 40), nn.Linear(24, 40, bias=False), nn.Linear(24, 40)]
+    monkeypatch.setattr("rlhf.generation.linears.LARGEST_COPY", 2 * 4 * 24 * 40)
+    lay_out = LaidOut()
+    if not lay_out.free:
+        pytest.skip("this build of PyTorch has no oneDNN operators")
+    found = [lay_out(layer) for layer in layers]
+    assert found[0] is not layers[0] and found[1] is not layers[1] and found[2] is layers[2]
+    with torch.no_grad():
+        for layer, linear in zip(layers[:2], found, strict=False):
+            for rows in (1, 3, 32, 65):
+                x = torch.randn(rows, 24)
+                torch.testing.assert_close(linear(x), layer(x), atol=1e-6, rtol=1e-5)
+
+
+def test_only_plain_float32_layers_are_laid_out():
+    class Mine(nn.Linear):
+        pass
+
+    hooked = nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda module, inputs, output: output + 1)
+    for layer in (Mine(4, 4), hooked, nn.Linear(4, 4).double(), nn.Identity()):
+        assert LaidOut()(layer) is layer

@@ -148,6 +148,24 @@ def test_draw_is_the_inverse_of_the_cumulative_distribution():
     assert draw(logprobs, uniforms).tolist() == [1, 1, 2, 2, 3, 3, 3]  # never an impossible token, 0 or 4
 
 
+@pytest.mark.parametrize("tokens", [5, 127, 128, 129, 300, 1024])
+def test_draw_searches_in_blocks_what_a_plain_search_finds(tokens):
+    """Tokens without probability at either end and in the middle, some of them filling whole blocks."""
+    generator = torch.Generator().manual_seed(tokens)
+    logits = torch.randn(400, tokens, generator=generator, dtype=torch.float64) * 3
+    for start, stop in ((0, tokens // 8), (tokens // 3, tokens // 2), (tokens - tokens // 6, tokens)):
+        logits[:, start:stop] = -math.inf
+    logprobs = logits.log_softmax(-1)
+    uniforms = torch.rand(400, generator=generator, dtype=torch.float64)
+    uniforms[:2] = torch.tensor([0.0, 1.0])
+    found = draw(logprobs, uniforms)
+    possible = (logits[0] > -math.inf).nonzero().flatten()
+    assert found[:2].tolist() == [int(possible[0]), int(possible[-1])]
+    for row in range(2, 400):
+        masses = itertools.accumulate(logprobs[row].exp().tolist())
+        assert int(found[row]) == next(token for token, mass in enumerate(masses) if mass > uniforms[row])
+
+
 # ------------------------------------------------------------------------------------------- row streams
 
 

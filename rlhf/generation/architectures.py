@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from rlhf.forward import innermost
+from rlhf.generation.linears import Linear, as_it_is
 from rlhf.packing import PACKED_SDPA
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -63,10 +64,11 @@ class Anatomy:
     scaling: float
 
 
-def take_apart(model: nn.Module, *, capacity: int) -> Anatomy | None:
+def take_apart(model: nn.Module, *, capacity: int, linear: Callable[[nn.Module], Linear] = as_it_is) -> Anatomy | None:
     """The parts of a model, a peft model or an engine around one, or None when it is not known.
 
-    `capacity` is the longest row: a sliding window that reaches over all of it changes nothing.
+    `capacity` is the longest row: a sliding window that reaches over all of it changes nothing. `linear` gives what
+    to call in the place of each linear layer.
     """
     peft = getattr(model, "module", model)
     adapter = getattr(peft, "active_peft_config", None)
@@ -80,10 +82,10 @@ def take_apart(model: nn.Module, *, capacity: int) -> Anatomy | None:
     if getattr(config, "_attn_implementation", None) not in ATTENTION:
         return None
     if _is(core, "gpt_neox", "GPTNeoXForCausalLM"):
-        return _gpt_neox(core)
+        return _gpt_neox(core, linear)
     name = getattr(config, "model_type", None)
     if name in LLAMA_LIKE and _is(core, name, LLAMA_LIKE[name]) and not _window_applies(config, capacity):
-        return _llama_like(core)
+        return _llama_like(core, linear)
     return None
 
 
@@ -98,7 +100,7 @@ def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     return x
 
 
-def _gpt_neox(core: Any) -> Anatomy | None:
+def _gpt_neox(core: Any, linear: Callable[[nn.Module], Linear]) -> Anatomy | None:
     body = core.gpt_neox
     layers = list(body.layers)
     first = layers[0].attention
@@ -108,9 +110,9 @@ def _gpt_neox(core: Any) -> Anatomy | None:
     return Anatomy(
         embed=body.embed_in,
         rotary=body.rotary_emb,
-        blocks=[_gpt_neox_block(layer, heads, first.head_size) for layer in layers],
+        blocks=[_gpt_neox_block(layer, heads, first.head_size, linear) for layer in layers],
         final_norm=body.final_layer_norm,
-        head=core.get_output_embeddings(),
+        head=linear(core.get_output_embeddings()),
         heads=heads,
         kv_heads=heads,
         head_dim=first.head_size,
@@ -118,9 +120,9 @@ def _gpt_neox(core: Any) -> Anatomy | None:
     )
 
 
-def _gpt_neox_block(layer: Any, heads: int, head_dim: int) -> Block:
-    joint, mlp = layer.attention.query_key_value, layer.mlp
-    rise, act, fall = mlp.dense_h_to_4h, mlp.act, mlp.dense_4h_to_h
+def _gpt_neox_block(layer: Any, heads: int, head_dim: int, linear: Callable[[nn.Module], Linear]) -> Block:
+    joint, mlp = linear(layer.attention.query_key_value), layer.mlp
+    rise, act, fall = linear(mlp.dense_h_to_4h), mlp.act, linear(mlp.dense_4h_to_h)
 
     def project(x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         mixed = joint(x).view(len(x), heads, 3, head_dim)
@@ -131,14 +133,14 @@ def _gpt_neox_block(layer: Any, heads: int, head_dim: int) -> Block:
     return Block(
         attention_norm=layer.input_layernorm,
         project=project,
-        output=layer.attention.dense,
+        output=linear(layer.attention.dense),
         mlp_norm=layer.post_attention_layernorm,
         mlp=lambda x: fall(act(rise(x))),
         parallel=bool(layer.use_parallel_residual),
     )
 
 
-def _llama_like(core: Any) -> Anatomy | None:
+def _llama_like(core: Any, linear: Callable[[nn.Module], Linear]) -> Anatomy | None:
     body = core.model
     layers = list(body.layers)
     first = layers[0].self_attn
@@ -147,9 +149,9 @@ def _llama_like(core: Any) -> Anatomy | None:
     return Anatomy(
         embed=body.embed_tokens,
         rotary=body.rotary_emb,
-        blocks=[_llama_block(layer, first.head_dim) for layer in layers],
+        blocks=[_llama_block(layer, first.head_dim, linear) for layer in layers],
         final_norm=body.norm,
-        head=core.get_output_embeddings(),
+        head=linear(core.get_output_embeddings()),
         heads=core.config.num_attention_heads,
         kv_heads=core.config.num_key_value_heads,
         head_dim=first.head_dim,
@@ -157,11 +159,11 @@ def _llama_like(core: Any) -> Anatomy | None:
     )
 
 
-def _llama_block(layer: Any, head_dim: int) -> Block:
+def _llama_block(layer: Any, head_dim: int, linear: Callable[[nn.Module], Linear]) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
-    query_of, key_of, value_of = attention.q_proj, attention.k_proj, attention.v_proj
+    query_of, key_of, value_of = linear(attention.q_proj), linear(attention.k_proj), linear(attention.v_proj)
     query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-    gate, up, down, act = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+    gate, up, down, act = linear(mlp.gate_proj), linear(mlp.up_proj), linear(mlp.down_proj), mlp.act_fn
 
     def project(x: torch.Tensor, rotation: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, key = query_of(x).view(len(x), -1, head_dim), key_of(x).view(len(x), -1, head_dim)
@@ -172,7 +174,7 @@ def _llama_block(layer: Any, head_dim: int) -> Block:
     return Block(
         attention_norm=layer.input_layernorm,
         project=project,
-        output=attention.o_proj,
+        output=linear(attention.o_proj),
         mlp_norm=layer.post_attention_layernorm,
         mlp=lambda x: down(act(gate(x)) * up(x)),
         parallel=False,

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from rlhf.generation.architectures import Anatomy, Rotation, take_apart
+from rlhf.generation.linears import LaidOut
 
 PREFILL_TOKENS = 4096
 """Prompt tokens of one forward pass at most (a longer single prompt goes alone): enough to fill a device, and the
@@ -20,13 +21,16 @@ feed-forward activations of more would only take memory."""
 SMALLEST_GROWTH = 32
 """Columns the cache grows by at least; see `LeanDecoder._reserve`."""
 
+STEPS_BEFORE_LAYOUT = 4
+"""The step before which weights are laid out anew, if they can be; it costs about what it saves in four steps."""
+
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def lean_decoder(model: nn.Module, *, slots: int, capacity: int) -> LeanDecoder | None:
     """A LeanDecoder for `slots` rows of at most `capacity` tokens, or None when the model is not known to it."""
     anatomy = take_apart(model, capacity=capacity)
-    return None if anatomy is None else LeanDecoder(anatomy, slots=slots, capacity=capacity)
+    return None if anatomy is None else LeanDecoder(model, anatomy, slots=slots, capacity=capacity)
 
 
 class LeanDecoder:
@@ -38,8 +42,11 @@ class LeanDecoder:
 
     refills = True
 
-    def __init__(self, anatomy: Anatomy, *, slots: int, capacity: int) -> None:
-        self.anatomy = anatomy
+    def __init__(self, model: nn.Module, anatomy: Anatomy, *, slots: int, capacity: int) -> None:
+        self.model = model
+        self.anatomy = anatomy  # of the prefill
+        self.stepping = anatomy  # of the steps
+        self.steps = 0
         self.slots = slots
         self.capacity = capacity
         self.columns = 0
@@ -61,15 +68,17 @@ class LeanDecoder:
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """See `Decoder.step`."""
         rows = len(self.lengths)
+        self.steps += 1
+        if self.steps == STEPS_BEFORE_LAYOUT:
+            self.stepping = take_apart(self.model, capacity=self.capacity, linear=LaidOut()) or self.anatomy
         hidden = self.anatomy.embed(tokens)
         self._reserve(max(self.lengths) + 1, hidden)
         positions = self.positions[:rows]
         attend = self._step_attention(positions, self._entries(slice(rows), positions))
-        hidden = self._blocks(hidden, self._rotation(positions), attend)
+        hidden = self._blocks(self.stepping, hidden, self._rotation(positions), attend)
         positions += 1
         self.lengths = [length + 1 for length in self.lengths]
-        logits: torch.Tensor = self.anatomy.head(self.anatomy.final_norm(hidden))
-        return logits
+        return self.stepping.head(self.stepping.final_norm(hidden))
 
     def compact(self, keep: Sequence[int], *, final: bool) -> None:
         """See `Decoder.compact`; only rows that change places are copied."""
@@ -111,11 +120,10 @@ class LeanDecoder:
             )
             return attended.transpose(1, 2).reshape(count * longest, -1)[packed]
 
-        hidden = self._blocks(hidden, self._rotation(positions), attend)
+        hidden = self._blocks(self.anatomy, hidden, self._rotation(positions), attend)
         self.positions[rows] = size
         self.lengths += lengths
-        logits: torch.Tensor = self.anatomy.head(self.anatomy.final_norm(hidden[size.cumsum(0) - 1]))
-        return logits
+        return self.anatomy.head(self.anatomy.final_norm(hidden[size.cumsum(0) - 1]))
 
     def _step_attention(self, positions: torch.Tensor, written: torch.Tensor) -> Attend:
         """Attention of one query per row over the cache, each row over its own length.
@@ -150,9 +158,9 @@ class LeanDecoder:
 
         return attend
 
-    def _blocks(self, hidden: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
+    def _blocks(self, anatomy: Anatomy, hidden: torch.Tensor, rotation: Rotation, attend: Attend) -> torch.Tensor:
         """Hidden states [N, H] through all layers."""
-        for layer, block in enumerate(self.anatomy.blocks):
+        for layer, block in enumerate(anatomy.blocks):
             attended = block.output(attend(layer, *block.project(block.attention_norm(hidden), rotation)))
             if block.parallel:
                 hidden = block.mlp(block.mlp_norm(hidden)) + attended + hidden
