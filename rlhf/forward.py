@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rlhf.head import linear_logprobs
+from rlhf.linear import CPULinear
 from rlhf.ops import entropy_from_logits, logprobs_from_logits
 from rlhf.packing import pack, packed_arguments, packs
 
@@ -134,7 +135,7 @@ def hidden_states(backbone: nn.Module, input_ids: torch.Tensor, attention_mask: 
 def _plain_head(model: Any, config: Any) -> bool:
     """Whether log-probabilities can be computed inside the head's own call."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    return config.model_type in PLAIN_HEADS and type(head) is nn.Linear
+    return config.model_type in PLAIN_HEADS and type(head) in (nn.Linear, CPULinear)
 
 
 @contextmanager

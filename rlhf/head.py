@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
+
+from rlhf.linear import product, weight_gradient
 
 PIECE_ELEMENTS = 2**23
 """Logits computed at a time (32 MiB in float32)."""
@@ -47,28 +50,28 @@ class _LinearLogprobs(torch.autograd.Function):
         rows = max(1, piece_elements // weight.shape[0])
         logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         normalisers, entropies = torch.empty_like(logprobs), torch.zeros_like(logprobs)
-        in_one_piece = hidden.shape[0] <= rows
-        probabilities = None
+        keeps = hidden.shape[0] <= rows and any(ctx.needs_input_grad)
+        weights = None
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
             logits = _logits(hidden[part], weight, bias, temperature)
-            normaliser = logits.logsumexp(-1)
-            normalisers[part] = normaliser
-            logprobs[part] = logits.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1) - normaliser
-            if with_entropy or (in_one_piece and any(ctx.needs_input_grad)):
-                found = logits.sub(normaliser.unsqueeze(-1)).exp_() if with_entropy else logits.sub_(
-                    normaliser.unsqueeze(-1)
-                ).exp_()  # fmt: skip
-                if with_entropy:
-                    entropies[part] = normaliser - (found * logits).sum(-1)
-                if in_one_piece:
-                    probabilities = found
-        saved = probabilities if any(ctx.needs_input_grad) else None
-        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies, saved)
+            chosen = logits.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)
+            largest = logits.amax(-1, keepdim=True)
+            shifted = logits.sub_(largest)
+            exponentials = shifted.exp() if with_entropy else shifted.exp_()
+            total = exponentials.sum(-1)
+            normalisers[part] = total.log() + largest.squeeze(-1)
+            logprobs[part] = chosen - normalisers[part]
+            if with_entropy:
+                entropies[part] = total.log() - (exponentials * shifted).sum(-1) / total
+            if keeps:
+                weights = exponentials.div_(total.unsqueeze(-1))
+        ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies, weights)
         ctx.temperature, ctx.with_entropy, ctx.rows = temperature, with_entropy, rows
         return logprobs, entropies
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_logprobs, grad_entropies = gradients
         hidden, weight, bias, targets, normalisers, entropies, kept = ctx.saved_tensors
@@ -78,30 +81,31 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
         for start in range(0, hidden.shape[0], ctx.rows):
             part = slice(start, start + ctx.rows)
-            normaliser = normalisers[part].unsqueeze(-1)
             if kept is not None:
                 probabilities = kept
             else:
-                probabilities = _logits(hidden[part], weight, bias, ctx.temperature).sub_(normaliser).exp_()
-            grad = grad_logprobs[part].float().unsqueeze(-1)
+                logits = _logits(hidden[part], weight, bias, ctx.temperature)
+                probabilities = logits.sub_(normalisers[part].unsqueeze(-1)).exp_()
+            grad = grad_logprobs[part].float().unsqueeze(-1) / ctx.temperature
             if ctx.with_entropy:
                 # dH / dz_v = -p_v (log p_v + H)
                 surprise = probabilities.clamp(min=torch.finfo(torch.float32).tiny).log()
-                weighted = surprise.add_(entropies[part].unsqueeze(-1)).mul_(grad_entropies[part].unsqueeze(-1))
+                upstream = grad_entropies[part].unsqueeze(-1) / ctx.temperature
+                weighted = surprise.add_(entropies[part].unsqueeze(-1)).mul_(upstream)
                 grad_logits = weighted.add_(grad).mul_(probabilities).neg_()
             else:
-                grad_logits = probabilities * -grad
+                grad_logits = probabilities.mul_(-grad)  # nobody reads the softmax again
             grad_logits.scatter_add_(1, targets[part].unsqueeze(-1), grad)
-            grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
+            grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = grad_logits @ weight
+                grad_hidden[part] = product(grad_logits, weight.t())
             if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.t(), hidden[part])
+                grad_weight += weight_gradient(grad_logits, hidden[part])
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float) -> torch.Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    logits = product(hidden, weight, bias).float()
     return logits if temperature == 1.0 else logits.div_(temperature)

@@ -131,12 +131,12 @@ def packed_sdpa(
             dropout_p=dropout,
             scale=scaling,
             enable_gqa=key.shape[1] != query.shape[1],
-        ).transpose(1, 2)
+        )
         for length, q, k, v in zip(
             lengths, query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True
         )
     ]
-    return torch.cat(parts, dim=1), None
+    return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
 def _window(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -207,7 +207,7 @@ def test_prompts_beyond_one_forward_pass_are_split(monkeypatch):
     model = build("llama")
     whole = ours(model, prompt_batch(RAGGED), 6)
     calls = []
-    monkeypatch.setattr("rlhf.generation.lean.PREFILL_TOKENS", 10)
+    monkeypatch.setattr("rlhf.generation.lean.PREFILL_TOKENS_ON_CPU", 10)
     original = LeanDecoder._prefill
     monkeypatch.setattr(
         LeanDecoder, "_prefill", lambda self, ids, lengths: calls.append(lengths) or original(self, ids, lengths)

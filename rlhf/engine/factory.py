@@ -17,6 +17,7 @@ from rlhf.config import ConfigError, EngineConfig, OptimizerConfig
 from rlhf.distributed import init_world, logger, world_size
 from rlhf.engine.batch_plan import BatchPlan
 from rlhf.engine.zero import compute_dtype, zero_config
+from rlhf.linear import speed_up_linears
 
 
 def training_engine(
@@ -47,6 +48,8 @@ def training_engine(
     if engine.zero_stage < 3 and device.type != "cpu" and not _quantized(model):
         model.to(device)  # before the optimizer, which keeps references to the parameters
     _cast_new_weights(model, compute_dtype(engine.precision))
+    if device.type == "cpu" and engine.zero_stage < 3:
+        speed_up_linears(model)
     client = build_optimizer(model, optimizer, learning_rate=learning_rate, offload=engine.offload)
     schedule = build_schedule(client, optimizer, total_steps)
     with _no_step_taken(client):
@@ -71,6 +74,8 @@ def inference_engine(model: nn.Module, *, engine: EngineConfig, plan: BatchPlan)
         if not _quantized(model):
             _cast_new_weights(model, compute_dtype(engine.precision))
             model.to(device)
+        if device.type == "cpu":
+            speed_up_linears(model)
         return model.eval()
     _cast_new_weights(model, compute_dtype(engine.precision))
     wrapped, *_ = deepspeed.initialize(

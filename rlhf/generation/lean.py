@@ -15,9 +15,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from rlhf.generation.architectures import Anatomy, Rotation, take_apart
 from rlhf.generation.linears import LaidOut
 
-PREFILL_TOKENS = 4096
+PREFILL_TOKENS, PREFILL_TOKENS_ON_CPU = 4096, 1024
 """Prompt tokens of one forward pass at most (a longer single prompt goes alone): enough to fill a device, and the
-feed-forward activations of more would only take memory."""
+feed-forward activations of more would only take memory, and leave a CPU's cache."""
 SMALLEST_GROWTH = 32
 """Columns the cache grows by at least; see `LeanDecoder._reserve`."""
 
@@ -56,9 +56,10 @@ class LeanDecoder:
     def prefill(self, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """See `Decoder.prefill`. Padding is never computed: the tokens of all rows lie one behind the other."""
         logits, start = [], 0
+        most = PREFILL_TOKENS_ON_CPU if ids.device.type == "cpu" else PREFILL_TOKENS
         while start < len(lengths):
             stop, tokens = start + 1, lengths[start]
-            while stop < len(lengths) and tokens + lengths[stop] <= PREFILL_TOKENS:
+            while stop < len(lengths) and tokens + lengths[stop] <= most:
                 tokens += lengths[stop]
                 stop += 1
             logits.append(self._prefill(ids[start:stop], list(lengths[start:stop])))

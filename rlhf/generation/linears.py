@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from rlhf.linear import CPULinear, has_onednn
+
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 LARGEST_COPY = 128 * 2**20
@@ -27,7 +29,7 @@ class LaidOut:
     """
 
     def __init__(self) -> None:
-        self.free = LARGEST_COPY if _has_operators() and not torch.is_autocast_enabled("cpu") else 0
+        self.free = LARGEST_COPY if has_onednn() and not torch.is_autocast_enabled("cpu") else 0
 
     def __call__(self, module: nn.Module) -> Linear:
         if not isinstance(module, nn.Linear) or not _is_plain(module) or module.weight.nbytes > self.free:
@@ -51,17 +53,10 @@ def as_it_is(module: nn.Module) -> Linear:
 
 def _is_plain(module: nn.Linear) -> bool:
     return (
-        type(module) is nn.Linear
+        type(module) in (nn.Linear, CPULinear)
         and module.weight.dtype == torch.float32
         and module.weight.device.type == "cpu"
         and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )
-
-
-def _has_operators() -> bool:
-    """Whether this build of PyTorch has oneDNN's operators; they are not part of its public interface."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
