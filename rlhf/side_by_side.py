@@ -28,12 +28,12 @@ def pays(device: torch.device | str) -> bool:
 def side_by_side(jobs: Sequence[Callable[[], Result]], *, together: bool) -> list[Result]:
     """Results of all jobs in their order; `together` runs WORKERS of them at a time, the first ones first.
 
-    Jobs must not change what another one reads. They see the caller's gradient mode. The last job may call
-    `take_idle_threads` on its way. An exception of one is raised when all have ended.
+    Jobs must not change what another one reads. They see the caller's gradient mode. Each keeps its half of the
+    threads to its end, so that results do not depend on timing. An exception of one is raised when all have ended.
     """
     if not together or len(jobs) < 2:
         return [job() for job in jobs]
-    group = _Group(iter(enumerate(jobs)), len(jobs), torch.get_num_threads(), torch.is_grad_enabled())
+    group = _Group(iter(enumerate(jobs)), torch.get_num_threads(), torch.is_grad_enabled())
     helper = threading.Thread(target=group.work)
     helper.start()
     try:
@@ -46,46 +46,26 @@ def side_by_side(jobs: Sequence[Callable[[], Result]], *, together: bool) -> lis
     return [group.results[index] for index in range(len(jobs))]
 
 
-def take_idle_threads() -> None:
-    """Called by a job between two pieces of its work: if no other job is left it computes on all threads from here."""
-    group = getattr(_running, "group", None)
-    if group is not None and group.ended == group.count - 1 and torch.get_num_threads() < group.threads:
-        torch.set_num_threads(group.threads)
-
-
 @dataclass
 class _Group:
     """Jobs that are run side by side; `waiting` gives each to one worker."""
 
     waiting: Iterator[tuple[int, Callable[[], Any]]]
-    count: int
     threads: int
     gradients: bool
     results: dict[int, Any] = field(default_factory=dict)
     errors: list[Exception] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    @property
-    def ended(self) -> int:
-        return len(self.results) + len(self.errors)
-
     def work(self) -> None:
         torch.set_num_threads(self.threads // WORKERS)
-        _running.group = self
-        try:
-            while True:
-                with self.lock:
-                    index, job = next(self.waiting, (0, None))
-                if job is None:
-                    return
-                try:
-                    with torch.set_grad_enabled(self.gradients):
-                        self.results[index] = job()
-                except Exception as error:  # raised by the caller when all have ended
-                    self.errors.append(error)
-        finally:
-            _running.group = None
-
-
-_running = threading.local()
-"""The group of jobs that the current thread works on."""
+        while True:
+            with self.lock:
+                index, job = next(self.waiting, (0, None))
+            if job is None:
+                return
+            try:
+                with torch.set_grad_enabled(self.gradients):
+                    self.results[index] = job()
+            except Exception as error:  # raised by the caller when all have ended
+                self.errors.append(error)

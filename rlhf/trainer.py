@@ -15,7 +15,6 @@ from tqdm import tqdm
 from rlhf.config import BatchConfig, RunConfig
 from rlhf.distributed import all_reduce_sum, any_rank, is_main, logger, rank, world_size
 from rlhf.metrics import MeanMeter, MetricsWriter, write_json
-from rlhf.side_by_side import take_idle_threads
 
 Batch = TypeVar("Batch")
 
@@ -97,7 +96,6 @@ def accumulate_step(
         raise ValueError(f"step {step}: no element of the batch counts for {name}; check the data and the masks")
     running = torch.zeros((), device=device)
     for left, batch in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
-        take_idle_threads()
         engine.set_gradient_accumulation_boundary(left == 0)  # the number of micro-batches varies from step to step
         loss = loss_sum(batch) / total
         engine.backward(loss * world_size(), scale_wrt_gas=False)  # DeepSpeed takes the mean over ranks

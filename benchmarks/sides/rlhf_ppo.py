@@ -1,0 +1,130 @@
+"""One process of this project's PPO on a job of `ppo.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import transformers
+from measure import current_rss_bytes, peak_rss_bytes, synchronise
+
+from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig, PPOTrainer
+from rlhf.config import EngineConfig, ModelConfig, RunConfig
+from rlhf.distributed import close_world, init_world, seed_everything
+from rlhf.engine import BatchPlan, RLHFEngine
+from rlhf.forward import eos_token_ids
+from rlhf.models import load_tokenizer
+from rlhf.scoring import RewardScorer
+from rlhf.types import TokenizedPrompt
+
+
+def build_trainer(job: dict[str, Any], directory: Path) -> PPOTrainer:
+    """The trainer of step 3 on the job's models and prompts."""
+    workload, total = job["workload"], job["warmup"] + job["iterations"]
+    rows = workload["prompts"]
+    optimizer = PPOOptimizerConfig(
+        learning_rate=workload["learning_rate"], critic_learning_rate=workload["learning_rate"]
+    )
+    plan = BatchPlan(rows, workload["micro_batch_size"], 1)
+    tokenizer = load_tokenizer(job["actor"])
+    engine = RLHFEngine.build(
+        job["actor"],
+        job["reward"],
+        model=ModelConfig(),
+        engine=EngineConfig(precision=job["dtype"], max_grad_norm=0.0),  # TRL's PPO clips no gradient
+        actor_optimizer=optimizer,
+        critic_learning_rate=optimizer.critic_learning_rate,
+        plan=plan,
+        total_steps=total * workload["ppo_epochs"],
+        seed=job["seed"],
+    )
+    prompts = [
+        TokenizedPrompt(id=str(index), input_ids=tuple(ids), text=tokenizer.decode(ids))
+        for index, ids in enumerate(job["prompts"])
+    ]
+    return PPOTrainer(
+        engine,
+        prompts,
+        [],
+        tokenizer=tokenizer,
+        scorer=RewardScorer(
+            engine.reward, load_tokenizer(job["reward"]), tokenizer, eos_ids=eos_token_ids(engine.actor, tokenizer)
+        ),
+        plan=plan,
+        batch=PPOBatchConfig(
+            global_batch_size=rows,
+            micro_batch_size=workload["micro_batch_size"],
+            max_steps=total,
+            rollout_batch_size=rows,
+            ppo_epochs=workload["ppo_epochs"],
+        ),
+        config=PPOConfig(kl_coef=workload["kl_coef"]),
+        run=RunConfig(output_dir=str(directory), seed=job["seed"], tensorboard=False),
+        directory=directory,
+        max_response_tokens=workload["max_new_tokens"],
+        synchronised=False,
+        export=lambda: None,
+    )
+
+
+def main(job_file: str, out_file: str) -> None:
+    job = json.loads(Path(job_file).read_text())
+    after_imports = current_rss_bytes()
+    device = init_world()
+    seed_everything(job["seed"])
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = build_trainer(job, Path(directory))
+        first = torch.tensor([job["prompts"][0]], device=device)
+        with torch.no_grad():
+            fingerprint = trainer.engine.actor.module(input_ids=first).logits[0, -1].float().logsumexp(-1).item()
+        iterations: list[dict[str, float | None]] = []
+        prompt_tokens, response_tokens = [], []
+        for iteration in range(1, job["warmup"] + job["iterations"] + 1):
+            synchronise(device)
+            started, started_cpu = time.perf_counter(), time.process_time()
+            experience = trainer.make_experience(iteration)
+            synchronise(device)
+            sampled = time.perf_counter()
+            trainer.update(experience, iteration)
+            synchronise(device)
+            ended = time.perf_counter()
+            metrics = trainer.experience_metrics
+            iterations.append(
+                {
+                    "total": ended - started,
+                    "generation": metrics.get("seconds_generation"),
+                    "scoring": metrics.get("seconds_scoring"),
+                    "experience": sampled - started,
+                    "update": ended - sampled,
+                    "cpu": time.process_time() - started_cpu,
+                }
+            )
+            prompt_tokens.append(experience.rollout.prompt_mask.sum(1).tolist())
+            response_tokens.append(experience.rollout.response_mask.sum(1).tolist())
+            del experience
+    result = {
+        "iterations": iterations,
+        "prompt_tokens": prompt_tokens,
+        "response_tokens": response_tokens,
+        "peak_bytes": peak_rss_bytes(device),
+        "bytes_after_imports": after_imports,
+        "fingerprint": fingerprint,
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "deepspeed": deepspeed.__version__,
+            "transformers": transformers.__version__,
+            "torch": torch.__version__,
+        },
+    }
+    Path(out_file).write_text(json.dumps(result))
+    close_world()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
