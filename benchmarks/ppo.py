@@ -8,8 +8,8 @@ that peak memory is its own; processes of the two sides take turns, for `--round
 after `--warmup` ones. The peer is trl==0.24.0 with transformers==4.57.* (the last that have this trainer), in an
 environment that the benchmark makes on first use.
 
-W1 32 prompts of 16 to 96 tokens, 64 new tokens, 1 PPO epoch, micro-batch 8; W2 192 new tokens; W3 W2 with a model
-trained to end its answers; W4 W1 with 4 PPO epochs. In the others the models practically never end an answer, so
+W1 32 prompts of 16 to 96 tokens (`--prompts skewed`: log-normal, median 24, at most 96), 64 new tokens, 1 PPO epoch,
+micro-batch 8; W2 192 new tokens; W3 W2 with a model trained to end its answers; W4 W1 with 4 PPO epochs. In the others the models practically never end an answer, so
 that every response has the full length on both sides. What is counted as necessary is said in `flops.py`.
 """
 
@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--peer_bf16_weights", action="store_true", help="with bf16, load TRL's models in bf16 beside its autocast"
     )
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--prompts", choices=("uniform", "skewed"), default="uniform", help="their lengths")
     parser.add_argument("--quick", action="store_true", help="tiny models, for a look at whether it runs")
     parser.add_argument("--work_dir", type=Path, default=ENVIRONMENTS / "ppo_models", help="built models are kept here")
     parser.add_argument("--out_dir", type=Path, default=RESULTS)
@@ -152,6 +154,8 @@ def measure_workload(name: str, arguments: argparse.Namespace, peer_python: Path
     device, dtype = device_and_dtype(arguments)
     precision = next(key for key, value in PRECISIONS.items() if value == dtype)
     workload = (QUICK if arguments.quick else WORKLOADS)[name]
+    if arguments.prompts == "skewed":
+        workload = replace(workload, skewed_prompts=True)
     job = {
         **make_job(workload, arguments.size, arguments.work_dir, seed=arguments.seed, quick=arguments.quick),
         "device": device.type,
@@ -250,6 +254,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "workloads": results,
     }
     name = f"ppo-{arguments.size}-{device.type}-{str(dtype).removeprefix('torch.')}"
+    if arguments.prompts != "uniform":
+        name += f"-{arguments.prompts}"
     json_path, markdown_path = write_report(name, payload, rows, arguments.out_dir)
     print(markdown_table(rows))
     print(f"\n{json_path}\n{markdown_path}")

@@ -30,7 +30,11 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Workload:
-    """One row of the table. `ends` says whether the models end their answers."""
+    """One row of the table. `ends` says whether the models end their answers.
+
+    Prompt lengths are uniform between the least and the most, or with `skewed_prompts` log-normal as in chats: median a
+    quarter of the most, sigma 0.7.
+    """
 
     name: str
     max_new_tokens: int = 64
@@ -39,6 +43,7 @@ class Workload:
     prompts: int = 32
     min_prompt_tokens: int = 16
     max_prompt_tokens: int = 96
+    skewed_prompts: bool = False
     micro_batch_size: int = 8
     learning_rate: float = 1e-6
     kl_coef: float = 0.05
@@ -59,10 +64,14 @@ QUICK = {
 
 
 def make_prompts(workload: Workload, shape: Shape, seed: int) -> list[list[int]]:
-    """Random token ids, their lengths uniform between the least and the most; the first has the most."""
+    """Random token ids with lengths as the workload says; the first prompt has the most."""
     generator = random.Random(seed)
     least, most = workload.min_prompt_tokens, workload.max_prompt_tokens
-    lengths = [generator.randint(least, most) for _ in range(workload.prompts)]
+    if workload.skewed_prompts:
+        drawn = (round(most / 4 * math.exp(generator.gauss(0.0, 0.7))) for _ in range(workload.prompts))
+        lengths = [min(most, max(least // 4, length)) for length in drawn]
+    else:
+        lengths = [generator.randint(least, most) for _ in range(workload.prompts)]
     lengths[0] = most
     return [[generator.randrange(FIRST_WORD, shape.vocabulary) for _ in range(length)] for length in lengths]
 
