@@ -9,8 +9,9 @@ after `--warmup` ones. The peer is trl==0.24.0 with transformers==4.57.* (the la
 environment that the benchmark makes on first use.
 
 W1 32 prompts of 16 to 96 tokens (`--prompts skewed`: log-normal, median 24, at most 96), 64 new tokens, 1 PPO epoch,
-micro-batch 8; W2 192 new tokens; W3 W2 with a model trained to end its answers; W4 W1 with 4 PPO epochs. In the others the models practically never end an answer, so
-that every response has the full length on both sides. What is counted as necessary is said in `flops.py`.
+micro-batch 8; W2 192 new tokens; W3 W2 with a model trained to end its answers; W4 W1 with 4 PPO epochs. In the others
+the models practically never end an answer, so that every response has the full length on both sides. What is counted
+as necessary is said in `flops.py`.
 """
 
 from __future__ import annotations
