@@ -264,6 +264,8 @@ def worker_environment(threads: int | None = None) -> dict[str, str]:
     added = [str(BENCHMARKS), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(added), "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     environment["TOKENIZERS_PARALLELISM"] = "false"
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "LOCAL_RANK", "WORLD_SIZE"):  # the child is a world of its own
+        environment.pop(name, None)
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
     return environment

@@ -255,6 +255,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "workloads": results,
     }
     name = f"ppo-{arguments.size}-{device.type}-{str(dtype).removeprefix('torch.')}"
+    if arguments.peer_bf16_weights:
+        name += "-peer-bf16"
     if arguments.prompts != "uniform":
         name += f"-{arguments.prompts}"
     json_path, markdown_path = write_report(name, payload, rows, arguments.out_dir)

@@ -122,7 +122,7 @@ class EngineConfig:
     """PPO under ZeRO-3: gather the actor's weights once for a rollout, as DeepSpeed-Chat's hybrid engine does; off
     fetches them for every token, in the memory of one layer."""
     side_by_side: bool = True
-    """PPO on a CPU in one process: run independent models at the same time, each on half of the threads."""
+    """PPO on a CPU, one process, not ZeRO-3: run independent models at the same time, each on half of the threads."""
     deepspeed_config: str | None = None
     """A DeepSpeed json file merged into the generated settings; a contradiction is an error."""
 

@@ -81,15 +81,15 @@ def token_logprobs(
     """log pi(token t | all before it) wherever `scored`, and the entropy in nats of that distribution if asked for.
 
     All arguments [B, L], padded on either side; returns two float32 tensors [B, L], 0 outside `scored`. The entropy
-    is 0 everywhere unless `with_entropy`. The head runs over the scored positions only, in pieces; where the
-    architecture allows it padding costs nothing. Raises ValueError when the first token of a row is scored: nothing
-    comes before it.
+    is 0 everywhere unless `with_entropy`. For the architectures in PLAIN_HEADS the head runs over the scored positions
+    only, in pieces; for those that pack (rlhf/packing.py) padding costs nothing. Raises ValueError when the first token
+    of a row is scored: nothing comes before it.
     """
     mask = attention_mask.bool()
     target = scored & mask
     before = torch.zeros_like(target)
     before[:, :-1] = target[:, 1:] & mask[:, :-1]
-    if int(before.sum()) != int(target.sum()):
+    if bool(before.sum() != target.sum()):
         raise ValueError("the first token of a row cannot be scored: no token comes before it")
     inner: Any = innermost(model)
     config = getattr(inner, "config", None)
@@ -144,8 +144,11 @@ def _head_computes(head: Any, function: Callable[[Any, torch.Tensor], torch.Tens
 
     The module is still called by the model, so that hooks which gather or offload its weights run as ever.
     """
+    before = vars(head).get("forward")  # set by a library that loads or offloads weights
     head.forward = lambda hidden: function(head, hidden)
     try:
         yield
     finally:
         del head.forward
+        if before is not None:
+            head.forward = before

@@ -77,8 +77,9 @@ class _LinearLogprobs(torch.autograd.Function):
         hidden, weight, bias, targets, normalisers, entropies, kept = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight) if wants_weight else None
-        grad_bias = torch.zeros_like(bias) if wants_bias and bias is not None else None
+        # sums over many pieces in 16 bits would lose what each piece adds
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias and bias is not None else None
         for start in range(0, hidden.shape[0], ctx.rows):
             part = slice(start, start + ctx.rows)
             if kept is not None:
@@ -103,6 +104,8 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_weight += weight_gradient(grad_logits, hidden[part])
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
+        grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+        grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 

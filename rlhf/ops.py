@@ -10,8 +10,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from rlhf.types import IGNORE_INDEX
-
 KLEstimator = Literal["k1", "k2", "k3"]
 
 
@@ -62,20 +60,6 @@ def entropy_from_logits(logits: torch.Tensor, temperature: float = 1.0) -> torch
     """Entropy in nats of softmax(logits / temperature): [B, T, V] -> [B, T], float32."""
     logprobs = F.log_softmax(logits.float() / temperature, dim=-1)
     return -(logprobs.exp() * logprobs).sum(-1)
-
-
-def next_token_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed cross-entropy in nats of the labels [B, L] that are not -100 under logits [B, L, V].
-
-    `logits[:, t]` predicts `labels[:, t + 1]`.
-    """
-    vocabulary = logits.shape[-1]
-    return F.cross_entropy(
-        logits[:, :-1].float().reshape(-1, vocabulary),
-        labels[:, 1:].reshape(-1),
-        ignore_index=IGNORE_INDEX,
-        reduction="sum",
-    )
 
 
 def estimate_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: KLEstimator) -> torch.Tensor:

@@ -38,7 +38,9 @@ class PackedRows:
         device = self.input_ids.device
         starts = torch.tensor([0, *accumulate(self.lengths[:-1])], device=device)
         lengths = torch.tensor(self.lengths, device=device)
-        return torch.arange(len(self.input_ids), device=device) - starts.repeat_interleave(lengths)
+        return torch.arange(len(self.input_ids), device=device) - starts.repeat_interleave(
+            lengths, output_size=len(self.input_ids)
+        )
 
     def padded(self, values: torch.Tensor) -> torch.Tensor:
         """`values` [S, ...] back in the padded places: [B, L, ...], 0 at padding."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Literal
 
@@ -90,7 +90,13 @@ class RolloutWorker:
                 )
             self.old_logprobs = "recomputed"
         self.seconds = {"seconds_generation": 0.0, "seconds_scoring": 0.0}
-        self.captured_error = 0.0
+        self.captured_error: float | None = None
+
+    @property
+    def measured(self) -> dict[str, float]:
+        """Seconds of the last rollout, and how exact captured log-probabilities were when last looked at."""
+        error = {} if self.captured_error is None else {"sampling_logprob_error": self.captured_error}
+        return {**self.seconds, **error}
 
     @property
     def device(self) -> torch.device:
@@ -131,8 +137,19 @@ class RolloutWorker:
         return pad_response(rollout, longest, self.pad_token_id), share
 
     def _generate(self, prompts: PromptBatch, iteration: int) -> Rollout:
+        in_lockstep = self.synchronised and not self.gather_weights
+        if self.backend is None and not in_lockstep:
+            return self._decode(prompts, iteration, in_lockstep)
+        # these two decode whatever they are given side by side
+        parts = [self._decode(part, iteration, in_lockstep) for part in prompts.split(self.slots or len(prompts))]
+        longest = max(part.response_ids.shape[1] for part in parts)
+        wide = [pad_response(part, longest, self.pad_token_id) for part in parts]
+        return Rollout(*(torch.cat([getattr(part, item.name) for part in wide]) for item in fields(Rollout)))
+
+    def _decode(self, prompts: PromptBatch, iteration: int, in_lockstep: bool) -> Rollout:
         if self.backend is not None:
-            seed = ((self.seed * 1_000_003 + iteration) * 1_000_003 + rank()) % 2**63
+            first = int(prompts.row_ids[0])
+            seed = ((self.seed * 1_000_003 + iteration) * 1_000_003 + first) % 2**63
             sampling = self.sampling
             return self.backend.generate(
                 prompts, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, seed=seed
@@ -145,7 +162,7 @@ class RolloutWorker:
             pad_token_id=self.pad_token_id,
             seed=self.seed,
             iteration=iteration,
-            synchronised=self.synchronised and not self.gather_weights,
+            synchronised=in_lockstep,
             slots=self.slots,
         )
 
@@ -190,7 +207,7 @@ class RolloutWorker:
 
         jobs: list[Callable[[], None]] = [policies, rewards, *(partial(values, part) for part in parts)]
         side_by_side(jobs, together=self.together)
-        if recompute:
+        if recompute and self.backend is None:
             self._compare(rollout, columns["logprobs"])
         if self.old_logprobs == "sampled":
             columns["logprobs"] = rollout.logprobs

@@ -1,8 +1,8 @@
 """Independent jobs on half of the CPU's threads each: two single-threaded products wait for nobody.
 
 OpenMP threads meet at the end of every operation; at the sizes of a few million weights that costs about a fifth of
-the time (docs/performance.md). On a GPU, or with several ranks, whose collectives must keep one order, jobs run one
-after the other.
+the time (docs/performance.md). On a GPU, under ZeRO-3, or with several ranks, whose collectives must keep one
+order, jobs run one after the other. With an odd number of threads one is idle.
 """
 
 from __future__ import annotations

@@ -61,10 +61,10 @@ class DataOrder:
             chosen.append(int(self._permutation(epoch)[offset]))
         return sorted(chosen, key=lambda index: (-self._lengths[index], index))
 
-    def micro_batches(self, step: int) -> list[list[int]]:
+    def micro_batches(self, step: int, *, sharers: int = 1) -> list[list[int]]:
         """This rank's micro-batches of `step`, equally many on every rank (see `BatchPlan.micro_batches`)."""
         chosen = self.indices(step)
-        parts = self._plan.micro_batches([self._lengths[index] for index in chosen])
+        parts = self._plan.micro_batches([self._lengths[index] for index in chosen], sharers=sharers)
         return [[chosen[place] for place in part] for part in parts[rank() :: self._plan.world_size]]
 
     def _permutation(self, epoch: int) -> torch.Tensor:

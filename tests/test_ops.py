@@ -16,7 +16,6 @@ from rlhf.ops import (
     masked_sum,
     masked_variance,
     masked_whiten,
-    next_token_loss,
     score_last,
 )
 
@@ -62,27 +61,6 @@ def test_entropy_agrees_with_trl_and_with_the_uniform_distribution():
     torch.testing.assert_close(entropy_from_logits(logits), trl_entropy(logits))
     torch.testing.assert_close(entropy_from_logits(logits, 2.0), trl_entropy(logits / 2))
     assert entropy_from_logits(torch.zeros(1, 1, 8)).item() == pytest.approx(math.log(8))
-
-
-def test_next_token_loss_is_the_sum_of_the_labelled_tokens_own_logprobs():
-    probabilities = torch.tensor([[0.2, 0.3, 0.5], [0.7, 0.1, 0.2], [0.25, 0.25, 0.5], [0.98, 0.01, 0.01]])
-    labels = torch.tensor([[1, -100, 0, 2]])  # label 0 has no prediction before it, the second does not count
-    expected = -(math.log(0.7) + math.log(0.5))
-    assert next_token_loss(probabilities.log().unsqueeze(0), labels).item() == pytest.approx(expected)
-
-
-def test_next_token_loss_agrees_with_transformers():
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=13, n_embd=8, n_layer=1, n_head=2, n_positions=16)).eval()
-    ids = torch.randint(0, 13, (2, 7))
-    labels = ids.clone()
-    labels[0, :3] = -100
-    labels[1, 5:] = -100
-    output = model(input_ids=ids, labels=labels)
-    counted = (labels[:, 1:] != -100).sum()
-    torch.testing.assert_close(next_token_loss(output.logits, labels) / counted, output.loss)
 
 
 @pytest.mark.parametrize("actor", [(0.5, 0.3, 0.2), (0.1, 0.1, 0.8)])

@@ -278,6 +278,27 @@ def test_micro_batches_keep_the_budget_and_are_as_many_on_every_rank(world, toke
     assert len(plan.micro_batches([1] * 32)) == (8 if tokens == 0 else world)
 
 
+def test_a_long_list_is_split_as_well_and_in_a_moment():
+    lengths = torch.randint(100, 513, (4500,), generator=torch.Generator().manual_seed(0)).tolist()
+    split = BatchPlan(4500, 1, 1).micro_batches(lengths)
+    assert max(sum(lengths[index] for index in part) for part in split) <= max(lengths)
+    assert sum(lengths) / max(lengths) <= len(split) <= 1.5 * sum(lengths) / max(lengths) + 1
+
+
+def test_sums_of_many_pieces_keep_their_digits_in_16_bits():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2000, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    targets = torch.randint(0, 50, (2000,), generator=generator)
+    errors = []
+    exact = weight.bfloat16().double().requires_grad_()
+    (hidden.bfloat16().double() @ exact.T).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+    for rows in (2000, 20):
+        leaf = weight.bfloat16().requires_grad_()
+        linear_logprobs(hidden.bfloat16(), leaf, None, targets, piece_elements=rows * 50)[0].sum().backward()
+        errors.append(float((leaf.grad.double() - exact.grad).norm() / exact.grad.norm()))
+    assert errors[1] < 1.5 * errors[0] < 0.02
+
+
 def test_a_sequence_beyond_the_budget_goes_alone_and_few_sequences_are_one_part_each():
     assert BatchPlan(4, 1, 1, micro_batch_tokens=20).micro_batches([30, 4, 4, 2]) == [[0], [1, 2, 3]]
     assert BatchPlan(4, 1, 4).micro_batches([5, 7]) == [[1], [0]]

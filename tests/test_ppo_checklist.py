@@ -35,8 +35,8 @@ from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.generation import Sampling, generate
 from rlhf.metrics import MeanMeter
 from rlhf.models import ScalarModel
-from rlhf.ops import logprobs_from_logits, next_token_loss
-from rlhf.scoring import RewardScorer, response_logprobs, response_values
+from rlhf.ops import logprobs_from_logits
+from rlhf.scoring import RewardScorer, label_loss, response_logprobs, response_values
 from rlhf.types import PPOExperience, PromptBatch, Rollout, TokenizedPrompt, TokenizedResponse
 from tests.launch import run_ranks
 from tests.local_engine import LocalModels
@@ -114,7 +114,8 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
 
     def make(
         *, architecture="gpt_neox", engine=None, plan=None, rollout=8, ppo_epochs=1, new_tokens=6, scorer=letter_score,
-        ptx=(), reference_noise=0.0, iterations=2, actor_eos=None, concurrent=True, **config,
+        ptx=(), reference_noise=0.0, iterations=2, actor_eos=None, concurrent=True,
+        synchronised=False, **config,
     ):  # fmt: skip
         plan = plan or BatchPlan(rollout, 4, 1)
         if engine is None:
@@ -142,7 +143,7 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
             run=RunConfig(tensorboard=False, log_every_steps=1),
             directory=tmp_path / "ppo",
             max_response_tokens=new_tokens,
-            synchronised=False,
+            synchronised=synchronised,
             export=lambda: None,
             ptx=ptx,
             concurrent=concurrent,
@@ -165,7 +166,7 @@ def test_01_eos_stays_in_the_loss_where_pad_is_eos(tiny_models):
     assert batch.attention_mask.tolist() == [[True] * 4 + [False] * 2, [True] * 6]
     model = load(tiny_models["gpt2"])
     with torch.no_grad():
-        loss = next_token_loss(model(batch.input_ids, attention_mask=batch.attention_mask.long()).logits, batch.labels)
+        loss = label_loss(model, batch)
         expected = 0.0
         for row in rows:
             logprobs = model(torch.tensor([row.input_ids])).logits[0].double().log_softmax(-1)

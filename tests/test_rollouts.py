@@ -11,6 +11,7 @@ from rlhf.config import ConfigError
 from rlhf.engine import BatchPlan, DeepSpeedRollout
 from rlhf.generation import Sampling, generate
 from rlhf.side_by_side import pays, side_by_side
+from rlhf.types import TokenizedResponse
 from tests.test_ppo_checklist import make_trainer, prompt_examples  # noqa: F401  (a fixture)
 
 TENSORS = ("logprobs", "ref_logprobs", "values", "scores")
@@ -110,6 +111,29 @@ def test_side_by_side_gives_the_same_rollout_scores_and_updates(make_trainer, tw
             torch.testing.assert_close(gradient, theirs[name], atol=2e-5, rtol=1e-3)
 
 
+def test_models_of_zero_3_never_run_at_the_same_time(make_trainer, two_threads):  # noqa: F811
+    assert make_trainer().together
+    assert not make_trainer(synchronised=True).together  # its hooks keep process-wide notes of the module that runs
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_ptx_rows_may_be_much_shorter_or_longer_than_the_rollout(make_trainer, two_threads, together, tokens):  # noqa: F811
+    rows = [
+        TokenizedResponse(id=str(n), input_ids=tuple(range(1 + n, 1 + n + tokens)), prompt_tokens=1) for n in range(16)
+    ]
+    gradients = []
+    for micro in (4, 16):
+        trainer = make_trainer(
+            ptx=rows, ptx_coef=2.0, rollout=16, plan=BatchPlan(16, micro, 1), concurrent=together, reference_noise=0.1
+        )
+        metrics = trainer.update(trainer.make_experience(1), 1)
+        gradients.append(trainer.engine.actor.gradients[0])
+        assert metrics["ptx_loss"] > 0
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=3e-5, rtol=1e-3)
+
+
 def test_jobs_side_by_side_keep_order_threads_and_gradient_mode(two_threads):
     assert pays("cpu") and not pays("cuda")
     seen, meet = [], threading.Barrier(2, timeout=20)
@@ -152,6 +176,21 @@ def test_deepspeeds_rollout_engine_samples_and_ppo_learns_from_it(make_trainer):
     assert other.shape != experience.rollout.response_ids.shape or not torch.equal(
         other, experience.rollout.response_ids
     )
+
+
+def test_it_samples_no_more_rows_side_by_side_than_asked(make_trainer, monkeypatch):  # noqa: F811
+    trainer = make_trainer(generation_backend="deepspeed", rollout=16, plan=BatchPlan(16, 8, 1))
+    trainer.rollouts.slots = 5
+    sizes = []
+    plain = trainer.rollouts.backend.rollout.generate
+    monkeypatch.setattr(
+        trainer.rollouts.backend.rollout,
+        "generate",
+        lambda request, sampling: sizes.append(len(request.prompt_ids)) or plain(request, sampling),
+    )
+    rollout = trainer.make_experience(1).rollout
+    assert sizes == [4, 5, 5, 5, 1] and len(rollout) == 16  # the first four are the check
+    assert "sampling_logprob_error" not in trainer.experience_metrics
 
 
 def test_its_greedy_output_is_ours_also_where_rows_end(make_trainer):  # noqa: F811

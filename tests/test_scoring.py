@@ -11,6 +11,7 @@ from rlhf.models import ScalarModel
 from rlhf.scoring import (
     RewardScorer,
     full_sequence,
+    label_loss,
     pad_response,
     response_logprobs,
     response_logprobs_and_entropy,
@@ -18,7 +19,7 @@ from rlhf.scoring import (
     same_tokenizer,
     trim,
 )
-from rlhf.types import Rollout
+from rlhf.types import Rollout, TokenBatch
 
 PROMPTS = ([5, 9, 3], [7], [4, 4, 8, 2, 6])
 RESPONSES = ([11, 12, 13, 0], [14], [15, 16, 0])
@@ -67,6 +68,20 @@ def test_logprobs_and_entropies_of_each_row_alone_in_float64(tiny_models, temper
             assert logprobs[row, t].item() == pytest.approx(distribution[token].log().item(), abs=1e-4)
             entropy = -(distribution * distribution.log()).sum().item()
             assert entropies[row, t].item() == pytest.approx(entropy, abs=1e-4)
+
+
+def test_label_loss_agrees_with_transformers():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=13, n_embd=8, n_layer=1, n_head=2, n_positions=16)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.randint(0, 13, (2, 7))
+    labels = ids.clone()
+    labels[0, :3] = -100
+    labels[1, 5:] = -100  # the label of a row's first token has no prediction before it and does not count
+    output = model(input_ids=ids, labels=labels)
+    counted = (labels[:, 1:] != -100).sum()
+    batch = TokenBatch(input_ids=ids, attention_mask=torch.ones_like(ids, dtype=torch.bool), labels=labels)
+    torch.testing.assert_close(label_loss(model, batch) / counted, output.loss)
 
 
 @torch.no_grad()

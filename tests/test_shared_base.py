@@ -184,7 +184,22 @@ def test_one_base_computes_what_four_copies_compute(checkpointing, models, token
     assert torch.equal(start[True]["reference"], plain)
 
 
-@pytest.mark.parametrize(("precision", "quantization"), [("fp32", "none"), ("bf16", "none"), ("fp32", "4bit")])
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_in_16_bit_over_a_quantised_base_the_reference_is_the_actor_as_it_starts(quantization, models):
+    pytest.importorskip("bitsandbytes")
+    found = {}
+    for share in (True, False):
+        four = build(models.base, models.reward, precision="bf16", quantization=quantization, share_base=share)
+        found[share] = outputs(four)
+        assert torch.equal(found[share]["actor"], found[share]["reference"])
+        assert torch.equal(found[share]["critic"], found[share]["reward"])
+    for name, tensor in found[True].items():
+        assert torch.equal(tensor, found[False][name]), name
+
+
+@pytest.mark.parametrize(
+    ("precision", "quantization"), [("fp32", "none"), ("bf16", "none"), ("fp32", "4bit"), ("bf16", "4bit")]
+)
 def test_every_weight_of_the_base_is_in_memory_once(precision, quantization, models, tokenizer):
     if quantization != "none":
         pytest.importorskip("bitsandbytes")

@@ -123,6 +123,7 @@ def main(job_file: str, out_file: str) -> None:
                 num_sample_generations=0,
                 gradient_checkpointing=False,
                 bf16=job["dtype"] == "bf16",
+                fp16=job["dtype"] == "fp16",
                 use_cpu=not on_gpu,
                 save_strategy="no",
                 eval_strategy="no",

@@ -22,11 +22,11 @@ from rlhf.forward import eos_token_ids
 from rlhf.generation import Sampling
 from rlhf.metrics import MeanMeter
 from rlhf.ops import KLEstimator, estimate_kl, last_true, masked_variance, masked_whiten
-from rlhf.rollouts import OldLogprobs, RolloutWorker
+from rlhf.rollouts import RolloutWorker
 from rlhf.scoring import label_loss, response_logprobs, response_logprobs_and_entropy, response_values, trim
 from rlhf.side_by_side import WORKERS, pays, side_by_side
 from rlhf.trainer import DataOrder, OnPolicyTrainer, Plan, accumulate_step, learning_rate
-from rlhf.types import IGNORE_INDEX, PPOExperience, Rollout, TokenizedPrompt, TokenizedResponse
+from rlhf.types import IGNORE_INDEX, PPOExperience, Rollout, TokenBatch, TokenizedPrompt, TokenizedResponse
 
 logger = logging.getLogger("rlhf")
 
@@ -177,7 +177,7 @@ class PPOBatchConfig(BatchConfig):
     generation_batch_size: int = 0
     """Responses that one device samples side by side, waiting prompts taking freed places; 0 takes all of a rollout."""
     scoring_batch_tokens: int = 0
-    """Tokens of one scoring pass on one device; 0 takes those of a training pass, off the CPU four times as many."""
+    """Tokens of one scoring pass on one device, about; 0: those of a training pass, off the CPU four times those."""
     ppo_epochs: int = 1
     """Passes over each rollout (KULLM-RLHF, DeepSpeed-Chat: 1; Ziegler et al.: 4)."""
 
@@ -227,7 +227,7 @@ class PPOConfig:
     """Must stay 1 in PPO, for the same reason."""
     generation_backend: Literal["own", "deepspeed"] = "own"
     """What samples: `rlhf.generation`, or DeepSpeed's rollout engine, checked against a forward pass of ours first."""
-    old_logprobs: OldLogprobs = "auto"
+    old_logprobs: Literal["auto", "sampled", "recomputed"] = "auto"
     """Log-probabilities of the sampling policy: as captured while sampling, recomputed, or (auto) captured where the
     first rollout, computed both ways, agrees to 1e-4 nats (float32 does, 16-bit does not)."""
     missing_eos_penalty: float = 0.0
@@ -304,7 +304,10 @@ class PPOTrainer(OnPolicyTrainer):
         self.batch = batch
         self.config = config
         self._export = export
-        self.together = concurrent and pays(self.device) and not any_quantized(engine.actor, engine.critic)
+        # ZeRO-3 keeps process-wide notes of the module that runs: two models at a time would mix them up
+        can_share = not synchronised and not any_quantized(engine.actor, engine.critic)
+        self.together = concurrent and can_share and pays(self.device)
+        self.sharers = WORKERS if self.together else 1
         self.rollouts = RolloutWorker(
             engine,
             scorer,
@@ -379,8 +382,7 @@ class PPOTrainer(OnPolicyTrainer):
             "reward": float(rewards.sum(1).mean()),
             "explained_variance": explained_variance(scored["values"], returns, mask),
             "kl_coef": self.kl.value,
-            "sampling_logprob_error": self.rollouts.captured_error,
-            **self.rollouts.seconds,
+            **self.rollouts.measured,
         }
         old = Rollout(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, mask, scored["logprobs"])
         return PPOExperience(
@@ -419,39 +421,32 @@ class PPOTrainer(OnPolicyTrainer):
         lengths = (experience.rollout.prompt_mask.sum(1) + experience.rollout.response_mask.sum(1)).cpu()
         result = []
         for chosen in permutation.split(self.plan.global_batch_size):
-            split = self.plan.micro_batches(lengths[chosen].tolist(), sharers=WORKERS if self.together else 1)
+            split = self.plan.micro_batches(lengths[chosen].tolist(), sharers=self.sharers)
             parts = split[rank() :: self.plan.world_size]
             result.append([trim_experience(experience.rows(chosen[part].to(self.device))) for part in parts])
         return result
 
     def actor_step(self, micro_batches: Sequence[PPOExperience], meter: MeanMeter) -> None:
         """One optimizer step of the actor, with the ptx mixture where it is on."""
-        config = self.config
-        pairs: list[tuple[PPOExperience, Any]] = [(part, None) for part in micro_batches]
+        ptx_parts = self.ptx_micro_batches() if self.config.ptx_coef > 0 else []
         ptx_weight = 0.0
-        if config.ptx_coef > 0:
-            ptx_parts = self.ptx_micro_batches()
-            pairs = list(zip(micro_batches, ptx_parts, strict=True))
-            counts = torch.tensor(
-                [[token_count(part), ptx_count(text)] for part, text in pairs], device=self.device
-            ).sum(0)
-            tokens, ptx_tokens = all_gather_rows(counts.unsqueeze(0)).sum(0).tolist()
-            ptx_weight = config.ptx_coef * tokens / ptx_tokens
+        if ptx_parts:
+            counts = [sum(map(token_count, micro_batches)), sum(map(ptx_count, ptx_parts))]
+            tokens, ptx_tokens = all_gather_rows(torch.tensor([counts], device=self.device)).sum(0).tolist()
+            ptx_weight = self.config.ptx_coef * tokens / ptx_tokens
 
-        def loss_sum(pair: tuple[PPOExperience, Any]) -> torch.Tensor:
-            part, text = pair
-            loss = self.actor_loss(part, meter)
-            if text is not None:
-                ptx_loss = label_loss(self.engine.actor, text)
-                meter.add({"ptx_loss": ptx_loss.detach()}, ptx_count(text))
-                loss = loss + ptx_weight * ptx_loss
-            return loss
+        def loss_sum(part: Any) -> torch.Tensor:
+            if isinstance(part, PPOExperience):
+                return self.actor_loss(part, meter)
+            ptx_loss = label_loss(self.engine.actor, part)
+            meter.add({"ptx_loss": ptx_loss.detach()}, ptx_count(part))
+            return ptx_weight * ptx_loss
 
         with self.engine.updating(self.engine.actor):
             accumulate_step(
                 self.engine.actor,
-                pairs,
-                count=lambda pair: token_count(pair[0]),
+                [*micro_batches, *ptx_parts],
+                count=lambda part: token_count(part) if isinstance(part, PPOExperience) else 0.0,
                 loss_sum=loss_sum,
                 step=self.optimizer_step,
                 name="policy loss",
@@ -493,13 +488,13 @@ class PPOTrainer(OnPolicyTrainer):
                 name="value loss",
             )
 
-    def ptx_micro_batches(self) -> list[Any]:
+    def ptx_micro_batches(self) -> list[TokenBatch]:
         """This rank's ptx micro-batches for the next optimizer step: as many rows as the minibatch has."""
         from rlhf.data import collate_responses
 
         return [
             collate_responses([self.ptx[index] for index in part], self.tokenizer.pad_token_id).to(self.device)
-            for part in self.ptx_order.micro_batches(self.optimizer_step)
+            for part in self.ptx_order.micro_batches(self.optimizer_step, sharers=self.sharers)
         ]
 
     # -------------------------------------------------------------------------------------------- evaluation
@@ -561,7 +556,7 @@ def token_count(part: PPOExperience) -> float:
     return float(part.rollout.response_mask.sum())
 
 
-def ptx_count(batch: Any) -> float:
+def ptx_count(batch: TokenBatch) -> float:
     """Label tokens of a ptx micro-batch."""
     return float((batch.labels[:, 1:] != IGNORE_INDEX).sum())
 

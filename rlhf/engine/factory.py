@@ -32,9 +32,10 @@ def training_engine(
 ) -> Any:
     """A DeepSpeed engine that trains `model`; called like the model, with `backward(loss)` and `step()`.
 
-    `backward` divides by the accumulation steps and DeepSpeed averages over ranks: a loss that is a sum over this
-    micro-batch's tokens, times accumulation_steps * world_size / tokens of the global batch, gives the gradient of
-    the token mean of the global batch. `learning_rate` replaces that of `optimizer`.
+    DeepSpeed averages over ranks: `backward(loss, scale_wrt_gas=False)` of a sum over this micro-batch's tokens, times
+    world_size / tokens of the global batch, gives the gradient of the token mean of the global batch. How many
+    micro-batches make a step is told with `set_gradient_accumulation_boundary`. `learning_rate` replaces that of
+    `optimizer`.
     """
     import deepspeed
 
@@ -70,14 +71,13 @@ def inference_engine(model: nn.Module, *, engine: EngineConfig, plan: BatchPlan)
     device = init_world()
     _check(model, engine, plan, trains=False)
     model.requires_grad_(False)
+    _cast_new_weights(model, compute_dtype(engine.precision))
     if engine.zero_stage < 3:
         if not _quantized(model):
-            _cast_new_weights(model, compute_dtype(engine.precision))
             model.to(device)
         if device.type == "cpu":
             speed_up_linears(model)
         return model.eval()
-    _cast_new_weights(model, compute_dtype(engine.precision))
     wrapped, *_ = deepspeed.initialize(
         model=model, config=_deepspeed_settings(engine, plan, getattr(model, "config", None), trains=False)
     )

@@ -1,7 +1,7 @@
 """A decoder of our own for the architectures of `rlhf.generation.architectures`.
 
 It calls the model's linear layers, norms and embeddings; positions, cache and attention are its own. Every row lies
-left-aligned in its place of a preallocated cache, with its own length, so that rows may join and leave at any step.
+left-aligned in its place of a cache that grows in blocks, with its own length: rows may join and leave at any step.
 """
 
 from __future__ import annotations

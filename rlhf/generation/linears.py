@@ -16,7 +16,7 @@ from rlhf.linear import CPULinear, has_onednn
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 LARGEST_COPY = 128 * 2**20
-"""Bytes of all copied weights at most; a larger model keeps its memory and its weights as they are."""
+"""Bytes of all copied weights at most; the layers beyond it are called as they are."""
 ROWS_IN_MIND = 32
 """oneDNN chooses the blocks for this many rows; for 1 to 64 rows they are as good as any."""
 

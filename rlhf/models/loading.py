@@ -228,7 +228,7 @@ def adapter_base(path: str | Path) -> str | None:
 
 
 def base_key(path: str | Path) -> str:
-    """Equal for paths that hold the same weights: links are followed, merges of one adapter differ in dtype alone."""
+    """Equal for two names of one directory: links are followed, merges of one adapter differ in dtype alone."""
     if not Path(path).is_dir():
         return str(path)
     real = Path(path).resolve()

@@ -55,6 +55,8 @@ def _twin(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
             value = set(value)
         elif name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")) and isinstance(value, dict):
             value = type(value)()
+        if getattr(value, "__self__", None) is module:  # a method that is kept under another name
+            value = value.__func__.__get__(twin)
         twin.__dict__[name] = value
     twin.__dict__["_modules"] = {
         name: None if child is None else _twin(child, made) for name, child in module._modules.items()
@@ -86,8 +88,8 @@ def adapted_roles(
     A reward model or critic that was saved as an adapter keeps it, unmerged, on the base it names; the critic goes on
     training its copy. Anything else gets a new adapter. Roles whose bases hold the same weights share one, quantised
     as the configuration says; only a reward model that is no adapter stays in full precision and scores as it was
-    saved. With `share_base` off every role loads its own copy and computes the same. `options` are those of
-    `load_causal_lm`; `loading` gives the context that weights are loaded in.
+    saved. With `share_base` off every role loads its own copy and computes the same, up to the dtype a merged base was
+    written in. `options` are those of `load_causal_lm`; `loading` gives the context that weights are loaded in.
     """
     check_causal_directory(actor_model)
     bases = _Bases(options, loading, share=model.share_base)
