@@ -199,10 +199,16 @@ def test_its_greedy_output_is_ours_also_where_rows_end(make_trainer):  # noqa: F
 
     worker = trainer.rollouts
     prompts = collate_prompts(prompt_examples(16), worker.pad_token_id, row_ids=list(range(16)))
-    ours = generate(
-        worker.engine.actor, prompts, Sampling(12, greedy=True), eos_token_ids=[7, 11], pad_token_id=worker.pad_token_id
-    )
-    backend = DeepSpeedRollout(worker.engine.actor, trainer.tokenizer, [7, 11])
+
+    def greedy(eos_ids):
+        options = {"eos_token_ids": eos_ids, "pad_token_id": worker.pad_token_id}
+        return generate(worker.engine.actor, prompts, Sampling(12, greedy=True), **options)
+
+    endless = greedy([7])
+    eos_ids = [7, int(endless.response_ids[0, 3]), int(endless.response_ids[1, 5])]  # tokens that do come
+    ours = greedy(eos_ids)
+    assert len(set(ours.response_mask.sum(1).tolist())) > 1
+    backend = DeepSpeedRollout(worker.engine.actor, trainer.tokenizer, eos_ids)
     theirs = backend.generate(prompts, max_new_tokens=12, temperature=0.0, seed=0)
     assert torch.equal(ours.response_ids, theirs.response_ids)
     assert torch.equal(ours.response_mask, theirs.response_mask)
