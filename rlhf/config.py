@@ -60,9 +60,19 @@ class RunConfig:
     """Write TensorBoard event files beside `metrics.jsonl`."""
     wandb_project: str | None = None
     """Also log to this Weights & Biases project; needs the `wandb` package."""
+    resume: Literal["auto", "never"] | None = None
+    """`auto` goes on from the newest whole training state of `output_dir`, or starts where there is none; `never`
+    starts anew and removes what an unfinished run left. Unset starts, and refuses where an unfinished run lies."""
+    save_every_steps: int = 0
+    """Optimizer steps (PPO: iterations) between two saved training states; 0 saves ten times in a run."""
+    keep_last: int = 2
+    """Training states kept, the newest ones; 0 saves none, and a killed run is lost."""
+    keep_every: int = 0
+    """Keep for good the training states whose step is a multiple of this, also after the run; 0 keeps none."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "log_every_steps")
+        require_at_least(self, 0, "save_every_steps", "keep_last", "keep_every")
         if self.wandb_project and importlib.util.find_spec("wandb") is None:
             raise ConfigError(
                 f"wandb_project={self.wandb_project!r} needs the wandb package, which is not installed; "
