@@ -63,7 +63,9 @@ def build_models(directory: Path, *, hidden: int, layers: int, vocabulary: int, 
     return parameters
 
 
-def run_side(directory: Path, *, share: bool, quantization: str, iterations: int) -> dict[str, Any]:
+def run_side(
+    directory: Path, *, share: bool, quantization: str, iterations: int, gradient_checkpointing: bool
+) -> dict[str, Any]:
     """PPO in this process; bytes before and at the peak, and a fingerprint of what was computed."""
     import random
 
@@ -91,7 +93,12 @@ def run_side(directory: Path, *, share: bool, quantization: str, iterations: int
     engine = RLHFEngine.build(
         directory / "sft",
         directory / "reward",
-        model=ModelConfig(lora_rank=RANK, share_base=share, quantization=quantization),  # type: ignore[arg-type]
+        model=ModelConfig(
+            lora_rank=RANK,
+            share_base=share,
+            quantization=quantization,  # type: ignore[arg-type]
+            gradient_checkpointing=gradient_checkpointing,
+        ),
         engine=EngineConfig(precision="fp32"),
         actor_optimizer=optimizer,
         critic_learning_rate=1e-4,
@@ -147,6 +154,7 @@ def measure_side(directory: Path, share: bool, quantization: str, arguments: arg
         out = directory / f"{quantization}-{share}-{repeat}.json"
         command = [sys.executable, __file__, "--side", "on" if share else "off", "--directory", str(directory)]
         command += ["--quantization", quantization, "--iterations", str(arguments.iterations), "--out", str(out)]
+        command += ["--gradient_checkpointing"] if arguments.gradient_checkpointing else []
         done = subprocess.run(
             command, env=worker_environment(arguments.threads), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
@@ -165,6 +173,7 @@ def main() -> None:
     parser.add_argument("--quantization", nargs="+", default=["none"], choices=("none", "8bit", "4bit"))
     parser.add_argument("--stored", default="bfloat16", choices=("bfloat16", "float32"), help="dtype of the checkpoint")
     parser.add_argument("--iterations", type=int, default=1, help="PPO iterations")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations, on both sides")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--side", choices=("on", "off"), help=argparse.SUPPRESS)
@@ -177,6 +186,7 @@ def main() -> None:
             share=arguments.side == "on",
             quantization=arguments.quantization[0],
             iterations=arguments.iterations,
+            gradient_checkpointing=arguments.gradient_checkpointing,
         )
         arguments.out.write_text(json.dumps(result))
         return

@@ -16,6 +16,7 @@ from rlhf.checkpoint import export_causal_lm, export_scalar_model
 from rlhf.config import ConfigError
 from rlhf.forward import forward_logits
 from rlhf.models import ScalarModel, check_vocabulary, load_causal_lm, load_tokenizer
+from rlhf.models.loading import return_freed_memory
 from rlhf.models.scalar import ScalarHead
 from rlhf.ops import score_last
 from tests.tiny_models import ARCHITECTURES, ROWS, TOKENS, make_tokenizer, save_tiny_model, tiny_config
@@ -285,3 +286,18 @@ def test_quantised_logits_are_near_the_full_ones(quantization, tokenizer, tmp_pa
 def test_unknown_quantization_lists_the_choices(tiny_models):
     with pytest.raises(ConfigError, match="none, 8bit, 4bit"):
         load_causal_lm(tiny_models["gpt_neox"], dtype=FP32, quantization="2bit")
+
+
+def test_freed_memory_goes_back_to_the_system():
+    """Every other small block is freed: the heap cannot shrink by itself."""
+
+    def resident() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) // 1024
+
+    blocks = [bytearray(100_000) for _ in range(2000)]
+    del blocks[::2]
+    before = resident()
+    return_freed_memory()
+    assert before - resident() > 80  # of 95
+    assert len(blocks) == 1000
