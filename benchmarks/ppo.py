@@ -68,6 +68,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--peer_bf16_weights", action="store_true", help="with bf16, load TRL's models in bf16 beside its autocast"
     )
+    parser.add_argument(
+        "--peer_gradient_checkpointing", action="store_true", help="TRL's default; it is faster without, as here"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--prompts", choices=("uniform", "skewed"), default="uniform", help="their lengths")
     parser.add_argument("--quick", action="store_true", help="tiny models, for a look at whether it runs")
@@ -166,6 +169,7 @@ def measure_workload(name: str, arguments: argparse.Namespace, peer_python: Path
         "iterations": arguments.iterations,
         "peer_rollout_batch": min(arguments.peer_rollout_batch, workload.prompts),
         "peer_bf16_weights": arguments.peer_bf16_weights,
+        "peer_gradient_checkpointing": arguments.peer_gradient_checkpointing,
     }
     ours, peer, rates = [], [], []
     for turn in range(1, arguments.rounds + 1):
@@ -257,6 +261,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     name = f"ppo-{arguments.size}-{device.type}-{str(dtype).removeprefix('torch.')}"
     if arguments.peer_bf16_weights:
         name += "-peer-bf16"
+    if arguments.peer_gradient_checkpointing:
+        name += "-peer-checkpointing"
     if arguments.prompts != "uniform":
         name += f"-{arguments.prompts}"
     json_path, markdown_path = write_report(name, payload, rows, arguments.out_dir)

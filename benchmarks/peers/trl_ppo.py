@@ -121,7 +121,7 @@ def main(job_file: str, out_file: str) -> None:
                 whiten_rewards=False,
                 learning_rate=workload["learning_rate"],
                 num_sample_generations=0,
-                gradient_checkpointing=False,
+                gradient_checkpointing=job["peer_gradient_checkpointing"],
                 bf16=job["dtype"] == "bf16",
                 fp16=job["dtype"] == "fp16",
                 use_cpu=not on_gpu,
