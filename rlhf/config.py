@@ -14,6 +14,8 @@ import importlib.util
 import inspect
 import json
 import logging
+import math
+import os
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -21,9 +23,11 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+from rlhf.yaml_file import WrittenFloat, WrittenInt, read_yaml, write_yaml
 
 logger = logging.getLogger("rlhf")
 
@@ -69,10 +73,12 @@ class RunConfig:
     """Training states kept, the newest ones; 0 saves none, and a killed run is lost."""
     keep_every: int = 0
     """Keep for good the training states whose step is a multiple of this, also after the run; 0 keeps none."""
+    rank_timeout_minutes: float = 30.0
+    """End the whole job when no process has made progress in training for so long (a hang); 0 waits for ever."""
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "log_every_steps")
-        require_at_least(self, 0, "save_every_steps", "keep_last", "keep_every")
+        require_at_least(self, 0, "save_every_steps", "keep_last", "keep_every", "rank_timeout_minutes")
         if self.wandb_project and importlib.util.find_spec("wandb") is None:
             raise ConfigError(
                 f"wandb_project={self.wandb_project!r} needs the wandb package, which is not installed; "
@@ -242,6 +248,8 @@ class PPODataConfig(DataConfig):
 MODEL_OPTIONS = ("base_model", "actor_model", "reward_model", "critic_model")
 
 
+MAX_CONFIG_BYTES = 200_000
+
 T = TypeVar("T")
 
 
@@ -273,21 +281,25 @@ def field_docstrings(config_class: type) -> dict[str, str]:
 def load_config_file(path: str | Path, stage: str) -> dict[str, Any]:
     """Read a YAML file into the flat fields of one stage (shared fields, overlaid by the stage's section).
 
-    Raises ConfigError when the file is missing, is not YAML, or is not a mapping.
+    Raises ConfigError when the file is missing, cannot be read, is not YAML, repeats a key, or is not a mapping.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"configuration file not found: {path} (looked in {Path.cwd()})")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not path.is_file():
+            raise ConfigError(f"configuration file not found: {path} (looked in {Path.cwd()})")
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path} is not a configuration file: it has more than {MAX_CONFIG_BYTES} bytes")
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not a YAML file: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"configuration file {path} cannot be read: {error.strerror or error}") from error
     if content is None:
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of field names to values, not {type(content).__name__}")
     shared = {name: value for name, value in content.items() if name not in STAGES}
-    section = content.get(stage) or {}
+    section = {} if content.get(stage) is None else content[stage]
     if not isinstance(section, dict):
         raise ConfigError(f"{path}: section `{stage}:` must hold a mapping of field names to values")
     return {**shared, **section}
@@ -347,13 +359,15 @@ def parse_config(
     if unknown:
         _check_names([unknown[0].split("=")[0].removeprefix("--")], own.keys(), "command line")
         raise ConfigError(f"command line: cannot read {unknown[0]!r}; fields are given as `--name value`")
+    for config in configs:
+        _check_values(config)
     return tuple(configs)
 
 
 def save_config(path: Path, configs: Sequence[Any]) -> None:
     """Write the configuration in force as YAML that `--config` reads back."""
     merged = {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
-    path.write_text(yaml.safe_dump(merged, allow_unicode=True, sort_keys=False), encoding="utf-8")
+    path.write_text(write_yaml(merged), encoding="utf-8")
 
 
 def _given(arguments: Sequence[str], *names: str) -> bool:
@@ -393,39 +407,77 @@ def _check_names(names: Iterable[str], known: AbstractSet[str], source: str) -> 
             raise ConfigError(f"{source}: unknown field `{name}`; {hint}")
 
 
+def _check_values(config: Any) -> None:
+    """ConfigError for a number that is not finite and for a text that no file name and no file could hold."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        for entry in value if isinstance(value, list) else [value]:
+            if isinstance(entry, float) and not math.isfinite(entry):
+                raise ConfigError(f"{item.name}={entry} must be a finite number")
+            if isinstance(entry, str) and not _can_be_written(entry):
+                raise ConfigError(f"{item.name}={entry!r} holds a character that cannot be written (NUL, half a pair)")
+
+
+def _can_be_written(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+
 def _checked(name: str, value: Any, kind: Any, path: str) -> Any:
     """Convert a YAML value to the type `kind` of its field where that loses nothing (1 -> 1.0, "5e-5" -> 5e-5)."""
     needed = str(kind) if get_origin(kind) else kind.__name__
-    wrong = ConfigError(f"{path}: field `{name}` needs {needed}, got {value!r} ({type(value).__name__})")
-    if get_origin(kind) is UnionType:
+    shown = repr(value) if len(repr(value)) <= 200 else repr(value)[:200] + "..."
+    wrong = ConfigError(f"{path}: field `{name}` needs {needed}, got {shown} ({_type_name(value)})")
+    if get_origin(kind) in (UnionType, Union):  # the second one where a Literal is part of it
         if value is None:
             return None
         kind = next(part for part in get_args(kind) if part is not NoneType)
     if get_origin(kind) is list:
-        entries = value if isinstance(value, list) else [value]
         if value is None:
             raise wrong
-        if get_args(kind) == (float,):
-            return [_number(entry, wrong) for entry in entries]
-        return [json.dumps(entry, ensure_ascii=False) if isinstance(entry, dict) else str(entry) for entry in entries]
+        convert = _number if get_args(kind) == (float,) else _list_entry
+        return [convert(entry, wrong) for entry in (value if isinstance(value, list) else [value])]
     if get_origin(kind) is Literal:
         for choice in get_args(kind):
             if str(value) == str(choice):
                 return choice
-        raise ConfigError(f"{path}: field `{name}`={value!r} is not one of {', '.join(map(str, get_args(kind)))}")
+        raise ConfigError(f"{path}: field `{name}`={shown} is not one of {', '.join(map(str, get_args(kind)))}")
     if kind is float:
         return _number(value, wrong)
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)  # a name that YAML reads as a number
+    if kind is int and isinstance(value, int) and not isinstance(value, bool):
+        return int(value)
+    if kind is str:
+        return _text(value, wrong)
     if type(value) is not kind:
         raise wrong
     return value
 
 
+def _type_name(value: Any) -> str:
+    return type(value).__name__.removeprefix("Written").lower()
+
+
+def _list_entry(value: Any, wrong: ConfigError) -> str:
+    return _text(json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value, wrong)
+
+
+def _text(value: Any, wrong: ConfigError) -> str:
+    if isinstance(value, WrittenInt | WrittenFloat):
+        return value.text  # a name that YAML reads as a number
+    if not isinstance(value, str) or not _can_be_written(value):
+        raise wrong
+    return value
+
+
 def _number(value: Any, wrong: ConfigError) -> float:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise wrong
     try:
-        return float(value)  # YAML reads 5e-5 as a string
-    except (TypeError, ValueError):
+        number = float(value)  # YAML reads 5e-5 as a string
+    except (ValueError, OverflowError):
         raise wrong from None
+    if not math.isfinite(number):
+        raise wrong
+    return number

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from rlhf.config import ConfigError, load_config_file, parse_config, save_config
+from rlhf.config import ConfigError, RunConfig, load_config_file, parse_config, save_config
 from rlhf.stages import parse_stage
 
 
@@ -225,3 +225,16 @@ def test_help_explains_every_field(capsys):
 def test_a_stray_word_is_refused():
     with pytest.raises(ConfigError, match="cannot read 'seed'"):
         parse_stage("sft", ["--epochs", "1", "seed"])
+
+
+def test_resume_can_be_set_in_a_file_and_read_back_from_a_saved_one(tmp_path):
+    file = tmp_path / "run.yaml"
+    for written, expected in (("resume: auto", "auto"), ("resume: never", "never"), ("resume: null", None), ("", None)):
+        file.write_text(written + "\n")
+        (run,) = parse_config("sft", [RunConfig], ["--config", str(file)])
+        assert run.resume == expected
+        save_config(tmp_path / "saved.yaml", [run])
+        assert parse_config("sft", [RunConfig], ["--config", str(tmp_path / "saved.yaml")]) == (run,)
+    file.write_text("resume: sometimes\n")
+    with pytest.raises(ConfigError, match="resume.*auto, never"):
+        parse_config("sft", [RunConfig], ["--config", str(file)])

@@ -44,7 +44,9 @@ def test_rows_come_back_equal_and_are_made_once(kind, tmp_path):
         return ROWS[kind], REPORT
 
     for _ in range(2):
-        assert cached_tokens("key", ["more"], cache_dir=tmp_path / "new", make=make) == (ROWS[kind], REPORT)
+        rows, report = cached_tokens("key", ["more"], cache_dir=tmp_path / "new", make=make)
+        assert (rows, report.as_dict()) == (ROWS[kind], REPORT.as_dict())
+        assert report.key and report.key in next((tmp_path / "new").iterdir()).name
     assert calls == [kind]
     assert [path.suffix for path in (tmp_path / "new").iterdir()] == [".safetensors"]
 

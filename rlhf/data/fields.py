@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-_INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u034f\u180e\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"))
+from rlhf.data.json_text import JsonError, parse_json
+
+_INVISIBLE_RANGES = (
+    # Unicode's Default_Ignorable_Code_Point: zero-width and directional marks, fillers, variation selectors, tags
+    *((0xAD, 0xAD), (0x34F, 0x34F), (0x61C, 0x61C), (0x115F, 0x1160), (0x17B4, 0x17B5), (0x180B, 0x180F)),
+    *((0x200B, 0x200F), (0x202A, 0x202E), (0x2060, 0x206F), (0x3164, 0x3164), (0xFE00, 0xFE0F), (0xFEFF, 0xFEFF)),
+    *((0xFFA0, 0xFFA0), (0xFFF0, 0xFFF8), (0x1BCA0, 0x1BCA3), (0x1D173, 0x1D17A), (0xE0000, 0xE0FFF)),
+    # control characters that are no white space, and the blank of Braille
+    *((0x00, 0x08), (0x0E, 0x1B), (0x7F, 0x84), (0x86, 0x9F), (0x2800, 0x2800)),
+)
+_INVISIBLE = {code: None for first, last in _INVISIBLE_RANGES for code in range(first, last + 1)}
 _EOS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<eos>", "[EOS]")
 _ROLES = {
     "system": "system",
@@ -49,15 +58,22 @@ def prompt_key(text: str) -> str:
 def content_of(text: str) -> str:
     """A text without white space around it, invisible characters and literal end-of-sequence tokens at its end."""
     text = text.translate(_INVISIBLE).strip()
-    while ending := next((eos for eos in _EOS if text.endswith(eos)), None):
-        text = text.removesuffix(ending).rstrip()
-    return text
+    end = len(text)
+    while ending := next((eos for eos in _EOS if text.endswith(eos, 0, end)), None):
+        end -= len(ending)
+        while end and text[end - 1].isspace():
+            end -= 1
+    return text[:end]
 
 
 def shown(value: Any) -> str:
     """The beginning of a value and its type, for an error message."""
-    text = repr(value)
-    return f"{text[:60]}{'...' if len(text) > 60 else ''} ({type(value).__name__})"
+    return f"{_beginning(value)} ({type(value).__name__})"
+
+
+def _beginning(value: Any) -> str:
+    text = repr(value[:61] if isinstance(value, str) else value)
+    return f"{text[:60]}{'...' if len(text) > 60 else ''}"
 
 
 def read_text(value: Any, column: str, *, blank: bool = False) -> str:
@@ -66,11 +82,7 @@ def read_text(value: Any, column: str, *, blank: bool = False) -> str:
         raise BadRow(column, "is missing")
     if not isinstance(value, str):
         raise BadRow(column, f"needs a text, got {shown(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadRow(column, "holds half of a surrogate pair, which is not a character") from None
-    text = unicodedata.normalize("NFC", value)
+    text = unicodedata.normalize("NFC", whole_characters(value, column))
     if content_of(text):
         return text
     if blank:
@@ -78,6 +90,15 @@ def read_text(value: Any, column: str, *, blank: bool = False) -> str:
     raise BadRow(
         column, "is empty" if not text else "holds nothing but white space, invisible or end-of-text characters"
     )
+
+
+def whole_characters(text: str, column: str) -> str:
+    """`text` where it can be written as UTF-8; BadRow where it holds half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadRow(column, "holds half of a surrogate pair, which is not a character") from None
+    return text
 
 
 def read_answer(value: Any, column: str) -> str:
@@ -95,8 +116,8 @@ def decoded(value: Any) -> Any:
     """A list of messages that a text table holds as JSON; any other text stays a text."""
     if isinstance(value, str) and value.lstrip()[:1] == "[":
         try:
-            content = json.loads(value)
-        except json.JSONDecodeError:
+            content = parse_json(value)
+        except JsonError:
             return value
         if content and all(isinstance(entry, dict) and _is_message(entry) for entry in content):
             return content
@@ -119,8 +140,8 @@ def read_list(value: Any, column: str) -> list[Any]:
     """A list that is not empty, or the JSON of one."""
     if isinstance(value, str):
         try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
+            value = parse_json(value)
+        except JsonError as error:
             raise BadRow(column, f"needs a list, got {shown(value)}") from error
     if value is None:
         raise BadRow(column, "is missing")
@@ -131,16 +152,19 @@ def read_list(value: Any, column: str) -> list[Any]:
 
 def read_number(value: Any, column: str) -> float:
     """A finite number, or the text of one."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise BadRow(column, f"needs a number, got {shown(value)}") from None
     if value is None:
         raise BadRow(column, "is missing")
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, str) and "_" in value:  # `float` would read 1_0 as 10
+        raise BadRow(column, f"needs a number, got {shown(value)}")
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float | str) else float(value)
+    except ValueError:
+        raise BadRow(column, f"needs a number, got {shown(value)}") from None
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
         raise BadRow(column, f"needs a finite number, got {shown(value)}")
-    return float(value)
+    return number
 
 
 def read_messages(value: Any, column: str) -> list[dict[str, str]]:
@@ -154,9 +178,9 @@ def read_messages(value: Any, column: str) -> list[dict[str, str]]:
         if not isinstance(entry, Mapping):
             raise BadRow(place, f"needs a message {{role, content}}, got {shown(entry)}")
         given = entry.get("role", entry.get("from"))
-        role = _ROLES.get(str(given).strip().casefold())
+        role = _ROLES.get(given.strip().casefold()) if isinstance(given, str) else None
         if role is None:
-            raise BadRow(place, f"has the role {given!r}; known: {', '.join(_ROLES)}")
+            raise BadRow(place, f"has the role {_beginning(given)}; known: {', '.join(_ROLES)}")
         content = entry["content"] if "content" in entry else entry.get("value")
         if isinstance(content, list):
             content = "".join(_text_part(part, place) for part in content)

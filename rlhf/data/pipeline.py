@@ -25,11 +25,15 @@ Stage = Literal["sft", "reward", "ppo"]
 
 @dataclass(frozen=True)
 class StageData:
-    """Tokenised rows to train and to evaluate on, and the report that was written as `data.json`."""
+    """Tokenised rows to train and to evaluate on, and the report that was written as `data.json`.
+
+    `fingerprint` is one of all rows, in their order, as tokens.
+    """
 
     train: list[Tokenized]
     evaluation: list[Tokenized]
     report: dict[str, Any]
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,10 @@ def load_stage_data(
     report["evaluation"] = {**eval_report.as_dict(), "categories": _category_counts(evaluation)}
     if is_main():
         text = json.dumps(report, ensure_ascii=False, indent=2)
-        (report_dir / f"{report_name}.json").write_text(text + "\n", encoding="utf-8")
+        (report_dir / f"{report_name}.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     for line in _summary(report, config, skipped_file):
         logger.info(line)
-    return StageData(train, evaluation, report)
+    return StageData(train, evaluation, report, f"{train_report.key} {eval_report.key}")
 
 
 def reads_special_tokens(template: Template, tokenizer: Any) -> bool:
@@ -216,7 +220,8 @@ def _write_skipped(path: Path, skipped: Sequence[SkippedRow]) -> None:
         path.unlink(missing_ok=True)
         return
     lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in skipped]
-    path.write_text("".join(lines), encoding="utf-8")
+    # half of a surrogate pair (a file name that is not UTF-8, a column) is written as JSON's own escape of it
+    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def _category_counts(rows: Sequence[Tokenized]) -> dict[str, int]:

@@ -31,6 +31,7 @@ from rlhf.data.fields import (
     read_number,
     read_text,
     shown,
+    whole_characters,
 )
 from rlhf.data.formats import SCORE_GAP, Layout, category_of, layout_of
 from rlhf.data.sources import DataError, DatasetSpec, Row, SkippedRow
@@ -217,7 +218,8 @@ class _Reader:
         if content_of(responses[0]) == content_of(responses[1]):
             raise BadRow(columns["response2"], f"is the same text as `{columns['response1']}`")
         best = 0 if sums[0] > sums[1] else 1
-        margin = abs(sums[0] - sums[1]) if columns.get("margin") == SCORE_GAP else self._margin(row)
+        by_sums = columns.get("margin") == SCORE_GAP
+        margin = read_number(abs(sums[0] - sums[1]), columns["sum1"]) if by_sums else self._margin(row)
         return self._pair_record(row, prompt, responses[best], responses[1 - best], margin)
 
     def _pair_record(self, row: Row, prompt: _Prompt, chosen: str, rejected: str, margin: float) -> Record:
@@ -378,9 +380,12 @@ class _Reader:
         scores = decoded(row.values.get(self.layout.columns.get(scores_name, "")))
         entries = list(scores.values()) if isinstance(scores, Mapping) else scores
         if isinstance(entries, list) and entries and all(isinstance(score, int | float) for score in entries):
-            actual = math.fsum(entries)
+            scores_column = self.layout.columns[scores_name]
+            try:
+                actual = math.fsum(read_number(float(score), scores_column) for score in entries)
+            except OverflowError:
+                raise BadRow(scores_column, "has a sum that is too large for a number") from None
             if abs(actual - total) > 1e-6:
-                scores_column = self.layout.columns[scores_name]
                 raise BadRow(column, f"is {total:g}, but `{scores_column}` sums to {actual:g}")
         return total
 
@@ -393,7 +398,7 @@ class _Reader:
         for column in (mapped,) if mapped else ("id", "id3"):
             value = row.values.get(column)
             if isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip():
-                return str(value).strip()
+                return whole_characters(str(value).strip(), str(column))
         return f"{_stem(row.file)}-{row.line}"
 
     def _meta(self, row: Row, prompt: _Prompt) -> dict[str, Any]:
@@ -401,7 +406,9 @@ class _Reader:
         if column is None and self.spec.category is not None:
             category = self.spec.category
         else:
-            category = category_of(row.values.get(column or "category"))
+            column = column or "category"
+            category = category_of(row.values.get(column))
+        whole_characters(category, column or "category")
         meta: dict[str, Any] = {"source": f"{row.file}:{row.line}", "category": category}
         meta["prompt_key"] = prompt_key(prompt.raw)
         if prompt.rendered:
@@ -410,5 +417,6 @@ class _Reader:
 
 
 def _stem(file: str) -> str:
-    name = Path(file.removeprefix("sample:")).name
+    """The file's name up to its first dot, with the bytes of a name that is not UTF-8 as `\\udc..`."""
+    name = Path(file.removeprefix("sample:")).name.encode("utf-8", "backslashreplace").decode()
     return name.partition(".")[0] or name

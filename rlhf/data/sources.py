@@ -6,18 +6,17 @@ file named `.json`, gzip with or without `.gz`. Only CSV and TSV need their suff
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
-import json
 import re
-import sys
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from rlhf.data.json_text import JsonError, parse_elements, parse_json
 from rlhf.data.spec import FILE_FORMATS, DataError, DatasetSpec, Row, SkippedRow
+from rlhf.data.tables import SAVE_AS_UTF8, table_rows
 
 __all__ = ["FILE_FORMATS", "DataError", "DatasetSpec", "Row", "SkippedRow", "read_rows"]
 
@@ -34,6 +33,7 @@ DATA_SUFFIXES = {
 METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """JSON files that describe a data set and hold no rows of it; passed over when a directory is read."""
 LFS_HEADER = b"version https://git-lfs"
+BOM = b"\xef\xbb\xbf"
 
 
 class _Problems:
@@ -59,8 +59,9 @@ def read_rows(spec: DatasetSpec, on_bad_row: str = "error", skipped: list[Skippe
     missing, empty, a git-lfs pointer, binary, cut gzip data, no usable row.
     """
     problems = _Problems(on_bad_row, skipped)
-    if spec.delimiter is not None and len(spec.delimiter) != 1:
-        raise DataError(f"{spec.path}: `delimiter` must be one character, not {spec.delimiter!r}")
+    if spec.delimiter is not None and (len(spec.delimiter) != 1 or spec.delimiter in '"\r\n\0'):
+        wanted = "one character, no quotation mark and no line end"
+        raise DataError(f"{spec.path}: `delimiter` must be {wanted}, not {spec.delimiter!r}")
     if spec.path.startswith("sample:"):
         name = spec.path.removeprefix("sample:")
         known = sorted(path.stem for path in SAMPLE_DIRECTORY.glob("*.jsonl"))
@@ -68,10 +69,14 @@ def read_rows(spec: DatasetSpec, on_bad_row: str = "error", skipped: list[Skippe
             raise DataError(f"no sample data set `{name}`; there are: {', '.join(known) or 'none'}")
         yield from _read_file(SAMPLE_DIRECTORY / f"{name}.jsonl", spec.path, spec, problems)
         return
-    path = Path(spec.path).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(spec.path).expanduser()
+        is_directory, exists = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, `~nobody`, a directory that may not be entered
+        raise DataError(f"{spec.path}: not a path that can be looked up ({error})") from error
+    if is_directory:
         yield from _read_directory(path, spec, problems)
-    elif path.exists():
+    elif exists:
         yield from _read_file(path, spec.path, spec, problems)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", spec.path) and not _is_data_file(path) and not spec.path.startswith("."):
         yield from _read_hub(spec)
@@ -107,8 +112,9 @@ def _read_saved_dataset(path: Path, spec: DatasetSpec) -> Iterator[Row]:
 
     try:
         saved = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{path} looks saved by `save_to_disk` but cannot be loaded: {error}") from error
+    except Exception as error:  # as below: whatever a damaged file makes `datasets` stumble over
+        reason = f"{type(error).__name__}: {error}"
+        raise DataError(f"{path} looks saved by `save_to_disk` but cannot be loaded: {reason}") from error
     if isinstance(saved, datasets.DatasetDict):
         if spec.split not in saved:
             raise DataError(f"{path}: no split `{spec.split}`; there are: {', '.join(saved)}")
@@ -150,6 +156,9 @@ def _read_file(path: Path, name: str, spec: DatasetSpec, problems: _Problems) ->
 def _read_open_file(path: Path, name: str, spec: DatasetSpec, problems: _Problems) -> Iterator[Row]:
     with _open(path) as stream:
         head = stream.read(8192)
+        begins = head.removeprefix(BOM).lstrip()[:1]
+        while not begins and (more := stream.read(65536)):
+            begins = more.lstrip()[:1]
     if not head:
         raise DataError(f"{name}: empty file")
     if head.startswith(LFS_HEADER):
@@ -161,12 +170,13 @@ def _read_open_file(path: Path, name: str, spec: DatasetSpec, problems: _Problem
         raise DataError(f"{name}: not UTF-8 (it begins with a UTF-16 mark); save it as UTF-8")
     elif b"\0" in head:
         raise DataError(f"{name}: a binary file; needed: {', '.join(FILE_FORMATS)}, plain or gzip")
-    elif not head.removeprefix(b"\xef\xbb\xbf").strip() and len(head) < 8192:
+    elif not begins:
         raise DataError(f"{name}: empty file (only white space)")
     elif file_format in ("csv", "tsv"):
         delimiter = spec.delimiter or ("\t" if file_format == "tsv" else ",")
-        rows = _read_table(path, name, delimiter, problems)
-    elif head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"[":
+        quotes_enclose = delimiter != "\t" or spec.format == "csv"
+        rows = table_rows((raw for _, raw in _raw_lines(path)), name, delimiter, quotes_enclose, problems.bad_row)
+    elif begins == b"[":
         rows = _read_json_array(path, name, problems)
     else:
         rows = _read_json_lines(path, name, problems)
@@ -193,7 +203,7 @@ def _file_format(name: str, head: bytes, spec: DatasetSpec) -> str:
     known = _suffix_format(name) if not name.startswith("sample:") else "json"
     if known is not None:
         return known
-    if head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"{", b"["):
+    if head.removeprefix(BOM).lstrip()[:1] in (b"{", b"["):
         return "json"
     if b"\0" in head:
         return "binary"
@@ -204,138 +214,101 @@ def _file_format(name: str, head: bytes, spec: DatasetSpec) -> str:
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
     with _open(path) as stream:
         content = io.BytesIO(stream.read())
+    line = 0
+    for part in _parquet_parts(content, name):
+        for values in part:
+            line += 1
+            yield Row(values, name, line)
+
+
+def _parquet_parts(content: IO[bytes], name: str) -> Iterator[list[dict[str, Any]]]:
+    import pyarrow.parquet
+
     try:
-        batches = pyarrow.parquet.ParquetFile(content).iter_batches(batch_size=1024)
-        line = 0
-        for batch in batches:
-            for values in batch.to_pylist():
-                line += 1
-                yield Row(values, name, line)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{name}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+        file = pyarrow.parquet.ParquetFile(content, page_checksum_verification=True)
+        columns = file.schema_arrow.names
+        repeated = sorted({column for column in columns if columns.count(column) > 1})
+        if repeated:
+            raise ValueError(f"it names a column twice: {', '.join(repeated)}")
+        for batch in file.iter_batches(batch_size=1024):
+            yield batch.to_pylist()
+    except Exception as error:  # Arrow's own, and those of values Python cannot hold (texts not UTF-8, dates, lengths)
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{name}: not a readable parquet file ({reason})") from error
 
 
 def _lines(path: Path, name: str, problems: _Problems) -> Iterator[tuple[int, str]]:
     """Numbered lines with their line ends; split at line feeds only, so U+2028 inside a text does not end a line."""
+    for number, raw in _raw_lines(path):
+        try:
+            yield number, raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            problems.bad_row(name, number, f"not UTF-8 (byte {error.start + 1} of the line); {SAVE_AS_UTF8}")
+
+
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with _open(path) as stream:
         for number, raw in enumerate(stream, start=1):
-            if number == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            try:
-                yield number, raw.decode("utf-8")
-            except UnicodeDecodeError as error:
-                hint = "save the file as UTF-8 (Korean files are often CP949: `iconv -f cp949 -t utf-8`)"
-                problems.bad_row(name, number, f"not UTF-8 (byte {error.start + 1} of the line); {hint}")
+            yield number, raw.removeprefix(BOM) if number == 1 else raw
 
 
 def _read_json_array(path: Path, name: str, problems: _Problems) -> Iterator[Row]:
     text = "".join(line for _, line in _lines(path, name, _Problems("error", None)))
+    elements: list[tuple[Any, str | None]] = []
     try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+        for element in parse_elements(text):
+            elements.append(element)
+    except JsonError as error:
+        if error.reason == "Extra data":
             raise _neither(name, "several JSON arrays, or a line after the array") from error
-        raise DataError(f"{name}:{error.lineno}: bad JSON array ({error.msg}, column {error.colno})") from error
-    if content and not any(isinstance(values, dict) for values in content):
-        raise _neither(name, f"an array of {type(content[0]).__name__}")
-    for index, values in enumerate(content, start=1):
-        if isinstance(values, dict):
-            yield Row(values, name, index)
-        else:
+        if error.line is None:
+            raise DataError(f"{name}:{len(elements) + 1}: bad element of the JSON array ({error})") from error
+        raise DataError(f"{name}:{error.line}: bad JSON array ({error})") from error
+    if elements and not any(isinstance(values, dict) for values, _ in elements):
+        raise _neither(name, f"an array of {type(elements[0][0]).__name__}")
+    for index, (values, wrong) in enumerate(elements, start=1):
+        if not isinstance(values, dict):
             problems.bad_row(name, index, f"element {index} of the array is {type(values).__name__}, not an object")
+        elif wrong:
+            problems.bad_row(name, index, f"element {index} of the array: {wrong}")
+        else:
+            yield Row(values, name, index)
 
 
 def _read_json_lines(path: Path, name: str, problems: _Problems) -> Iterator[Row]:
-    good = 0
+    first = True
     for number, line in _lines(path, name, problems):
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            if good == 0 and (whole := _whole_file(path)) is not None:
+            values = parse_json(line)
+        except JsonError as error:
+            if first and (whole := _whole_file(path)) is not None:
                 raise _neither(name, whole) from error
-            problems.bad_row(name, number, f"bad JSON line ({error.msg}, column {error.colno})")
-            continue
-        if isinstance(values, dict):
-            good += 1
-            yield Row(values, name, number)
-        elif good == 0 and not isinstance(values, list):
-            raise _neither(name, f"a line that is {type(values).__name__}")
+            problems.bad_row(name, number, f"bad JSON line ({error})")
         else:
-            problems.bad_row(name, number, f"the line is a JSON {type(values).__name__}, not an object")
+            if isinstance(values, dict):
+                yield Row(values, name, number)
+            elif first and not isinstance(values, list):
+                raise _neither(name, f"a line that is {type(values).__name__}")
+            else:
+                problems.bad_row(name, number, f"the line is a JSON {type(values).__name__}, not an object")
+        first = False
 
 
 def _whole_file(path: Path) -> str | None:
     """What a file holds that is one JSON value over several lines; None where it is not that."""
     with _open(path) as stream:
         try:
-            content = json.loads(stream.read().decode("utf-8-sig"))
+            content = parse_json(stream.read().decode("utf-8-sig"))
         except ValueError:
             return None
     if isinstance(content, dict):
-        return f"one JSON object with the keys {', '.join(map(str, list(content)[:8]))}"
+        return f"one JSON object with the keys {', '.join(key[:60] for key in list(content)[:8])}"
     return f"one JSON {type(content).__name__}"
 
 
 def _neither(name: str, found: str) -> DataError:
     return DataError(f"{name}: needed is a JSON array of objects, or one object a line; this is {found}")
-
-
-def _read_table(path: Path, name: str, delimiter: str, problems: _Problems) -> Iterator[Row]:
-    lines = list(_lines(path, name, problems))
-    records = _plain_records(lines, delimiter) if delimiter == "\t" else None
-    rows = iter(records) if records is not None else _quoted_records(lines, name, delimiter)
-    number, header = next(rows, (1, []))
-    named = [column for column in header if column]
-    repeated = sorted({column for column in named if named.count(column) > 1})
-    if repeated:
-        raise DataError(f"{name}:{number}: the header names a column twice: {', '.join(repeated)}")
-    for number, cells in rows:
-        if len(cells) > len(header):
-            reason = f"too many fields: {len(cells)}, but the header has {len(header)} ({', '.join(header)})"
-            problems.bad_row(name, number, reason + f"; a text that holds {delimiter!r} must be in quotes")
-            continue
-        yield Row({column: cell for column, cell in zip(header, cells, strict=False) if column}, name, number)
-
-
-def _plain_records(lines: list[tuple[int, str]], delimiter: str) -> list[tuple[int, list[str]]] | None:
-    """The records of a table whose lines all have the header's number of fields when quotes are plain characters.
-
-    A TSV file often holds a bare quotation mark, which a CSV reader would take for the start of a field that spans
-    lines. None where the lines do not agree, so that quotes must mean something.
-    """
-    records = []
-    for number, line in lines:
-        text = line.rstrip("\r\n")
-        if text:
-            records.append((number, [_unquoted(cell) for cell in text.split(delimiter)]))
-    return records if len({len(cells) for _, cells in records}) == 1 else None
-
-
-def _unquoted(cell: str) -> str:
-    inner = cell[1:-1]
-    if len(cell) >= 2 and cell[0] == cell[-1] == '"' and '"' not in inner.replace('""', ""):
-        return inner.replace('""', '"')
-    return cell
-
-
-def _quoted_records(lines: list[tuple[int, str]], name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the module's limit of 131,072 characters cuts real answers off
-    reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True)
-    while True:
-        start = reader.line_num
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            line = lines[min(start, len(lines) - 1)][0]
-            raise DataError(f"{name}:{line}: bad quotes in the record that begins here ({error})") from error
-        if cells is None:
-            return
-        if cells:
-            yield lines[start][0], cells

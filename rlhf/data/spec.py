@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from rlhf.data.json_text import JsonError, parse_json
 
 FILE_FORMATS = ("json", "jsonl", "csv", "tsv", "parquet")
 
@@ -70,30 +71,38 @@ class DatasetSpec:
         if not text.startswith("{"):
             return cls(path=expand_variables(text))
         try:
-            given = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"data set {text!r} begins like a JSON object but is not one: {error}") from error
+            given = parse_json(text)
+        except JsonError as error:
+            raise DataError(f"data set {_start(text)} begins like a JSON object but is not one: {error}") from error
         valid = [item.name for item in fields(cls)]
         unknown = sorted(set(given) - set(valid))
         if unknown:
-            raise DataError(f"data set {text!r}: unknown key {', '.join(unknown)}; valid keys: {', '.join(valid)}")
+            raise DataError(
+                f"data set {_start(text)}: unknown key {', '.join(unknown)}; valid keys: {', '.join(valid)}"
+            )
         if not isinstance(given.get("path"), str) or not given["path"]:
-            raise DataError(f"data set {text!r} needs `path` (a file, a directory, a hub name or `sample:NAME`)")
+            raise DataError(f"data set {_start(text)} needs `path` (a file, a directory, a hub name or `sample:NAME`)")
         if given.get("split") is None:
             given.pop("split", None)
         for name in ("format", "split", "subset", "category", "delimiter"):
             if given.get(name) is not None and not isinstance(given[name], str):
-                raise DataError(f"data set {text!r}: `{name}` must be a text, not {given[name]!r}")
-        columns = given.get("columns") or {}
+                raise DataError(f"data set {_start(text)}: `{name}` must be a text, not {given[name]!r}")
+        columns = {} if given.get("columns") is None else given["columns"]
         if not isinstance(columns, dict) or not all(isinstance(column, str) for column in columns.values()):
-            raise DataError(f'data set {text!r}: `columns` must look like {{"prompt": "질문", "response": "답변"}}')
+            raise DataError(
+                f'data set {_start(text)}: `columns` must look like {{"prompt": "질문", "response": "답변"}}'
+            )
         weight = given.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise DataError(f"data set {text!r}: `weight` must be a number above 0, not {weight!r}")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight <= sys.float_info.max:
+            raise DataError(f"data set {_start(text)}: `weight` must be a number above 0, not {weight!r}")
         if given.get("delimiter") is not None and len(given["delimiter"]) != 1:
-            raise DataError(f"data set {text!r}: `delimiter` must be one character, not {given['delimiter']!r}")
+            raise DataError(f"data set {_start(text)}: `delimiter` must be one character, not {given['delimiter']!r}")
         path = expand_variables(given["path"])
         return cls(**{**given, "path": path, "columns": columns, "weight": float(weight)})
+
+
+def _start(text: str) -> str:
+    return repr(text) if len(text) <= 300 else f"{text[:300]!r}..."
 
 
 def expand_variables(path: str) -> str:

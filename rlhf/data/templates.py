@@ -6,13 +6,14 @@ braces in a user's text, even a literal "{input}", stay as they are. Every rende
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.fields import shown
+from rlhf.data.json_text import JsonError, parse_json
 from rlhf.data.sources import LFS_HEADER, DataError
 
 Message = Mapping[str, str]
@@ -139,8 +140,12 @@ def load_template(name_or_path: str, tokenizer: Any = None) -> Template:
                 f"template `chat`: the tokenizer {source} has no chat template; use one of {', '.join(TEXT_TEMPLATES)}"
             )
         return ChatTemplate("chat", "{instruction}", "{instruction}\n\n{input}", tokenizer)
-    path = Path(name_or_path).expanduser()
-    if not path.is_file():
+    try:
+        path = Path(name_or_path).expanduser()
+        is_file = path.is_file()
+    except (OSError, RuntimeError):  # a name that is too long (a template's text, perhaps), `~nobody`
+        is_file = False
+    if not is_file:
         raise DataError(
             f"unknown template `{name_or_path}` (nor is it a file); valid: {', '.join(TEXT_TEMPLATES)}, chat, "
             "or the path of a .json or text file"
@@ -195,16 +200,18 @@ def _turns(messages: Sequence[Message]) -> tuple[str, list[dict[str, str]]]:
 
 
 def _template_from_file(path: Path) -> Template:
-    if path.read_bytes().startswith(LFS_HEADER):
-        raise DataError(f"template {path}: a git-lfs pointer; run `git lfs pull` where the file came from")
     try:
+        if path.read_bytes().startswith(LFS_HEADER):
+            raise DataError(f"template {path}: a git-lfs pointer; run `git lfs pull` where the file came from")
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"template {path} is not UTF-8 text: {error}") from error
+    except OSError as error:
+        raise DataError(f"template {path} cannot be read ({error.strerror or error})") from error
     if path.suffix.lower() == ".json":
         try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
+            content = parse_json(text)
+        except JsonError as error:
             raise DataError(f"template {path} is not JSON: {error}") from error
         if not isinstance(content, dict) or not isinstance(content.get("prompt_no_input"), str):
             raise DataError(f"template {path} needs the keys prompt_no_input and prompt_input, both texts")
@@ -222,7 +229,11 @@ def _template_from_file(path: Path) -> Template:
     for part, wanted in ((without_input, ("instruction",)), (with_input, ("instruction", "input"))):
         for place in wanted:
             if not isinstance(part, str) or part.count("{" + place + "}") != 1:
-                raise DataError(f"template {path}: {{{place}}} must be there exactly once, in {part!r}")
+                raise DataError(f"template {path}: {{{place}}} must be there exactly once, in {shown(part)}")
+        try:
+            part.encode("utf-8")
+        except UnicodeEncodeError:
+            raise DataError(f"template {path} holds half of a surrogate pair, in {shown(part)}") from None
     if "{input}" in without_input:
         raise DataError(f"template {path}: prompt_no_input must not hold {{input}}")
     return Template(path.stem, without_input, with_input)

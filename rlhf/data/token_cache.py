@@ -5,6 +5,7 @@ Rows are stored as flat integer arrays in a safetensors file: loading executes n
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from rlhf.types import (
     TokenizedResponse,
 )
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Part of every key; raised when tokenisation or this file format changes meaning."""
 
 MakeRows = Callable[[], tuple[list[Tokenized], TokenReport]]
@@ -40,26 +41,35 @@ def cached_tokens(
 ) -> tuple[list[Tokenized], TokenReport]:
     """The rows and report of `make()`, read from `cache_dir` when they are there under the same key.
 
-    `key_parts` are all that the rows depend on: strings, or iterables of strings such as `record_key_parts(...)`.
+    The report's `key` is a digest of `key_parts`, which are all that the rows depend on: strings, or iterables of
+    strings such as `record_key_parts(...)`.
     Rank 0 makes and writes the file atomically, other ranks wait for it. Raises ValueError for a damaged file.
     """
-    path = cache_dir / f"tokens-{_digest(key_parts)}.safetensors"
+    key = _digest(key_parts)
+    path = cache_dir / f"tokens-{key}.safetensors"
 
     def write() -> None:
         rows, report = make()
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f"{path.name}.{os.getpid()}.part")
         try:
-            save_file(_to_arrays(rows, report), beside)
+            arrays = _to_arrays(rows, report)
+            digest = np.frombuffer(_content_digest(arrays), dtype=np.uint8).copy()
+            save_file({**arrays, "digest": digest}, beside)
             os.replace(beside, path)
         finally:
             beside.unlink(missing_ok=True)
 
     rank_zero_first(path, write)
     try:
-        return _from_arrays(load_file(path))
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        arrays = load_file(path)
+        whole = arrays.pop("digest", np.empty(0, dtype=np.uint8)).tobytes() == _content_digest(arrays)
+    except SafetensorError as error:
         raise ValueError(f"token cache {path} is damaged ({error}); delete it and run again") from error
+    if not whole:
+        raise ValueError(f"token cache {path} is damaged (not what was written); delete it and run again")
+    rows, report = _from_arrays(arrays)
+    return rows, dataclasses.replace(report, key=key)
 
 
 def record_key_parts(records: Sequence[Record]) -> Iterator[str]:
@@ -99,6 +109,14 @@ def _digest(key_parts: Sequence[str | Iterable[str]]) -> str:
             digest.update(encoded)
         digest.update(b"\nend of part")
     return digest.hexdigest()[:32]
+
+
+def _content_digest(arrays: dict[str, np.ndarray]) -> bytes:
+    digest = hashlib.sha256()
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.digest()
 
 
 def _to_arrays(rows: Sequence[Tokenized], report: TokenReport) -> dict[str, np.ndarray]:

@@ -48,10 +48,12 @@ class TokenReport:
     response_tokens: int = 0
     longest_prompt_tokens: int = 0
     longest_response_tokens: int = 0
+    key: str = ""
+    """Digest of all that the rows depend on, where they come from the cache (see `rlhf.data.token_cache`)."""
 
     def as_dict(self) -> dict[str, int]:
         """The counts by name."""
-        return dataclasses.asdict(self)
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "key"}
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,7 @@ class TextEncoder:
             )
         if self.max_response_tokens < 1:
             raise ValueError(f"max_response_tokens={max_response_tokens} must be at least 1")
-        ends = {re.escape(text) for text in (tokenizer.eos_token, COMMON_EOS_TEXT) if text}
-        self._trailing_eos = re.compile(rf"(?:(?:{'|'.join(sorted(ends))})\s*)+\Z")
+        self._eos_texts = tuple(sorted({tokenizer.eos_token, COMMON_EOS_TEXT} - {None, ""}))
         guarded = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token} - {None, ""}
         self._guarded_ids = frozenset(int(tokenizer.convert_tokens_to_ids(text)) for text in guarded)
         self._guarded_text = re.compile("|".join(re.escape(text) for text in sorted(guarded, key=len, reverse=True)))
@@ -122,7 +123,7 @@ class TextEncoder:
 
         `append_eos` False is for a response that was cut off, which must not look finished.
         """
-        texts = [self._trailing_eos.sub("", text) for text in texts]
+        texts = [self._without_trailing_eos(text) for text in texts]
         encoded = []
         for ids in self._encode(texts, read_special_tokens=False):
             whole = [*ids, self.eos_id] if append_eos else ids
@@ -165,6 +166,17 @@ class TextEncoder:
             if full[start : start + len(plain)] == plain:
                 return tuple(full[:start])
         return ()
+
+    def _without_trailing_eos(self, text: str) -> str:
+        """`text` up to the ends of sequence that close it, and to the white space among and after those."""
+        kept = end = len(text)
+        while True:
+            while end and text[end - 1].isspace():
+                end -= 1
+            ending = next((eos for eos in self._eos_texts if text.endswith(eos, 0, end)), None)
+            if ending is None:
+                return text[:kept]
+            kept = end = end - len(ending)
 
     def _without_start_text(self, text: str) -> str:
         bos = self.tokenizer.bos_token
