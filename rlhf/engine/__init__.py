@@ -12,6 +12,7 @@ from rlhf.engine.factory import (
 from rlhf.engine.gathered import gathered_weights
 from rlhf.engine.hybrid import DeepSpeedRollout
 from rlhf.engine.rlhf_engine import RLHFEngine
+from rlhf.engine.state import load_engine_state, save_engine_state
 from rlhf.engine.zero import compute_dtype, zero_config
 
 __all__ = [
@@ -24,7 +25,9 @@ __all__ = [
     "device_of",
     "gathered_weights",
     "inference_engine",
+    "load_engine_state",
     "partition",
+    "save_engine_state",
     "training_engine",
     "zero3_loading",
     "zero_config",
