@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +24,7 @@ from rlhf.config import (
     parse_config,
 )
 from rlhf.distributed import close_world, setup_logging
+from rlhf.job_end import run_to_end
 from rlhf.trainer import NonFiniteError
 
 STAGE_CONFIGS: dict[str, tuple[type, ...]] = {
@@ -47,17 +46,12 @@ def parse_stage(stage: str, argv: Sequence[str] | None = None) -> tuple[Any, ...
 
 
 def run_stage(main: Callable[[], Any]) -> None:
-    """Run a stage's `main`; what a user can mend ends it with a sentence, not with a traceback."""
+    """Run a stage's `main`; what a user can mend ends it with a sentence, not with a traceback (see `rlhf.job_end`)."""
     from rlhf.data import DataError
 
     setup_logging()
-    try:
-        main()
-        close_world()
-    except (ConfigError, DataError, NonFiniteError, EmptyRolloutError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: a file may be missing on one of them only
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    run_to_end(main, (ConfigError, DataError, NonFiniteError, EmptyRolloutError))
+    close_world()
 
 
 def resolve_base_model(base_model: str, cache_dir: Path) -> str:

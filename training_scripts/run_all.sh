@@ -25,6 +25,14 @@ How to run
   --master_port PORT       default: a free one
   --stages sft,reward,ppo  only some of the stages
   --short                  a few steps of each stage, to see that everything runs
+
+When it is interrupted
+  Ctrl-C, SIGTERM or SIGHUP: the stage finishes its step, saves its training state and stops, and the status is 0;
+  a second one kills it.
+  --resume auto            go on where the last run stopped or died; finished stages are skipped
+  --resume never           start anew although an unfinished run lies in OUTPUT_DIR
+  --max_restarts N         start a stage that died or failed again with --resume auto, at most N times in the whole run
+                           (default 0; not after a mistake that only you can mend, status 2)
   --help                   this text
 
 Relative paths on the command line are taken from where you are; those in a configuration file from the project's root.
@@ -42,7 +50,7 @@ source "$here/setup_env.sh" --
 
 # Importing libraries may print; the assignments are the last lines.
 settings="$("$RLHF_PYTHON" -m rlhf.cli.pipeline_args "$@" | sed -n '/^STAGES=/,$p')"
-eval "$settings"  # STAGES OUTPUT_DIR LAUNCHER_ARGS SFT_ARGS REWARD_ARGS PPO_ARGS
+eval "$settings"  # STAGES RESUME_STAGES OUTPUT_DIR MAX_RESTARTS LAUNCHER_ARGS SFT_ARGS REWARD_ARGS PPO_ARGS
 
 cd "$here/.."
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
@@ -56,19 +64,108 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     fi
 fi
 
+stop_signal=""  # the first signal this script got: the stage is asked to stop
+launcher=""     # process and process group of the running stage; empty between stages
+restarts=0
+ran=""          # whether a stage has run: what later ones left is then of an earlier run
+
+say() { echo "run_all.sh: $*" >&2; }
+
+alive() { kill -0 "$@" 2>/dev/null; }
+
+on_signal() {
+    if [ -z "$stop_signal" ]; then
+        stop_signal="$1"
+        [ -z "$launcher" ] || say "$1: the stage finishes its step, saves its training state and stops; once more kills it"
+        return 0
+    fi
+    if [ -n "$launcher" ]; then
+        kill -TERM -- "-$launcher" 2>/dev/null || true  # the launcher of several machines ends those of the others
+        sleep 1 || true
+        kill -KILL -- "-$launcher" 2>/dev/null || true
+    fi
+    say "$1 again: killed; go on with --resume auto"
+    exit "$2"
+}
+trap 'on_signal SIGINT 130' INT
+trap 'on_signal SIGTERM 143' TERM
+trap 'on_signal SIGHUP 129' HUP
+
+launch() {
+    # Run the launcher in a session of its own, so that a Ctrl-C in the terminal does not reach it: it would kill the
+    # ranks. Ranks are asked to stop through a file instead (rlhf/rank_board.py), on every machine. Sets `status`.
+    local board="$1/.ranks" waited=0
+    shift
+    setsid deepspeed --log_level error "${LAUNCHER_ARGS[@]}" "$@" &
+    launcher=$!
+    while alive "$launcher"; do
+        # Again and again: ranks that only start clear away what they find.
+        [ -z "$stop_signal" ] || [ ! -d "$board" ] || echo "$stop_signal" 2>/dev/null >"$board/stop" || true
+        sleep 0.5 || true
+    done
+    status=0
+    wait "$launcher" || status=$?
+    # A launcher that was itself killed leaves its ranks behind: they would hold the port and the directory.
+    while [ "$status" -ne 0 ] && alive -- "-$launcher"; do
+        [ "$waited" -gt 0 ] || kill -TERM -- "-$launcher" 2>/dev/null || true
+        [ "$waited" -lt 35 ] || kill -KILL -- "-$launcher" 2>/dev/null || true
+        [ "$waited" -lt 40 ] || break
+        sleep 1 || true
+        waited=$((waited + 1))
+    done
+    launcher=""
+}
+
+is_json() { "$RLHF_PYTHON" -c 'import json, sys; json.load(open(sys.argv[1], encoding="utf-8"))' "$1" 2>/dev/null; }
+
+cause() {
+    # What a status says: the launcher gives 256 - N for a rank killed by signal N, bash 128 + N for a killed launcher.
+    case "$1" in
+        137 | 247) echo "status $1: killed, often because memory ran out; see dmesg" ;;
+        *) echo "status $1" ;;
+    esac
+}
+
 run_stage() {
-    local stage="$1" title="$2" script="$3" result="$OUTPUT_DIR/$1/result.json" status=0
+    local stage="$1" title="$2" script="$3" directory="$OUTPUT_DIR/$1" result="$OUTPUT_DIR/$1/result.json" status=0
+    local again=()
     shift 3
     case " ${STAGES[*]} " in *" $stage "*) ;; *) return 0 ;; esac
+    if [ -n "$stop_signal" ]; then
+        say "stopped by $stop_signal before stage $stage; go on with --resume auto"
+        exit 0
+    fi
     echo
     echo "=== $title"
-    rm -f "$result"
-    deepspeed --log_level error "${LAUNCHER_ARGS[@]}" "$script" "$@" || status=$?
-    # The launcher returns 0 when a signal kills its child (out of memory, for one), so look for the result too.
-    if [ "$status" -ne 0 ] || [ ! -f "$result" ]; then
-        echo "error: stage $stage ($script) failed with status $status; its messages are above. Stopped." >&2
-        exit "$((status > 0 ? status : 1))"
-    fi
+    case " ${RESUME_STAGES[*]} " in
+        *" $stage "*)
+            if [ -z "$ran" ] && is_json "$result"; then
+                echo "stage $stage is finished ($result): skipped"
+                return 0
+            fi
+            ;;
+    esac
+    ran=1
+    while :; do
+        rm -f "$result" "$directory/stopped.json"
+        launch "$directory" "$script" "$@" "${again[@]}"
+        # The launcher may return 0 when a signal killed it, so look for the result too.
+        if [ "$status" -eq 0 ] && [ -f "$result" ]; then
+            return 0
+        fi
+        if [ -f "$directory/stopped.json" ] && [ "$status" -ne 137 ]; then  # 137: the launcher was killed
+            say "stage $stage has stopped in good order; go on with --resume auto"
+            exit 0
+        fi
+        if [ "$status" -eq 2 ] || [ -n "$stop_signal" ] || [ "$restarts" -ge "$MAX_RESTARTS" ]; then
+            break
+        fi
+        restarts=$((restarts + 1))
+        say "stage $stage ($script) failed ($(cause "$status")): restart $restarts of $MAX_RESTARTS, with --resume auto"
+        again=(--resume auto)
+    done
+    echo "error: stage $stage ($script) failed with $(cause "$status"); its messages are above. Stopped." >&2
+    exit "$((status > 0 ? status : 1))"
 }
 
 run_stage sft "1/3 supervised fine-tuning" step1_sft/main.py "${SFT_ARGS[@]}"

@@ -1,7 +1,8 @@
 """Sort a pipeline's command line into the arguments of its launcher and of each stage, checked before any stage starts.
 
 `python -m rlhf.cli.pipeline_args [--stages sft,reward,ppo] ARGS...` prints bash assignments that
-`training_scripts/run_all.sh` evaluates: STAGES, OUTPUT_DIR, LAUNCHER_ARGS, SFT_ARGS, REWARD_ARGS, PPO_ARGS.
+`training_scripts/run_all.sh` evaluates: STAGES, RESUME_STAGES (those with `resume: auto`), OUTPUT_DIR, MAX_RESTARTS,
+LAUNCHER_ARGS, SFT_ARGS, REWARD_ARGS, PPO_ARGS.
 A field goes to every stage that has it; `--reward.learning_rate 1e-4` goes to that stage alone.
 """
 
@@ -47,6 +48,10 @@ class PipelineArguments:
     output_dir: str
     launcher_arguments: list[str]
     stage_arguments: dict[str, list[str]]
+    resume_stages: tuple[str, ...] = ()
+    """Stages that go on from what an earlier run left, be it by the command line or by the configuration file."""
+    max_restarts: int = 0
+    """How many failures of the whole run are answered by starting the stage again."""
 
 
 def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArguments:
@@ -58,6 +63,7 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
     launcher: dict[str, str] = {}
     stages: tuple[str, ...] = STAGES
     short = False
+    max_restarts = 0
     shared: list[tuple[str, list[str]]] = []
     own: dict[str, list[tuple[str, list[str]]]] = {stage: [] for stage in STAGES}
     for name, values in _options(arguments):
@@ -67,6 +73,8 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
             short = True
         elif name == "stages":
             stages = _stages(values)
+        elif name == "max_restarts":
+            max_restarts = _whole_number(name, _single(name, values), least=0)
         elif name in LAUNCHER_OPTIONS:
             launcher[name] = _single(name, values)
         elif section:
@@ -91,14 +99,24 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
         if short:
             given += [(name, [value]) for name, value in SHORT_RUN[stage].items() if name not in names]
         per_stage[stage] = [part for name, values in given for part in (f"--{name}", *values)]
-    return PipelineArguments(stages, _output_dir(per_stage), _launcher_arguments(launcher), per_stage)
+    runs = {stage: _run_config(stage, values) for stage, values in per_stage.items()}
+    return PipelineArguments(
+        stages,
+        _output_dir(runs),
+        _launcher_arguments(launcher),
+        per_stage,
+        tuple(stage for stage, run in runs.items() if run.resume == "auto"),
+        max_restarts,
+    )
 
 
 def bash_assignments(pipeline: PipelineArguments) -> str:
     """The sorted arguments as bash assignments, quoted for `eval`."""
     lines = [
         f"STAGES=({' '.join(pipeline.stages)})",
+        f"RESUME_STAGES=({' '.join(pipeline.resume_stages)})",
         f"OUTPUT_DIR={shlex.quote(pipeline.output_dir)}",
+        f"MAX_RESTARTS={pipeline.max_restarts}",
         f"LAUNCHER_ARGS=({shlex.join(pipeline.launcher_arguments)})",
     ]
     for stage in STAGES:  # a stage that does not run gets an empty list: bash's `set -u` wants every name set
@@ -154,7 +172,7 @@ def _check_known(name: str, stages: Sequence[str], fields: Mapping[str, set[str]
         raise ConfigError(
             f"--{name} is a field of {', '.join(owners)}, which this run ({', '.join(stages)}) leaves out"
         )
-    known = set().union(*fields.values(), LAUNCHER_OPTIONS, ("short", "stages"))
+    known = set().union(*fields.values(), LAUNCHER_OPTIONS, ("short", "stages", "max_restarts"))
     raise ConfigError(f"unknown option --{name}{_nearest(name, known)}")
 
 
@@ -183,28 +201,36 @@ def _existing(value: str, user_dir: Path) -> str:
     return str(path.absolute()) if value and path.exists() else value
 
 
-def _output_dir(per_stage: Mapping[str, Sequence[str]]) -> str:
-    """Parse every stage's arguments, so that a mistake in the last one is found before the first one runs."""
-    directories = {}
-    for stage, values in per_stage.items():
-        usage = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(usage):
-                configs = parse_stage(stage, values)
-        except ConfigError as error:
-            raise ConfigError(f"stage {stage}: {error}") from error
-        except SystemExit as error:  # argparse prints pages of usage before the line that matters
-            raise ConfigError(f"stage {stage}: {usage.getvalue().strip().splitlines()[-1]}") from error
-        directories[stage] = next(config.output_dir for config in configs if isinstance(config, RunConfig))
+def _run_config(stage: str, values: Sequence[str]) -> RunConfig:
+    """Parse all of a stage's arguments, so that a mistake in the last one is found before the first one runs."""
+    usage = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(usage):
+            configs = parse_stage(stage, values)
+    except ConfigError as error:
+        raise ConfigError(f"stage {stage}: {error}") from error
+    except SystemExit as error:  # argparse prints pages of usage before the line that matters
+        raise ConfigError(f"stage {stage}: {usage.getvalue().strip().splitlines()[-1]}") from error
+    return next(config for config in configs if isinstance(config, RunConfig))
+
+
+def _output_dir(runs: Mapping[str, RunConfig]) -> str:
+    directories = {stage: run.output_dir for stage, run in runs.items()}
     if len(set(directories.values())) > 1:
         raise ConfigError(f"the stages must share one output_dir, got {directories}; set it at the file's top level")
     return next(iter(directories.values()))
 
 
+def _whole_number(name: str, value: str, *, least: int) -> int:
+    if not (value.isdecimal() and int(value) >= least):
+        raise ConfigError(f"--{name} needs a whole number of at least {least}, got {value!r}")
+    return int(value)
+
+
 def _launcher_arguments(options: Mapping[str, str]) -> list[str]:
     for name in ("num_devices", "num_nodes", "master_port"):
-        if name in options and not (options[name].isdecimal() and int(options[name]) > 0):
-            raise ConfigError(f"--{name} needs a whole number above 0, got {options[name]!r}")
+        if name in options:
+            _whole_number(name, options[name], least=1)
     if "hostfile" in options and not Path(options["hostfile"]).is_file():
         raise ConfigError(f"--hostfile {options['hostfile']}: no such file (see training_scripts/hostfile.example)")
     chosen = dict(options)
