@@ -120,6 +120,19 @@ def replaced_directory(directory: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_leftovers(directory: Path) -> None:
+    """Remove what a killed process left of `replaced_directory` in `directory`; a model it had set aside comes back.
+
+    For a directory that no other process writes to.
+    """
+    for old in directory.glob(".*.old-*"):
+        name = old.name[1:].rpartition(".old-")[0]
+        if not (directory / name).exists():
+            old.rename(directory / name)
+    for left in [*directory.glob(".*.old-*"), *directory.glob(".*.part-*")]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
 def is_adapted(model: Any) -> bool:
     """True for a `peft` model."""
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")

@@ -67,7 +67,8 @@ def init_world(timeout_minutes: float = 60.0) -> torch.device:
             timeout=timedelta(minutes=timeout_minutes),
             verbose=False,
         )
-        _unlink_shared_memory()
+        if accelerator.device_name() == "cpu":
+            _unlink_shared_memory()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if accelerator.device_name() == "cpu":
         return torch.device("cpu")
@@ -137,6 +138,12 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
     """True on every rank when `flag` is true on one. A collective: every rank must call it."""
     return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) > 0)
+
+
+def raise_on_all(error: Exception | None) -> None:
+    """Raise rank 0's `error` on every rank (the others say that it was rank 0's); None there passes. A collective."""
+    if any_rank(is_main() and error is not None, init_world()):
+        raise error if is_main() and error is not None else ConfigError("rank 0 cannot start; its message says why")
 
 
 def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,30 @@ def estimate_kl(logprobs: torch.Tensor, ref_logprobs: torch.Tensor, estimator: K
     raise ValueError(f"kl_estimator={estimator!r} is not one of k1, k2, k3")
 
 
+def correlation(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Pearson's correlation of two vectors [N]; 0 where one of them is constant."""
+    first, second = first.double() - first.double().mean(), second.double() - second.double().mean()
+    scale = first.norm() * second.norm()
+    return float((first * second).sum() / scale) if scale > 1e-9 else 0.0
+
+
+def repeated_share(token_ids: torch.Tensor, mask: torch.Tensor, n: int = 4) -> float:
+    """Share of the n-grams of all rows that stood earlier in their own row; `token_ids`, `mask` [B, T].
+
+    `mask` is True on a prefix of each row; rows shorter than n have no n-gram, and no n-gram at all gives 0.
+    """
+    if token_ids.shape[1] <= n:
+        return 0.0
+    keys = torch.zeros_like(token_ids[:, n - 1 :], dtype=torch.int64)
+    for offset in range(n):  # a polynomial that wraps around 2^64: two n-grams of one row hardly ever meet
+        keys = keys * 1_000_000_007 + token_ids[:, offset : offset + keys.shape[1]] + 1
+    inside = mask.bool()[:, n - 1 :]
+    apart = -1 - torch.arange(keys.shape[1], device=keys.device)  # what lies outside repeats nothing
+    ordered = torch.where(inside, keys, apart).sort(dim=1).values
+    repeated = (ordered[:, 1:] == ordered[:, :-1]).sum()
+    return float(repeated / inside.sum().clamp(min=1))
+
+
 def last_true(mask: torch.Tensor) -> torch.Tensor:
     """Column of the last True in each row of `mask` [B, T]: [B]; 0 for a row without one."""
     columns = torch.arange(mask.shape[1], device=mask.device)

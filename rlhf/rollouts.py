@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from rlhf.config import ConfigError
 from rlhf.distributed import all_gather_rows, all_reduce_max, logger, rank, world_size
 from rlhf.generation import Sampling, generate
-from rlhf.ops import last_true, masked_mean
+from rlhf.ops import correlation, last_true, masked_mean, repeated_share
 from rlhf.scoring import pad_response, response_logprobs, response_values, trim
 from rlhf.side_by_side import side_by_side
 from rlhf.trainer import Plan
@@ -91,12 +91,16 @@ class RolloutWorker:
             self.old_logprobs = "recomputed"
         self.seconds = {"seconds_generation": 0.0, "seconds_scoring": 0.0}
         self.captured_error: float | None = None
+        self.captured_error_mean: float | None = None
 
     @property
     def measured(self) -> dict[str, float]:
         """Seconds of the last rollout, and how exact captured log-probabilities were when last looked at."""
-        error = {} if self.captured_error is None else {"sampling_logprob_error": self.captured_error}
-        return {**self.seconds, **error}
+        errors = {
+            "sampling_logprob_error": self.captured_error,
+            "sampling_logprob_error_mean": self.captured_error_mean,
+        }
+        return {**self.seconds, **{name: error for name, error in errors.items() if error is not None}}
 
     @property
     def device(self) -> torch.device:
@@ -218,8 +222,11 @@ class RolloutWorker:
 
     def _compare(self, rollout: Rollout, recomputed: torch.Tensor) -> None:
         """Measure how exact the captured log-probabilities are; in `auto` that decides which are used from now on."""
-        error = ((rollout.logprobs - recomputed) * rollout.response_mask).abs().max()
-        self.captured_error = float(all_gather_rows(error.unsqueeze(0)).max())
+        error = ((rollout.logprobs - recomputed) * rollout.response_mask).abs()
+        measured = torch.stack([error.max(), error.sum(), rollout.response_mask.sum().to(error.dtype)])
+        largest, total, tokens = all_gather_rows(measured.unsqueeze(0)).unbind(1)
+        self.captured_error = float(largest.max())
+        self.captured_error_mean = float(total.sum() / tokens.sum().clamp(min=1))
         if self.old_logprobs == "auto":
             self.old_logprobs = "sampled" if self.captured_error <= CAPTURED_IS_EXACT else "recomputed"
             logger.info(
@@ -234,19 +241,37 @@ class RolloutWorker:
         return torch.isin(final, torch.tensor(self.eos_ids, device=final.device)) & rollout.response_mask.any(1)
 
     def describe(self, rollout: Rollout, scored: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Metrics of a rollout: score, KL to the reference, share that ended, length."""
-        mask = rollout.response_mask
+        """Metrics of a rollout: scores, KL to the reference, entropy, share that ended, length, repetition.
+
+        `entropy_estimate` is the mean of -log pi of the sampled tokens: an unbiased estimate of the entropy per token
+        of the distribution that was sampled from (at the sampling temperature), without another pass over the logits.
+        """
+        mask, scores = rollout.response_mask, scored["scores"]
         log_ratio = scored["logprobs"] - scored["ref_logprobs"]
         lengths = mask.sum(1).float()
         return {
-            "score": float(scored["scores"].mean()),
-            "score_std": float(scored["scores"].std(unbiased=False)),
+            "score": float(scores.mean()),
+            "score_std": float(scores.std(unbiased=False)),
+            "score_min": float(scores.min()),
+            "score_max": float(scores.max()),
+            "score_length_correlation": correlation(scores, lengths),
+            **self._outside_range(scores),
             "kl_per_token": float(masked_mean(log_ratio, mask)),
             "kl_per_response": float((log_ratio * mask).sum(1).mean()),
+            "entropy_estimate": -float(masked_mean(scored["logprobs"], mask)),
             "eos_rate": float(self.ended(rollout).float().mean()),
             "response_tokens": float(lengths.mean()),
             "empty_responses": float(((lengths == 1) & self.ended(rollout)).float().mean()),
+            "repeated_4grams": repeated_share(rollout.response_ids, mask),
         }
+
+    def _outside_range(self, scores: torch.Tensor) -> dict[str, float]:
+        """The share of scores that the reward model never gave in its training, where it was saved with that range."""
+        known = getattr(self.scorer, "score_range", None)
+        if known is None:
+            return {}
+        outside = (scores < known["minimum"]) | (scores > known["maximum"])
+        return {"scores_outside_range": float(outside.float().mean())}
 
 
 def gather_in_order(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

@@ -74,6 +74,7 @@ class RewardScorer:
         self.encoder = TextEncoder(reward_tokenizer)
         module = getattr(reward, "module", reward)
         self.max_tokens = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+        self.score_range: dict[str, Any] | None = getattr(module, "score_range", None)
 
     @torch.no_grad()
     def __call__(self, rollout: Rollout, prompt_texts: list[str]) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -14,7 +14,11 @@ from tqdm import tqdm
 
 from rlhf.config import BatchConfig, RunConfig
 from rlhf.distributed import all_reduce_sum, any_rank, is_main, logger, rank, world_size
-from rlhf.metrics import MeanMeter, MetricsWriter, write_json
+from rlhf.loop import Loop
+from rlhf.metrics import MeanMeter, write_json
+from rlhf.nonfinite import NonFiniteError as NonFiniteError
+from rlhf.nonfinite import gradient_error, loss_error
+from rlhf.resume import TrainingStates
 
 Batch = TypeVar("Batch")
 
@@ -28,10 +32,6 @@ class Plan(Protocol):
     def world_size(self) -> int: ...
     def token_budget(self, lengths: Sequence[int]) -> int: ...
     def micro_batches(self, lengths: Sequence[int], *, sharers: int = 1) -> list[list[int]]: ...
-
-
-class NonFiniteError(RuntimeError):
-    """A loss that is not finite, with the step and the tensor."""
 
 
 class DataOrder:
@@ -83,33 +83,56 @@ def accumulate_step(
     loss_sum: Callable[[Batch], torch.Tensor],
     step: int,
     name: str = "loss",
+    engine_name: str = "model",
+    directory: Path | None = None,
+    meter: MeanMeter | None = None,
+    norm_name: str = "gradient_norm",
 ) -> float:
     """One optimizer step over all micro-batches of all ranks; returns the loss of the global batch.
 
     `loss_sum(batch)` is a sum over `count(batch)` elements (tokens or prompts). It is divided by the count of the
     *global* batch, so neither the split into micro-batches nor the number of ranks changes the gradient
-    (TRL#583). Raises NonFiniteError on every rank when one rank's loss is not finite.
+    (TRL#583). The gradient's norm before clipping goes to `meter` as `norm_name` (not in fp16, where it may carry the
+    loss scale). Raises NonFiniteError on every rank, before a weight changes, when the loss of one of them or the
+    gradient is not finite; the batch then lies in `directory`. In fp16 a gradient that overflows is DeepSpeed's to
+    handle.
     """
+    from rlhf.engine.gradients import keeps_plain_gradients, plain_gradient_norm, scales_loss
+
     device = engine.device
     total = all_reduce_sum(torch.tensor(float(sum(count(batch) for batch in micro_batches)), device=device))
     if total == 0:
         raise ValueError(f"step {step}: no element of the batch counts for {name}; check the data and the masks")
+    parts: list[torch.Tensor] = []
+
+    def backward() -> None:
+        for left, batch in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
+            engine.set_gradient_accumulation_boundary(left == 0)  # the number of micro-batches varies
+            loss = loss_sum(batch) / total
+            engine.backward(loss * world_size(), scale_wrt_gas=False)  # DeepSpeed takes the mean over ranks
+            parts.append(loss.detach())
+
+    backward()
     running = torch.zeros((), device=device)
-    for left, batch in zip(reversed(range(len(micro_batches))), micro_batches, strict=True):
-        engine.set_gradient_accumulation_boundary(left == 0)  # the number of micro-batches varies from step to step
-        loss = loss_sum(batch) / total
-        engine.backward(loss * world_size(), scale_wrt_gas=False)  # DeepSpeed takes the mean over ranks
-        running += loss.detach()
-    if any_rank(not bool(torch.isfinite(running)), device):
-        raise NonFiniteError(
-            f"{name} is not finite at step {step} (this rank's part: {running.item()}); lower the learning rate, "
-            "check the data, or train in bf16 or fp32 rather than fp16"
-        )
+    for part in parts:
+        running += part
+    norm = plain_gradient_norm(engine) if keeps_plain_gradients(engine) else None
+    bad_loss = not bool(torch.isfinite(running))
+    if any_rank(bad_loss or (norm is not None and not bool(torch.isfinite(norm))), device):
+        if any_rank(bad_loss, device):
+            raise loss_error(engine, engine_name, name, step, micro_batches, parts, directory)
+        raise gradient_error(engine, engine_name, name, step, micro_batches, directory, None)
     engine.step()
+    if not scales_loss(engine):
+        if norm is None and getattr(engine.optimizer, "overflow", False):  # DeepSpeed has left the step out
+            raise gradient_error(engine, engine_name, name, step, micro_batches, directory, backward)
+        norm = engine.get_global_grad_norm() if norm is None else norm
+        if meter is not None and norm is not None:
+            meter.add({norm_name: norm}, 1)
     return float(all_reduce_sum(running))
 
 
-class Trainer(ABC, Generic[Batch]):
+class Trainer(Loop, Generic[Batch]):
     """The offline loop: epochs, accumulation, evaluation, logging, saving the best model.
 
     An algorithm writes `collate`, `length`, `loss_count`, `loss_sum` and `evaluate`. `export` writes the model;
@@ -132,20 +155,27 @@ class Trainer(ABC, Generic[Batch]):
         stage: str,
         eval_every_steps: int,
         export: Callable[[], None],
+        states: TrainingStates | None = None,
     ) -> None:
         self.engine = engine
         self.train = train
         self.evaluation = evaluation
         self.plan = plan
-        self.run = run
-        self.directory = directory
         self.eval_every_steps = eval_every_steps
-        self.export = export
+        self._export = export
         self.order = DataOrder([self.length(example) for example in train], plan, run.seed)
-        self.total_steps = batch.max_steps or self.order.steps(batch.epochs)
-        self.writer = MetricsWriter(directory, run, stage=stage)
-        self.meter = MeanMeter()
-        self.stage = stage
+        total = batch.max_steps or self.order.steps(batch.epochs)
+        super().__init__(total_steps=total, run=run, directory=directory, stage=stage, states=states)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.engine.device)
+
+    def engines(self) -> dict[str, Any]:
+        return {"model": self.engine}
+
+    def export(self) -> None:
+        self._export()
 
     @abstractmethod
     def length(self, example: Any) -> int:
@@ -168,47 +198,65 @@ class Trainer(ABC, Generic[Batch]):
         """Metrics on the held-out data, named `eval_...`; every rank gets the same."""
 
     def fit(self) -> dict[str, Any]:
-        """Train; returns {"before": metrics, "after": metrics of the exported model, "best_step", "seconds"}."""
-        started = time.perf_counter()
+        """Train; returns {"before": metrics, "after": metrics of the exported model, "best_step", "seconds"}.
+
+        Goes on from a saved state where `states` has one. Raises Stopped when the run was asked to stop.
+        """
         torch.manual_seed(self.run.seed * 1_000_003 + rank())  # dropout masks differ between ranks
         if not self.evaluation:
             logger.warning(
                 "%s: no held-out data, so no evaluation and the last model is kept; see eval_fraction", self.stage
             )
-        before = self._evaluate_and_log(0)
-        best, best_step = before, 0
+        done = self.begin()
+        if done == 0:
+            before = self._evaluate_and_log(0)
+            self.outcome = {"before": before, "after": before, "best_step": 0}
         self.engine.train()
-        progress = tqdm(total=self.total_steps, desc=self.stage, unit="step", disable=not is_main())
-        for step in range(1, self.total_steps + 1):
-            batches = [
-                self.collate([self.train[index] for index in part]).to(self.engine.device)  # type: ignore[attr-defined]
-                for part in self.order.micro_batches(step - 1)
-            ]
-            loss = accumulate_step(
-                self.engine,
-                batches,
-                count=self.loss_count,
-                loss_sum=self.loss_sum,
-                step=step,
-                name=f"{self.stage} loss",
-            )
-            progress.update()
-            progress.set_postfix(loss=f"{loss:.4f}")
-            self.meter.add({"loss": loss, "learning_rate": learning_rate(self.engine)}, 1)
-            if step % self.run.log_every_steps == 0 or step == self.total_steps:
-                self.writer.write(step, self.meter.means(self.engine.device))
-            if self.evaluation and self._evaluation_due(step):
-                metrics = self._evaluate_and_log(step)
-                if best_step == 0 or metrics[self.best_metric] < best[self.best_metric]:
-                    best, best_step = metrics, step
-                    self.export()
-                self.engine.train()
-        progress.close()
+        with tqdm(
+            total=self.total_steps, initial=done, desc=self.stage, unit="step", disable=not is_main()
+        ) as progress:
+            for step in range(done + 1, self.total_steps + 1):
+                loss = self._step(step)
+                progress.update()
+                progress.set_postfix(loss=f"{loss:.4f}")
+                if self.evaluation and self._evaluation_due(step):
+                    self._keep_if_best(step, self._evaluate_and_log(step))
+                    self.engine.train()
+                self.end_step(step)
         if not self.evaluation:
-            best_step = self.total_steps
+            self.outcome["best_step"] = self.total_steps
             self.export()
         self.writer.close()
-        return {"before": before, "after": best, "best_step": best_step, "seconds": time.perf_counter() - started}
+        return self.ended()
+
+    def _step(self, step: int) -> float:
+        batches = [
+            self.collate([self.train[index] for index in part]).to(self.engine.device)  # type: ignore[attr-defined]
+            for part in self.order.micro_batches(step - 1)
+        ]
+        loss = accumulate_step(
+            self.engine,
+            batches,
+            count=self.loss_count,
+            loss_sum=self.loss_sum,
+            step=step,
+            name=f"{self.stage} loss",
+            engine_name=self.stage,
+            directory=self.directory,
+            meter=self.meter,
+        )
+        self.meter.add({"loss": loss, "learning_rate": learning_rate(self.engine)}, 1)
+        if step % self.run.log_every_steps == 0 or step == self.total_steps:
+            self.record(step, self.meter.means(self.engine.device))
+        return loss
+
+    def _keep_if_best(self, step: int, metrics: dict[str, Any]) -> None:
+        """Export the model when no evaluation before was as good. A disk that is full costs this one, not the run."""
+        best_step, best = self.outcome["best_step"], self.outcome["after"]
+        if best_step and metrics[self.best_metric] >= best[self.best_metric]:
+            return
+        if self.exported(last=step == self.total_steps):
+            self.outcome.update(after=metrics, best_step=step)
 
     def _evaluation_due(self, step: int) -> bool:
         return step == self.total_steps or (self.eval_every_steps > 0 and step % self.eval_every_steps == 0)
@@ -220,7 +268,7 @@ class Trainer(ABC, Generic[Batch]):
         with torch.no_grad():
             metrics = self.evaluate()
         numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        self.writer.write(step, numbers)
+        self.record(step, numbers)
         shown = {name: value for name, value in numbers.items() if "/" not in name}
         logger.info("%s step %d: %s", self.stage, step, "  ".join(f"{k}={v:.4f}" for k, v in shown.items()))
         return metrics
@@ -247,19 +295,15 @@ def learning_rate(engine: Any) -> float:
     return float(engine.optimizer.param_groups[0]["lr"])
 
 
-class OnPolicyTrainer(ABC):
+class OnPolicyTrainer(Loop):
     """The on-policy loop: prompts -> experience -> inner epochs of updates.
 
     An algorithm writes `make_experience(iteration)`, `update(experience, iteration)` and `evaluate(label)`.
     """
 
-    def __init__(self, *, iterations: int, run: RunConfig, directory: Path, stage: str, eval_every_steps: int) -> None:
-        self.iterations = iterations
-        self.run = run
-        self.directory = directory
+    def __init__(self, *, eval_every_steps: int, **loop: Any) -> None:
+        super().__init__(**loop)
         self.eval_every_steps = eval_every_steps
-        self.stage = stage
-        self.writer = MetricsWriter(directory, run, stage=stage)
 
     @abstractmethod
     def make_experience(self, iteration: int) -> Any:
@@ -273,42 +317,45 @@ class OnPolicyTrainer(ABC):
     def evaluate(self, iteration: int) -> dict[str, Any]:
         """Metrics on held-out prompts; every rank gets the same."""
 
-    @abstractmethod
-    def export(self) -> None:
-        """Write the models."""
-
     def fit(self) -> dict[str, Any]:
-        """Train; returns {"before", "after", "seconds"} with the evaluations of the first and the last actor."""
-        started = time.perf_counter()
-        before = after = self._evaluate_and_log(0)
-        progress = tqdm(total=self.iterations, desc=self.stage, unit="iteration", disable=not is_main())
-        for iteration in range(1, self.iterations + 1):
-            experience_started = time.perf_counter()
-            experience = self.make_experience(iteration)
-            update_started = time.perf_counter()
-            metrics = self.update(experience, iteration)
-            metrics["seconds_experience"] = update_started - experience_started
-            metrics["seconds_update"] = time.perf_counter() - update_started
-            progress.update()
-            progress.set_postfix(score=f"{metrics['score']:.3f}", kl=f"{metrics['kl_per_token']:.3f}")
-            if iteration % self.run.log_every_steps == 0 or iteration in (1, self.iterations):
-                self.writer.write(iteration, metrics)
-            due = self.eval_every_steps > 0 and iteration % self.eval_every_steps == 0
-            if due or iteration == self.iterations:
-                after = self._evaluate_and_log(iteration)
-                self.export()
-        progress.close()
+        """Train; returns {"before", "after", "seconds"} with the evaluations of the first and the last actor.
+
+        Goes on from a saved state where `states` has one. Raises Stopped when the run was asked to stop.
+        """
+        done = self.begin()
+        if done == 0:
+            before = self._evaluate_and_log(0)
+            self.outcome = {"before": before, "after": before}
+        with tqdm(
+            total=self.total_steps, initial=done, desc=self.stage, unit="iteration", disable=not is_main()
+        ) as progress:
+            for iteration in range(done + 1, self.total_steps + 1):
+                experience_started = time.perf_counter()
+                experience = self.make_experience(iteration)
+                update_started = time.perf_counter()
+                metrics = self.update(experience, iteration)
+                metrics["seconds_experience"] = update_started - experience_started
+                metrics["seconds_update"] = time.perf_counter() - update_started
+                progress.update()
+                progress.set_postfix(score=f"{metrics['score']:.3f}", kl=f"{metrics['kl_per_token']:.3f}")
+                if iteration % self.run.log_every_steps == 0 or iteration in (1, self.total_steps):
+                    self.record(iteration, metrics)
+                due = self.eval_every_steps > 0 and iteration % self.eval_every_steps == 0
+                if due or iteration == self.total_steps:
+                    self.outcome["after"] = self._evaluate_and_log(iteration)
+                    self.exported(last=iteration == self.total_steps)
+                self.end_step(iteration)
         self.writer.close()
-        return {"before": before, "after": after, "seconds": time.perf_counter() - started}
+        return self.ended()
 
     def _evaluate_and_log(self, iteration: int) -> dict[str, Any]:
         metrics = self.evaluate(iteration)
         numbers = {f"eval_{name}": value for name, value in metrics.items() if isinstance(value, float)}
-        self.writer.write(iteration, numbers)
+        self.record(iteration, numbers)
         logger.info("%s iteration %d: %s", self.stage, iteration, "  ".join(f"{k}={v:.4f}" for k, v in numbers.items()))
         return metrics
 
 
-def write_result(directory: Path, result: Mapping[str, Any], *, seconds: float, seed: int) -> None:
+def write_result(directory: Path, result: Mapping[str, Any], *, seed: int) -> None:
     """Write a stage's `result.json` (rank 0): what `summary.json` is put together from."""
-    write_json(directory / "result.json", {**result, "seconds": round(seconds, 1), "seed": seed})
+    write_json(directory / "result.json", {**result, "seconds": round(result["seconds"], 1), "seed": seed})

@@ -6,30 +6,25 @@ deepspeed step1_sft/main.py [--config FILE] [--field value ...]
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rlhf.algorithms.sft import SFTTrainer
-from rlhf.checkpoint import check_writable, export_causal_lm
-from rlhf.config import save_config
+from rlhf.checkpoint import export_causal_lm
 from rlhf.data import load_stage_data
-from rlhf.distributed import init_world, is_main, seed_everything, world_size
+from rlhf.distributed import world_size
 from rlhf.engine import BatchPlan, compute_dtype, training_engine, zero3_loading
+from rlhf.identity import model_fingerprint
 from rlhf.models import apply_lora, check_vocabulary, load_causal_lm, load_tokenizer
-from rlhf.stages import parse_stage, resolve_base_model, run_stage
-from rlhf.trainer import write_result
+from rlhf.stage_main import Stage, stage_main
+from rlhf.stages import resolve_base_model, run_stage
 
 
-def main(argv: list[str] | None = None) -> dict:
-    started = time.perf_counter()
-    configs = parse_stage("sft", argv)
-    run, model_config, engine_config, optimizer_config, batch, data_config, config = configs
-    init_world()
-    directory = Path(run.output_dir) / "sft"
-    check_writable(directory)
-    seed_everything(run.seed)
+@stage_main("sft")
+def main(stage: Stage) -> dict:
+    run, model_config, engine_config, optimizer_config, batch, data_config, config = stage.configs
+    directory = stage.directory
     plan = BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size(), batch.micro_batch_tokens)
     base_model = resolve_base_model(model_config.base_model, Path(run.cache_dir))
 
@@ -64,6 +59,7 @@ def main(argv: list[str] | None = None) -> dict:
             targets=model_config.lora_targets,
             quantized=model_config.quantization != "none",
             gradient_checkpointing=model_config.gradient_checkpointing,
+            seed=run.seed,
         )
     trainer = SFTTrainer(
         None,
@@ -76,6 +72,7 @@ def main(argv: list[str] | None = None) -> dict:
         config=config,
         pad_token_id=tokenizer.pad_token_id,
         export=lambda: export_causal_lm(trainer.engine, tokenizer, directory / "model"),
+        states=stage.states(base=model_fingerprint(base_model), data=data.fingerprint),
     )
     trainer.engine = training_engine(
         model,
@@ -86,16 +83,14 @@ def main(argv: list[str] | None = None) -> dict:
         gradient_checkpointing=model_config.gradient_checkpointing,
     )
     outcome = trainer.fit()
-    result = {
+    return {
         "eval_loss_before": outcome["before"].get("eval_loss"),
         "eval_loss_after": outcome["after"].get("eval_loss"),
         "eval_perplexity_after": outcome["after"].get("eval_perplexity"),
         "best_step": outcome["best_step"],
+        "seconds": outcome["seconds"],
+        "health": outcome["health"],
     }
-    write_result(directory, result, seconds=time.perf_counter() - started, seed=run.seed)
-    if is_main():
-        save_config(directory / "config.yaml", configs)
-    return result
 
 
 if __name__ == "__main__":

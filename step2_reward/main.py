@@ -6,31 +6,26 @@ deepspeed step2_reward/main.py [--config FILE] [--field value ...]
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rlhf.algorithms.reward import RewardTrainer
-from rlhf.checkpoint import check_writable, export_scalar_model
-from rlhf.config import save_config
+from rlhf.checkpoint import export_scalar_model
 from rlhf.data import load_stage_data
-from rlhf.distributed import init_world, is_main, seed_everything, world_size
+from rlhf.distributed import world_size
 from rlhf.engine import BatchPlan, compute_dtype, training_engine, zero3_loading
+from rlhf.identity import model_fingerprint
 from rlhf.metrics import write_json
 from rlhf.models import ScalarModel, apply_lora, check_vocabulary, load_tokenizer
-from rlhf.stages import parse_stage, resolve_base_model, run_stage
-from rlhf.trainer import write_result
+from rlhf.stage_main import Stage, stage_main
+from rlhf.stages import resolve_base_model, run_stage
 
 
-def main(argv: list[str] | None = None) -> dict:
-    started = time.perf_counter()
-    configs = parse_stage("reward", argv)
-    run, model_config, engine_config, optimizer_config, batch, data_config, config = configs
-    init_world()
-    directory = Path(run.output_dir) / "reward"
-    check_writable(directory)
-    seed_everything(run.seed)
+@stage_main("reward")
+def main(stage: Stage) -> dict:
+    run, model_config, engine_config, optimizer_config, batch, data_config, config = stage.configs
+    directory = stage.directory
     plan = BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size(), batch.micro_batch_tokens)
     base_model = resolve_base_model(model_config.base_model, Path(run.cache_dir))
 
@@ -66,6 +61,7 @@ def main(argv: list[str] | None = None) -> dict:
             targets=model_config.lora_targets,
             quantized=model_config.quantization != "none",
             gradient_checkpointing=model_config.gradient_checkpointing,
+            seed=run.seed,
         )
 
     def export() -> None:
@@ -83,6 +79,7 @@ def main(argv: list[str] | None = None) -> dict:
         config=config,
         pad_token_id=tokenizer.pad_token_id,
         export=export,
+        states=stage.states(base=model_fingerprint(base_model), data=data.fingerprint),
     )
     trainer.engine = training_engine(
         model,
@@ -94,18 +91,16 @@ def main(argv: list[str] | None = None) -> dict:
     )
     outcome = trainer.fit()
     after = outcome["after"]
-    result = {
+    write_json(directory / "evaluation.json", after)
+    return {
         "accuracy": after.get("eval_accuracy"),
         "length_baseline_accuracy": after.get("eval_length_baseline_accuracy"),
         "accuracy_by_category": {name: entry["accuracy"] for name, entry in after.get("by_category", {}).items()},
         "mean_margin": after.get("eval_margin"),
         "best_step": outcome["best_step"],
+        "seconds": outcome["seconds"],
+        "health": outcome["health"],
     }
-    write_json(directory / "evaluation.json", after)
-    write_result(directory, result, seconds=time.perf_counter() - started, seed=run.seed)
-    if is_main():
-        save_config(directory / "config.yaml", configs)
-    return result
 
 
 if __name__ == "__main__":

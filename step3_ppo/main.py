@@ -6,35 +6,31 @@ deepspeed step3_ppo/main.py [--config FILE] [--field value ...]
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rlhf.algorithms.ppo import PPOTrainer, ppo_optimizer_steps
-from rlhf.checkpoint import check_writable, export_causal_lm, export_scalar_model
-from rlhf.config import ConfigError, save_config
+from rlhf.checkpoint import export_causal_lm, export_scalar_model
+from rlhf.config import ConfigError
 from rlhf.data import load_stage_data
-from rlhf.distributed import init_world, is_main, seed_everything, world_size
+from rlhf.distributed import world_size
 from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.forward import eos_token_ids
+from rlhf.identity import model_fingerprint
 from rlhf.metrics import write_json
 from rlhf.models import check_vocabulary, load_tokenizer
 from rlhf.scoring import RewardScorer, same_tokenizer
-from rlhf.stages import find_stage_model, paired_samples, parse_stage, run_stage
-from rlhf.trainer import write_result
+from rlhf.stage_main import Stage, stage_main
+from rlhf.stages import find_stage_model, paired_samples, run_stage
 
 
-def main(argv: list[str] | None = None) -> dict:
-    started = time.perf_counter()
-    configs = parse_stage("ppo", argv)
-    run, model_config, engine_config, optimizer_config, batch, data_config, config = configs
+@stage_main("ppo")
+def main(stage: Stage) -> dict:
+    run, model_config, engine_config, optimizer_config, batch, data_config, config = stage.configs
+    directory = stage.directory
     actor_model = find_stage_model(config.actor_model, "actor_model", run.output_dir, "sft")
     reward_model = find_stage_model(config.reward_model, "reward_model", run.output_dir, "reward")
-    init_world()
-    directory = Path(run.output_dir) / "ppo"
-    check_writable(directory)
-    seed_everything(run.seed)
     if config.ptx_coef > 0 and not data_config.ptx_data:
         raise ConfigError(f"ptx_coef={config.ptx_coef} needs data: name it in `ptx_data`, or set ptx_coef to 0")
     if config.ptx_coef == 0 and data_config.ptx_data:
@@ -47,9 +43,9 @@ def main(argv: list[str] | None = None) -> dict:
         config=data_config, tokenizer=tokenizer, seed=run.seed, cache_dir=Path(run.cache_dir), report_dir=directory
     )
     prompts = load_stage_data("prompt", data_config.prompt_data, data_config.prompt_eval_data, stage="ppo", **shared)
-    ptx = []
+    ptx = None
     if config.ptx_coef > 0:
-        ptx = load_stage_data("response", data_config.ptx_data, [], stage="sft", report_name="ptx", **shared).train
+        ptx = load_stage_data("response", data_config.ptx_data, [], stage="sft", report_name="ptx", **shared)
     # a critic reads the actor's tokens: a reward model of another tokenizer cannot lend it its weights
     critic_model = config.critic_model or (reward_model if same_tokenizer(reward_tokenizer, tokenizer) else actor_model)
     engine = RLHFEngine.build(
@@ -90,11 +86,19 @@ def main(argv: list[str] | None = None) -> dict:
         export=export,
         concurrent=engine_config.side_by_side,
         gather_for_generation=engine_config.gather_for_generation,
-        ptx=ptx,
+        ptx=ptx.train if ptx else (),
+        states=stage.states(
+            actor=model_fingerprint(actor_model),
+            reward=model_fingerprint(reward_model),
+            critic=model_fingerprint(critic_model),
+            data=[prompts.fingerprint, ptx and ptx.fingerprint],
+        ),
     )
     outcome = trainer.fit()
     before, after = outcome["before"], outcome["after"]
-    result = {
+    samples = paired_samples(before.get("samples", []), after.get("samples", []))
+    write_json(directory / "samples.json", {"samples": samples})
+    return {
         "score_before": before.get("score"),
         "score_after": after.get("score"),
         "score_std_before": before.get("score_std"),
@@ -103,13 +107,10 @@ def main(argv: list[str] | None = None) -> dict:
         "eos_rate_after": after.get("eos_rate"),
         "mean_response_tokens_before": before.get("response_tokens"),
         "mean_response_tokens_after": after.get("response_tokens"),
+        "samples": samples,
+        "seconds": outcome["seconds"],
+        "health": outcome["health"],
     }
-    samples = paired_samples(before.get("samples", []), after.get("samples", []))
-    write_json(directory / "samples.json", {"samples": samples})
-    write_result(directory, {**result, "samples": samples}, seconds=time.perf_counter() - started, seed=run.seed)
-    if is_main():
-        save_config(directory / "config.yaml", configs)
-    return result
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from rlhf.distributed import free_port
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run_ranks(
-    script: str | Path, world: int, tmp_path: Path, args: Sequence[str] = (), *, timeout: float = 300.0, port: int = 0
-) -> subprocess.CompletedProcess[str]:
-    """Run `script` (a path, or the text of a python program) on `world` ranks over gloo; `port` 0 takes a free one.
+def start_ranks(
+    script: str | Path, world: int, tmp_path: Path, args: Sequence[str] = (), *, port: int = 0
+) -> subprocess.Popen[str]:
+    """Start `script` (a path, or the text of a python program) on `world` ranks over gloo; `port` 0 takes a free one.
 
-    Returns the finished process with its output; fails with the output when it takes longer than `timeout` seconds.
+    The launcher and every rank are in a session of their own: `os.killpg(process.pid, ...)` reaches all of them.
     """
     tmp_path.mkdir(parents=True, exist_ok=True)
     path = tmp_path / "ranks.py"
@@ -40,7 +40,7 @@ def run_ranks(
         environment.pop(name, None)  # set by tests that made a world of one in this process
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world)]
     command += ["--master_port", str(port or free_port()), str(path), *map(str, args)]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -49,11 +49,21 @@ def run_ranks(
         env=environment,
         start_new_session=True,
     )
+
+
+def run_ranks(
+    script: str | Path, world: int, tmp_path: Path, args: Sequence[str] = (), *, timeout: float = 300.0, port: int = 0
+) -> subprocess.CompletedProcess[str]:
+    """Run `script` to its end; see `start_ranks`.
+
+    Returns the finished process with its output; fails with the output when it takes longer than `timeout` seconds.
+    """
+    process = start_ranks(script, world, tmp_path, args, port=port)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # the launcher and every rank it started
         output, _ = process.communicate()
-        message = f"{path.name} on {world} ranks took more than {timeout:.0f} s:\n{output[-4000:]}"
+        message = f"{script} on {world} ranks took more than {timeout:.0f} s:\n{output[-4000:]}"
         raise AssertionError(message) from None
-    return subprocess.CompletedProcess(command, process.returncode, output, "")
+    return subprocess.CompletedProcess(process.args, process.returncode, output, "")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf.config import ConfigError, RunConfig
-from rlhf.metrics import MeanMeter, MetricsWriter, write_json
+from rlhf.metrics import LineFile, MeanMeter, MetricsWriter, write_json
 from tests.launch import run_ranks
 
 QUIET = RunConfig(tensorboard=False)
@@ -51,7 +51,7 @@ def test_sums_are_kept_in_float64_and_without_a_graph():
 
 
 TWO_RANKS = """
-import json, sys
+import glob, json, os, sys
 import torch
 from rlhf.distributed import init_world, rank
 from rlhf.metrics import MeanMeter, MetricsWriter
@@ -64,9 +64,11 @@ meter.add({"loss": [6.0, 4.0][rank()], "kl": [1.0, 0.0][rank()]}, [3, 1][rank()]
 means = meter.means()
 directory = Path(sys.argv[-1]) / f"rank{rank()}"
 writer = MetricsWriter(directory, RunConfig(tensorboard=False), stage="sft")
+writer.open()
 writer.write(1, means)
 writer.close()
-found = {"means": means, "wrote": directory.exists()}
+shared_memory = glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_*")
+found = {"means": means, "wrote": directory.exists(), "shared_memory": shared_memory}
 Path(sys.argv[-1], f"found{rank()}.json").write_text(json.dumps(found))
 torch.distributed.destroy_process_group()
 """
@@ -77,11 +79,14 @@ def test_two_ranks_get_the_mean_over_both_and_only_the_first_writes(tmp_path):
     assert done.returncode == 0, done.stdout
     for index, wrote in enumerate((True, False)):
         found = json.loads((tmp_path / f"found{index}.json").read_text())
-        assert found == {"means": {"loss": 10 / 4, "kl": 1 / 4}, "wrote": wrote}
+        assert found["means"] == {"loss": 10 / 4, "kl": 1 / 4}
+        assert found["wrote"] == wrote
+        assert not found["shared_memory"], "memory that outlives the process"
 
 
 def test_one_line_of_json_per_step(tmp_path):
     writer = MetricsWriter(tmp_path / "run", QUIET, stage="sft")
+    writer.open()
     writer.write(1, {"loss": 2.5})
     writer.write(10, {"loss": 1.5, "kl": 0.25})
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -90,10 +95,63 @@ def test_one_line_of_json_per_step(tmp_path):
     writer.close()
 
 
+def test_a_run_that_goes_on_cuts_off_what_came_after_its_state(tmp_path):
+    """No line twice, none missing, no half line; and the meter goes on with the same sums."""
+    writer = MetricsWriter(tmp_path, QUIET, stage="sft")
+    writer.open()
+    writer.write(1, {"loss": 3.0})
+    meter = MeanMeter()
+    meter.add({"loss": 0.1}, 1)
+    meter.add({"loss": 0.2}, 1)
+    position, sums = writer.position(), json.loads(json.dumps(meter.state()))
+    writer.write(2, {"loss": 2.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # a process that was killed while it wrote
+
+    again = MetricsWriter(tmp_path, QUIET, stage="sft")
+    again.open(position, seconds=100.0, step=1)
+    other = MeanMeter()
+    other.load(sums)
+    other.add({"loss": 0.3}, 1)
+    again.write(2, other.means())
+    again.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[1]["loss"] == (0.1 + 0.2 + 0.3) / 3  # to the last digit
+    assert lines[1]["seconds"] >= 100.0
+    with pytest.raises(ValueError, match="lines are lost"):
+        MetricsWriter(tmp_path, QUIET, stage="sft").open(10_000)
+
+
+def test_lines_wait_for_a_disk_that_is_full(tmp_path):
+    """A real limit: the process may write no file beyond 100 bytes."""
+    import resource
+    import signal
+
+    lines = LineFile(tmp_path / "metrics.jsonl")
+    lines.open()
+    lines.write("a" * 39)
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        lines.write("b" * 79)  # the first 60 bytes of it fit
+        lines.write("c" * 9)
+        with pytest.raises(OSError, match="could not be written yet"):
+            lines.position()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    lines.write("d")
+    assert lines.position() == 40 + 80 + 10 + 2
+    lines.close()
+    assert (tmp_path / "metrics.jsonl").read_text().split() == ["a" * 39, "b" * 79, "c" * 9, "d"]
+
+
 def test_tensorboard_events_hold_every_value(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     writer = MetricsWriter(tmp_path, RunConfig(tensorboard=True), stage="sft")
+    writer.open()
     writer.write(3, {"loss": 0.5})
     writer.write(4, {"loss": 0.25})
     writer.close()

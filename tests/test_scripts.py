@@ -295,7 +295,7 @@ def test_launcher_options_reach_the_launcher_only(tmp_path, monkeypatch):
         (["--stages", "sft", "--kl_coef", "1"], r"--kl_coef is a field of ppo, which this run \(sft\) leaves out"),
         (["--stages", "rm"], r"--stages rm: the stages are sft, reward, ppo"),
         (["stray"], r"`stray` is not an option"),
-        (["--num_devices", "two"], r"--num_devices needs a whole number above 0, got 'two'"),
+        (["--num_devices", "two"], r"--num_devices needs a whole number of at least 1, got 'two'"),
         (["--num_devices"], r"--num_devices needs one value"),
         (["--hostfile", "nowhere"], r"--hostfile nowhere: no such file"),
         (["--config", "nowhere.yaml"], r"configuration file not found: nowhere.yaml"),
@@ -325,7 +325,8 @@ def test_assignments_survive_bash(tmp_path):
 def made_up_results():
     sample = {"prompt": "안녕?", "sft": "응", "ppo": "안녕하세요!\n반가워요", "score_sft": -0.5, "score_ppo": 1.25}
     ppo = dict.fromkeys(summary.SUMMARY_KEYS["ppo"], 0.5) | {"score_before": 0.1, "score_after": 1.3}
-    return {
+    healthy = {"healthy": True, "lines": 3, "findings": []}
+    results = {
         "sft": {"eval_loss_before": 3.0, "eval_loss_after": 2.0, "best_step": 7, "seconds": 10.0, "seed": 3},
         "reward": {
             "accuracy": 0.85,
@@ -337,6 +338,7 @@ def made_up_results():
         },
         "ppo": {**ppo, "samples": [{**sample, "id": "extra"}], "seconds": 30.5, "seed": 3},
     }
+    return {stage: {**result, "health": healthy} for stage, result in results.items()}
 
 
 def write_results(directory, results):
@@ -362,7 +364,7 @@ def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
     write_results(tmp_path, made_up_results())
     assert summary.main([str(tmp_path)]) == 0
     written = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
-    assert list(written) == ["sft", "reward", "ppo", "samples", "seconds", "seed"]
+    assert list(written) == ["sft", "reward", "ppo", "samples", "seconds", "seed", "health"]
     assert written["sft"] == {"eval_loss_before": 3.0, "eval_loss_after": 2.0}
     assert set(written["reward"]) == {"accuracy", "length_baseline_accuracy", "accuracy_by_category", "mean_margin"}
     assert set(written["ppo"]) == {
@@ -376,6 +378,17 @@ def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
     assert "choosing the longer response: 0.500" in table
     assert "+1.200 = +2.40 standard deviations" in table, "1.2 over a standard deviation of 0.5"
     assert "안녕하세요! 반가워요" in table and "seed 3" in table
+    assert "doctor: nothing found" in table
+
+
+def test_the_table_ends_with_what_the_doctor_found(tmp_path):
+    results = made_up_results()
+    entry = {"check": "kl_explodes", "severity": "critical", "since": 7, "until": None, "message": "9 nats per token"}
+    results["ppo"]["health"] = {"healthy": False, "lines": 12, "findings": [entry]}
+    write_results(tmp_path, results)
+    table = summary.closing_table(summary.summarize(tmp_path))
+    assert "doctor: ppo since step 7: 9 nats per token" in table
+    assert "nothing found" not in table
 
 
 def test_table_columns_line_up_with_korean_labels(tmp_path):

@@ -21,7 +21,9 @@ from rlhf.distributed import all_gather_rows, rank, world_size
 from rlhf.forward import eos_token_ids
 from rlhf.generation import Sampling
 from rlhf.metrics import MeanMeter
+from rlhf.nonfinite import check_rollout
 from rlhf.ops import KLEstimator, estimate_kl, last_true, masked_variance, masked_whiten
+from rlhf.resume import TrainingStates
 from rlhf.rollouts import RolloutWorker
 from rlhf.scoring import label_loss, response_logprobs, response_logprobs_and_entropy, response_values, trim
 from rlhf.side_by_side import WORKERS, pays, side_by_side
@@ -295,6 +297,7 @@ class PPOTrainer(OnPolicyTrainer):
         concurrent: bool = True,
         gather_for_generation: bool = True,
         ptx: Sequence[TokenizedResponse] = (),
+        states: TrainingStates | None = None,
     ) -> None:
         self.engine = engine
         self.prompts = prompts
@@ -332,14 +335,47 @@ class PPOTrainer(OnPolicyTrainer):
                 raise ConfigError(f"ptx_coef={config.ptx_coef} needs data: name it in `ptx_data`, or set ptx_coef to 0")
             self.ptx_order = DataOrder([len(row.input_ids) for row in ptx], plan, run.seed + 1)
         self.optimizer_step = 0
+        self.first_log_ratios: list[torch.Tensor] | None = None  # collected over the first minibatch of an update
         iterations = batch.max_steps or self.order.steps(batch.epochs)
         super().__init__(
-            iterations=iterations, run=run, directory=directory, stage="ppo", eval_every_steps=config.eval_every_steps
+            eval_every_steps=config.eval_every_steps,
+            total_steps=iterations,
+            run=run,
+            directory=directory,
+            stage="ppo",
+            states=states,
         )
 
     @property
     def device(self) -> torch.device:
-        return self.engine.actor.device
+        return torch.device(self.engine.actor.device)
+
+    def engines(self) -> dict[str, Any]:
+        return {"actor": self.engine.actor, "critic": self.engine.critic}
+
+    def state(self) -> dict[str, Any]:
+        mine = {
+            "kl_coef": self.kl.value,
+            "optimizer_step": self.optimizer_step,
+            "old_logprobs": self.rollouts.old_logprobs,
+            "captured_error": self.rollouts.captured_error,
+            "captured_error_mean": self.rollouts.captured_error_mean,
+        }
+        return {**super().state(), "ppo": mine}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return self.engine.ema_state_dict() if self.config.ema_decay > 0 else {}
+
+    def load_state(
+        self, state: dict[str, Any], rank_states: Sequence[dict[str, Any]], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        super().load_state(state, rank_states, tensors)
+        mine = state["ppo"]
+        self.kl.value, self.optimizer_step = mine["kl_coef"], mine["optimizer_step"]
+        self.rollouts.old_logprobs, self.rollouts.captured_error = mine["old_logprobs"], mine["captured_error"]
+        self.rollouts.captured_error_mean = mine["captured_error_mean"]
+        if self.config.ema_decay > 0:
+            self.engine.load_ema_state_dict(tensors)
 
     def _backend(self) -> Any:
         if self.config.generation_backend == "own":
@@ -355,6 +391,7 @@ class PPOTrainer(OnPolicyTrainer):
         config = self.config
         examples = [self.prompts[index] for index in self.order.indices(iteration - 1)]
         rollout, scored = self.rollouts.run(examples, iteration)
+        check_rollout(rollout, scored, examples, iteration, self.directory)
         mask = rollout.response_mask
         if not bool((mask.sum(1) > self.rollouts.ended(rollout).long()).any()):
             raise EmptyRolloutError(
@@ -375,11 +412,13 @@ class PPOTrainer(OnPolicyTrainer):
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, scored["values"], mask, gamma=config.gamma, lam=config.lam)
+        advantage_std = float(masked_variance(advantages, mask).sqrt())
         if config.whiten_advantages:
             advantages = masked_whiten(advantages, mask)
         self.experience_metrics = {
             **self.rollouts.describe(rollout, scored),
             "reward": float(rewards.sum(1).mean()),
+            "advantage_std": advantage_std,
             "explained_variance": explained_variance(scored["values"], returns, mask),
             "kl_coef": self.kl.value,
             **self.rollouts.measured,
@@ -394,7 +433,8 @@ class PPOTrainer(OnPolicyTrainer):
     def update(self, experience: PPOExperience, iteration: int) -> dict[str, float]:
         """All PPO epochs over one experience: the minibatches are reshuffled in every epoch."""
         meter, critic_meter = MeanMeter(), MeanMeter()
-        ratio_first = None
+        first: dict[str, float] = {}
+        self.first_log_ratios = []
         for epoch in range(self.batch.ppo_epochs):
             for minibatch in self.minibatches(experience, iteration, epoch):
                 steps = (partial(self.actor_step, minibatch, meter), partial(self.critic_step, minibatch, critic_meter))
@@ -402,17 +442,28 @@ class PPOTrainer(OnPolicyTrainer):
                 self.optimizer_step += 1
                 if self.config.ema_decay > 0:
                     self.engine.update_ema()
-                if ratio_first is None:
-                    ratio_first = meter.means(self.device, keep=True)["ratio"]
+                if self.first_log_ratios is not None:
+                    first = {"ratio_first": meter.means(self.device, keep=True)["ratio"], **self.first_deviation()}
         observed = self.experience_metrics
         self.kl.update(observed["kl_per_response"], len(experience))
         return {
             **observed,
             **meter.means(self.device),
             **critic_meter.means(self.device),
-            "ratio_first": float(ratio_first or 0.0),
+            **first,
             "learning_rate": learning_rate(self.engine.actor),
+            "critic_learning_rate": learning_rate(self.engine.critic),
         }
+
+    def first_deviation(self) -> dict[str, float]:
+        """How far new and old log-probabilities lie apart on the first minibatch, over all ranks; ends the collecting.
+
+        They are the same policy's: the mean ratio alone would hide deviations of both signs, as of a shifted mask.
+        """
+        found = self.first_log_ratios or [torch.zeros(1, device=self.device)]
+        self.first_log_ratios = None
+        deviations = all_gather_rows(torch.cat(found)).abs()
+        return {"log_ratio_first_mean": float(deviations.mean()), "log_ratio_first_max": float(deviations.max())}
 
     def minibatches(self, experience: PPOExperience, iteration: int, epoch: int) -> list[list[PPOExperience]]:
         """Shuffled minibatches, each as this rank's micro-batches of rows of like length."""
@@ -448,8 +499,11 @@ class PPOTrainer(OnPolicyTrainer):
                 [*micro_batches, *ptx_parts],
                 count=lambda part: token_count(part) if isinstance(part, PPOExperience) else 0.0,
                 loss_sum=loss_sum,
-                step=self.optimizer_step,
+                step=self.step + 1,
                 name="policy loss",
+                engine_name="actor",
+                directory=self.directory,
+                meter=meter,
             )
 
     def actor_loss(self, part: PPOExperience, meter: MeanMeter) -> torch.Tensor:
@@ -459,6 +513,8 @@ class PPOTrainer(OnPolicyTrainer):
             logprobs, entropy = response_logprobs_and_entropy(self.engine.actor, rollout, config.temperature)
         else:
             logprobs, entropy = response_logprobs(self.engine.actor, rollout, config.temperature), None
+        if self.first_log_ratios is not None:
+            self.first_log_ratios.append((logprobs.detach() - rollout.logprobs)[mask])
         loss, metrics = policy_loss(logprobs, rollout.logprobs, part.advantages, mask, clip_range=config.clip_range)
         if entropy is not None:
             entropy_sum = (entropy * mask).sum()
@@ -484,8 +540,12 @@ class PPOTrainer(OnPolicyTrainer):
                 micro_batches,
                 count=token_count,
                 loss_sum=loss_sum,
-                step=self.optimizer_step,
+                step=self.step + 1,
                 name="value loss",
+                engine_name="critic",
+                directory=self.directory,
+                meter=meter,
+                norm_name="critic_gradient_norm",
             )
 
     def ptx_micro_batches(self) -> list[TokenBatch]:

@@ -180,13 +180,16 @@ class RewardTrainer(Trainer[RankedBatch]):
     def calibrate(self) -> tuple[float, float]:
         """Mean and standard deviation of the scores of the best responses of `calibration_rows` random prompts.
 
-        InstructGPT normalises the reward model so that reference responses have mean score 0.
+        InstructGPT normalises the reward model so that reference responses have mean score 0. The range of all their
+        responses' scores, normalised alike, is noted in the model, which is saved with it.
         """
         self.engine.eval()
         with torch.no_grad():
             rows = self._score_all(self.calibration_examples())
         best = rows.scores[rows.ranks == 0]
-        return float(best.mean()), max(float(best.std(unbiased=False)), 1e-6)
+        mean, std = float(best.mean()), max(float(best.std(unbiased=False)), 1e-6)
+        self.engine.module.set_score_range((rows.scores - mean) / std)
+        return mean, std
 
     def calibration_examples(self) -> list[TokenizedRanking]:
         """Random training prompts, the same on every rank (data sets may stand one after the other)."""

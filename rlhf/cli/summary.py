@@ -1,7 +1,7 @@
 """Merge the stages' `result.json` into `summary.json` and print the closing table.
 
 `python -m rlhf.cli.summary OUTPUT_DIR`. Each stage writes `OUTPUT_DIR/<stage>/result.json` with its own figures,
-`seconds` and `seed` (PPO also `samples`); see `SUMMARY_KEYS`.
+`seconds`, `seed` and the doctor's `health` (PPO also `samples`); see `SUMMARY_KEYS`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def summarize(output_dir: Path) -> dict[str, Any]:
     seconds = {stage: float(results[stage]["seconds"]) for stage in STAGES}
     summary["seconds"] = {**seconds, "total": sum(seconds.values())}
     summary["seed"] = seeds["sft"]
+    summary["health"] = {stage: results[stage]["health"] for stage in STAGES}
     return summary
 
 
@@ -103,8 +104,13 @@ def closing_table(summary: Mapping[str, Any], *, samples: int = 3, width: int = 
             _cut(f"SFT {sample['score_sft']:+8.2f} {_one_line(sample['sft'])}", width),
             _cut(f"PPO {sample['score_ppo']:+8.2f} {_one_line(sample['ppo'])}", width),
         ]
+    lines.append("")
+    found = [(stage, found) for stage, health in summary["health"].items() for found in health["findings"]]
+    for stage, entry in found:
+        lines.append(f"doctor: {stage} since step {entry['since']}: {entry['message']}")
+    lines.append("doctor: `rlhf doctor` says what to try" if found else "doctor: nothing found")
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
-    return "\n".join([*lines, "", f"seconds: {seconds}; seed {summary['seed']}"])
+    return "\n".join([*lines, f"seconds: {seconds}; seed {summary['seed']}"])
 
 
 def _read_result(output_dir: Path, stage: str) -> dict[str, Any]:
@@ -116,7 +122,7 @@ def _read_result(output_dir: Path, stage: str) -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise SummaryError(f"{path} is not JSON ({error}); {how} again") from error
-    needed = (*SUMMARY_KEYS[stage], "seconds", "seed", *(("samples",) if stage == "ppo" else ()))
+    needed = (*SUMMARY_KEYS[stage], "seconds", "seed", "health", *(("samples",) if stage == "ppo" else ()))
     missing = [key for key in needed if not isinstance(result, dict) or key not in result]
     if missing:
         raise SummaryError(f"{path} lacks {', '.join(missing)}; {how} again")

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,30 @@ def apply_lora(
     targets: Sequence[str],
     quantized: bool,
     gradient_checkpointing: bool,
+    seed: int | None = None,
 ) -> nn.Module:
     """The model with its base frozen and a trainable adapter on the linear modules named in `targets`.
 
     A causal LM becomes a PeftModel; a ScalarModel keeps its class, its backbone is wrapped and its head trains in
-    full. Empty `targets` picks the attention projections. Raises ConfigError when a target matches no linear module.
+    full. Empty `targets` picks the attention projections. With a `seed` the adapter starts alike whatever was drawn
+    from the global generator before (by a merge on first use, for one); without one it is drawn from that. Raises
+    ConfigError when a target matches no linear module.
     """
-    if isinstance(model, ScalarModel):
-        model.backbone = _adapted(
-            model.backbone, "FEATURE_EXTRACTION", rank, alpha, dropout, targets, quantized, gradient_checkpointing
-        )
-        return model
-    return _adapted(model, "CAUSAL_LM", rank, alpha, dropout, targets, quantized, gradient_checkpointing)
+    with nullcontext() if seed is None else _seeded(seed):
+        if isinstance(model, ScalarModel):
+            model.backbone = _adapted(
+                model.backbone, "FEATURE_EXTRACTION", rank, alpha, dropout, targets, quantized, gradient_checkpointing
+            )
+            return model
+        return _adapted(model, "CAUSAL_LM", rank, alpha, dropout, targets, quantized, gradient_checkpointing)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """The global generators seeded within the block, and as they were after it."""
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_available() else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def _adapted(

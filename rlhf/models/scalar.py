@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from torch import nn
 from rlhf.config import ConfigError
 from rlhf.forward import hidden_states
 from rlhf.models.loading import SCALAR_HEAD_FILE, load_backbone
+
+SCORE_RANGE_FILE = "score_range.json"
+"""Beside the head of a reward model: how far the scores reached in its training."""
 
 
 class ScalarHead(nn.Linear):
@@ -45,6 +49,8 @@ class ScalarModel(nn.Module):
         self.head = ScalarHead(_hidden_size(backbone.config), seed=seed).to(backbone.device)
         for name, value in (("score_mean", 0.0), ("score_std", 1.0)):
             self.register_buffer(name, torch.tensor(value, device=backbone.device))
+        self.score_range: dict[str, Any] | None = None
+        self._scores_measured = False
 
     @classmethod
     def from_base(cls, path: str | Path, *, dtype: torch.dtype, seed: int = 0, **options: Any) -> ScalarModel:
@@ -66,6 +72,9 @@ class ScalarModel(nn.Module):
         check_scalar_directory(path)
         model = cls(backbone)
         model.load_head(load_file(Path(path) / SCALAR_HEAD_FILE))
+        known = Path(path) / SCORE_RANGE_FILE
+        if known.is_file():
+            model.score_range = json.loads(known.read_text(encoding="utf-8"))
         return model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -85,6 +94,16 @@ class ScalarModel(nn.Module):
         self.score_mean.fill_(mean)
         self.score_std.fill_(std)
 
+    def set_score_range(self, scores: torch.Tensor) -> None:
+        """Note how far normalised `scores` [N] of training responses reach; `save_head` writes it beside the head."""
+        shares = (0.01, 0.05, 0.5, 0.95, 0.99)
+        ordered = scores.double().sort().values
+        at = {str(share): float(ordered[round(share * (len(ordered) - 1))]) for share in shares}
+        self.score_range = {
+            "responses": len(ordered), "minimum": float(ordered[0]), "maximum": float(ordered[-1]), "quantiles": at
+        }  # fmt: skip
+        self._scores_measured = True
+
     def load_head(self, tensors: dict[str, torch.Tensor]) -> None:
         """Set head and normalisation from the tensors of a scalar head file."""
         if tensors["weight"].shape != self.head.weight.shape:
@@ -99,7 +118,10 @@ class ScalarModel(nn.Module):
         self.score_std.copy_(tensors["score_std"])
 
     def save_head(self, directory: Path, state: dict[str, torch.Tensor]) -> None:
-        """Write the scalar head file from the state dict `state` of this model."""
+        """Write the scalar head file from the state dict `state` of this model, and the range of measured scores.
+
+        A range that was loaded is not written: the critic that grows from a reward model no longer has its scores.
+        """
         tensors = {
             "weight": state["head.weight"],
             "bias": state["head.bias"],
@@ -108,6 +130,8 @@ class ScalarModel(nn.Module):
         }
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
                   directory / SCALAR_HEAD_FILE, metadata={"format": "pt"})  # fmt: skip
+        if self._scores_measured:
+            (directory / SCORE_RANGE_FILE).write_text(json.dumps(self.score_range, indent=2) + "\n", encoding="utf-8")
 
     @property
     def config(self) -> Any:

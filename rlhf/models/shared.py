@@ -109,7 +109,7 @@ def adapted_roles(
     def with_new_adapter(module: nn.Module, targets: list[str]) -> nn.Module:
         return apply_lora(
             module, rank=model.lora_rank, alpha=model.lora_alpha, dropout=0.0, targets=targets, quantized=False,
-            gradient_checkpointing=model.gradient_checkpointing,
+            gradient_checkpointing=model.gradient_checkpointing, seed=seed,
         )  # fmt: skip
 
     def scalar(name: str, *, trainable: bool) -> nn.Module:

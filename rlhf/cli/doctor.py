@@ -1,0 +1,28 @@
+"""`rlhf doctor RUN_DIR`: what is wrong with a run, since when, what it means and what to try."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rlhf.doctor import NotARunError, diagnose
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `rlhf doctor`."""
+    parser.description = (
+        "Read a finished or running run and print a diagnosis. Exit status: 0 healthy, 1 findings, 2 no run there."
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="output_dir of a run, or one stage's directory")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the diagnosis; the exit status."""
+    try:
+        diagnosis = diagnose(arguments.run_dir)
+    except NotARunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(diagnosis.text())
+    return 0 if diagnosis.healthy else 1

@@ -1,0 +1,56 @@
+"""The limits of the checks, each with its reason. A line is a line of `metrics.jsonl`."""
+
+from __future__ import annotations
+
+START = 3
+"""Lines whose mean stands for the beginning of a run, and lines at the end that must agree unless said otherwise."""
+KEPT_FIRST, KEPT_LAST = 6, 24
+"""Lines of each kind (training, evaluation) at either end of a history that some check looks at."""
+
+LOSS_RISE, LOSS_RISE_FIRST = 1.5, 3.0
+"""Times its start at which a loss has diverged: the mean of the last 5 lines against that of the first 5, so that one
+hard batch does not count, or against the first line alone, where the first 5 are in it already."""
+RATIO_MEAN, RATIO_LOG_MEAN, RATIO_LOG_MAX = 0.02, 0.05, 1.0
+"""Deviation of the mean ratio, mean and largest |log ratio| on a first minibatch. Two 16-bit passes over one batch
+differ by about 0.01 to 0.02 nats a token, unbiased, and single tokens by a few tenths."""
+EXACT_ERROR = 1e-3
+"""Largest captured error in nats at which a run counts as exact (float32 stays below 1e-4): tighter limits hold."""
+EXACT_LOG_MEAN, EXACT_LOG_MAX = 1e-3, 0.02
+"""Limits of |log ratio| in an exact run: ten times and more what float32 passes of other shapes differ by."""
+SAMPLING_ERROR_MEAN = 0.05
+"""Mean |captured - recomputed| log-probability in nats: 16 bits stay below 0.02; temperature 0.9 for 1 is near 0.1."""
+KL_NEGATIVE = 0.02
+"""Nats per token below 0: at a true KL of 0.01 a rollout of 500 tokens has a standard error of 0.006."""
+KL_HIGH, KL_HUGE = 1.0, 3.0
+"""Nats per token, two lines in a row. At 1 the reference gives the actor's tokens a third of the probability; healthy
+runs of large models end below 0.1, of the embedded tiny one below 0.5."""
+KL_DEAD, KL_DEAD_LINES = 1e-6, 8
+"""Nats per token below which an actor has not moved, in so many lines after the first: sampling noise alone is more."""
+CLIP_FRACTION = 0.4
+"""Share of clipped tokens, three lines in a row. Around 0.1 to 0.2 is common in the first iterations."""
+VALUE_LINES, VALUE_PATIENCE = 10, 20
+"""Explained variance below 0 over so many lines, once a run has so many: a fresh value function starts below 0."""
+ENTROPY_LEFT = 0.2
+"""Share of the entropy at the start that must be left."""
+EOS_LEFT, EOS_START = 0.6, 0.2
+"""Share of the eos rate at the start that must be left; a run that starts below EOS_START tells nothing by it."""
+LENGTH_GROWTH, SCORE_GAIN, CORRELATION = 1.5, 0.5, 0.3
+"""Growth of the length, gain of the score in standard deviations of the first rollouts, and correlation of score and
+length (within rollouts over the last 5 lines, or of their means over time) that together say length is exploited."""
+SCORE_IS_LENGTH = 0.9
+"""Correlation (of either sign) within rollouts, five lines in a row, that leaves next to nothing but length."""
+REPEATED = 0.3
+"""Share of repeated 4-grams, three lines in a row: prose stays below 0.05, lists and code below 0.2."""
+EMPTY = 0.5
+"""Share of empty responses, three lines in a row."""
+OUT_OF_RANGE = 0.5
+"""Share of scores beyond every training response's, three lines in a row. A run that gains two standard deviations has
+a quarter of them there; from a half on the typical response is one the reward model knows nothing of."""
+SCORES_ALIKE = 0.05
+"""Spread of scores that are normalised to 1 on reference responses, three lines in a row."""
+SATURATED_MARGIN, SATURATED_ACCURACY = 20.0, 0.999
+"""Mean margin at which -log sigmoid is below 1e-8, with every pair right, three lines in a row."""
+BLIND_SPREAD = 0.01
+"""Spread of raw held-out scores after training; an untrained head of the embedded model already has 0.04."""
+ADVANTAGES_EQUAL = 1e-4
+"""Standard deviation of advantages before whitening, two lines in a row: whitening adds 1e-8 to their variance."""
