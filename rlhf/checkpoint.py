@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torch import nn
 
 from rlhf.config import ConfigError
 from rlhf.distributed import any_rank, is_main
+from rlhf.manifest import file_names, sync_directory, sync_file
 
 StateDict = dict[str, torch.Tensor]
 
@@ -97,8 +99,8 @@ def check_writable(directory: Path) -> None:
 def replaced_directory(directory: Path) -> Iterator[Path]:
     """Yield an empty directory beside `directory`; it takes that name when the block ends without an error.
 
-    What was there before is removed only then. After an error the part that was written is removed and the old
-    directory stays. For one process at a time.
+    What was there before is removed only then, when the new one is on the disk. After an error the part that was
+    written is removed and the old directory stays. For one process at a time.
     """
     directory = Path(directory).absolute()
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +109,8 @@ def replaced_directory(directory: Path) -> Iterator[Path]:
     part.mkdir()
     try:
         yield part
+        for name in file_names(part):
+            sync_file(part / name)
         if directory.exists():
             directory.rename(old)
         try:
@@ -115,6 +119,7 @@ def replaced_directory(directory: Path) -> Iterator[Path]:
             if old.exists():
                 old.rename(directory)
             raise
+        sync_directory(directory.parent)
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -173,6 +178,10 @@ def _write_on_main(engine: nn.Module, directory: Path, write: Callable[[Path], N
             failure = error
     device = getattr(engine, "device", None)
     if any_rank(failure is not None, torch.device(device) if device is not None else "cpu"):
-        if isinstance(failure, OSError):
-            raise OSError(failure.errno, f"cannot write {directory}: {failure.strerror or failure}") from failure
+        reported = re.search(r"\(os error (\d+)\)", str(failure))  # safetensors, tokenizers: an error of their own
+        if isinstance(failure, OSError) or reported:
+            number = failure.errno if isinstance(failure, OSError) else int(reported[1]) if reported else None
+            raise OSError(
+                number, f"cannot write {directory}: {getattr(failure, 'strerror', None) or failure}"
+            ) from failure
         raise failure or OSError(f"rank 0 could not write {directory}")

@@ -412,10 +412,15 @@ def _check_values(config: Any) -> None:
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         for entry in value if isinstance(value, list) else [value]:
-            if isinstance(entry, float) and not math.isfinite(entry):
+            if isinstance(entry, float) and not (math.isfinite(entry) or _turns_off(item.name, entry)):
                 raise ConfigError(f"{item.name}={entry} must be a finite number")
             if isinstance(entry, str) and not _can_be_written(entry):
                 raise ConfigError(f"{item.name}={entry!r} holds a character that cannot be written (NUL, half a pair)")
+
+
+def _turns_off(name: str, value: float) -> bool:
+    """Whether `value` is infinity and means something: a clip range that clips nothing."""
+    return name in ("clip_range", "value_clip_range") and value == math.inf
 
 
 def _can_be_written(text: str) -> bool:
@@ -445,7 +450,7 @@ def _checked(name: str, value: Any, kind: Any, path: str) -> Any:
                 return choice
         raise ConfigError(f"{path}: field `{name}`={shown} is not one of {', '.join(map(str, get_args(kind)))}")
     if kind is float:
-        return _number(value, wrong)
+        return value if isinstance(value, float) and _turns_off(name, value) else _number(value, wrong)
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return int(value)
     if kind is str:

@@ -23,8 +23,8 @@ _PEER_GONE = re.compile(
     r"|NCCL error|nccl(Remote|System|Internal)Error|NCCL communicator was aborted|failed to recv|pair is not connected"
     r"|[Ww]atchdog caught collective"
 )
-_TOLD_BY_RANK_0 = "rank 0 could not "
-"""How the library's own errors begin on ranks that only hear of a failure of rank 0."""
+_TOLD_BY_ANOTHER = ("rank 0 could not ", "another rank could not ")
+"""How the library's own errors begin on ranks that only hear of a failure of another one."""
 _OS_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)")
 _STORAGE_HINTS = {
     errno.ENOSPC: "make room on the disk",
@@ -71,7 +71,7 @@ def is_consequence(error: BaseException) -> bool:
     return any(
         isinstance(each, torch.distributed.DistError)
         or (isinstance(each, RuntimeError) and _PEER_GONE.search(str(each)))
-        or (isinstance(each, RuntimeError | OSError) and str(each).startswith(_TOLD_BY_RANK_0))
+        or (isinstance(each, RuntimeError | OSError) and str(each).startswith(_TOLD_BY_ANOTHER))
         for each in _chain(error)
     )
 

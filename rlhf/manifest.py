@@ -87,6 +87,12 @@ def damages(directory: Path, files: Fingerprints) -> list[str]:
     return found
 
 
+def sync_file(path: Path) -> None:
+    """Wait until the bytes of a file are on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
 def sync_directory(directory: Path | str) -> None:
     """Wait until the names in `directory` are on the disk."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

@@ -15,6 +15,7 @@ import torch
 
 from rlhf.config import RunConfig
 from rlhf.distributed import all_reduce_sum, is_main, logger
+from rlhf.manifest import sync_directory, sync_file
 
 
 class MeanMeter:
@@ -129,13 +130,14 @@ class LineFile:
     def open(self, position: int = 0) -> None:
         """Open for lines behind the first `position` bytes; what lies there beyond them is cut off.
 
-        Raises ValueError when the file is shorter.
+        A file that is shorter (moved away, or cleaned up by somebody) is no reason to refuse: it is reported.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._path.open("r+b" if position else "wb", buffering=0)
-        size = self._file.seek(0, os.SEEK_END)
+        size = self._path.stat().st_size if self._path.is_file() else 0
         if size < position:
-            raise ValueError(f"{self._path} has {size} bytes and the training state knows {position}: lines are lost")
+            logger.error("%s has %d bytes and had %d: earlier lines are lost", self._path, size, position)
+            position = size
+        self._file = self._path.open("r+b" if position else "wb", buffering=0)
         self._file.truncate(position)
         self._written = position
 
@@ -189,6 +191,8 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         beside = path.with_name(f".{path.name}.part-{os.getpid()}")
         try:
             beside.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+            sync_file(beside)
             os.replace(beside, path)
+            sync_directory(path.parent)
         finally:
             beside.unlink(missing_ok=True)

@@ -40,6 +40,8 @@ LOOK_SECONDS = 1.0
 """Between two looks at the board, up to 16 ranks; many ranks look less often, so that the disk is not kept busy."""
 SILENT_SECONDS = 8.0
 """A process that shows no pulse for this long is stopped, swapped out, or on a machine that is gone."""
+GONE_MACHINE_SECONDS = 120.0
+"""Silence after which a process of another machine counts as gone; a network disk may show old files for a minute."""
 LOST_PATIENCE_SECONDS = 20.0
 """How long a rank that lost its connection waits for the board to say who died."""
 KILL_AFTER_SECONDS = 3.0
@@ -181,6 +183,8 @@ class RankWatch:
 
     def _end_interrupted(self) -> None:
         """End the job unless the main thread, which gets the same interrupt, does so first."""
+        if world_size() == 1 and hasattr(sys, "ps1"):
+            return  # a notebook: its other variables are worth more than a second's wait
         for _ in range(20):
             time.sleep(0.05)
             if self.closed:
@@ -263,12 +267,16 @@ class RankWatch:
                         "and the limits of the container or the job)"
                     )
                 return f"{peer.name} {cause}"
-            if self.lost and self._silent_seconds(peer) > SILENT_SECONDS:
+            patience = SILENT_SECONDS if self.lost else GONE_MACHINE_SECONDS
+            elsewhere = not same_machine(self.record, peer)
+            if (self.lost or elsewhere) and self._silent_seconds(peer) > patience:
                 return f"{peer.name} gives no sign of life any more; it was last heard {peer.progress}"
         return None
 
     def _find_hang(self) -> str | None:
         """A sentence on the ranks at fault when no rank has made progress for the time-out."""
+        if world_size() == 1 and hasattr(sys, "ps1"):
+            return None  # a person at a notebook or a breakpoint takes any time
         ranks = [self.record, *self._peers()]
         if not self.timeout_seconds or self._unwritten or not all(each.beats for each in ranks):
             return None  # before training, loading and tokenising may take any time

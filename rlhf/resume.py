@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError, RunConfig
-from rlhf.distributed import init_world, is_main, logger, rank, world_size
+from rlhf.distributed import init_world, is_main, logger, raise_on_all, rank, world_size
 from rlhf.identity import check_identity
 from rlhf.rng_state import load_rng, save_rng
 from rlhf.training_state import SavedState, TrainingStateStore
@@ -105,7 +105,13 @@ class TrainingStates:
             if self.run.resume == "auto":
                 logger.info("no training state to go on from: starting at step 0")
             return False
-        check_identity(saved.content["identity"], self.identity, saved.path)
+        refused: ConfigError | None = None
+        if is_main():  # as rank 0 saved it: a node's copy of a model may hold one file more
+            try:
+                check_identity(saved.content["identity"], self.identity, saved.path)
+            except ConfigError as error:
+                refused = error
+        raise_on_all(refused)
         for name, engine in loop.engines().items():
             load_engine_state(engine, saved.path, name)
         before, now = int(saved.content["world_size"]), world_size()

@@ -24,6 +24,10 @@ from rlhf.types import PromptBatch, Rollout, TokenizedPrompt
 OldLogprobs = Literal["auto", "sampled", "recomputed"]
 CAPTURED_IS_EXACT = 1e-4
 """Largest difference in nats at which log-probabilities captured while sampling stand for recomputed ones."""
+CORRELATED_ROWS = 8
+"""Fewer responses correlate with anything by chance."""
+RANGE_RESPONSES = 100
+"""Of fewer responses the next ones' scores often lie outside the range: 2 / (n + 1) of them are expected to."""
 FORWARD_ONLY = 4
 """A scoring pass holds so many times the tokens of a training pass on an accelerator: it keeps no activations. On a
 CPU it holds as many: larger passes are slower there, since they leave the cache."""
@@ -243,8 +247,9 @@ class RolloutWorker:
     def describe(self, rollout: Rollout, scored: dict[str, torch.Tensor]) -> dict[str, float]:
         """Metrics of a rollout: scores, KL to the reference, entropy, share that ended, length, repetition.
 
-        `entropy_estimate` is the mean of -log pi of the sampled tokens: an unbiased estimate of the entropy per token
-        of the distribution that was sampled from (at the sampling temperature), without another pass over the logits.
+        `kl_error` is the standard error of `kl_per_token`, by response. `entropy_estimate` is the mean of -log pi of
+        the sampled tokens: an unbiased estimate of the entropy per token of the distribution that was sampled from (at
+        the sampling temperature), without another pass over the logits.
         """
         mask, scores = rollout.response_mask, scored["scores"]
         log_ratio = scored["logprobs"] - scored["ref_logprobs"]
@@ -254,10 +259,11 @@ class RolloutWorker:
             "score_std": float(scores.std(unbiased=False)),
             "score_min": float(scores.min()),
             "score_max": float(scores.max()),
-            "score_length_correlation": correlation(scores, lengths),
+            **({"score_length_correlation": correlation(scores, lengths)} if len(scores) >= CORRELATED_ROWS else {}),
             **self._outside_range(scores),
             "kl_per_token": float(masked_mean(log_ratio, mask)),
             "kl_per_response": float((log_ratio * mask).sum(1).mean()),
+            "kl_error": float(((log_ratio * mask).sum(1) / lengths.mean()).std(unbiased=False)) / len(scores) ** 0.5,
             "entropy_estimate": -float(masked_mean(scored["logprobs"], mask)),
             "eos_rate": float(self.ended(rollout).float().mean()),
             "response_tokens": float(lengths.mean()),
@@ -268,7 +274,7 @@ class RolloutWorker:
     def _outside_range(self, scores: torch.Tensor) -> dict[str, float]:
         """The share of scores that the reward model never gave in its training, where it was saved with that range."""
         known = getattr(self.scorer, "score_range", None)
-        if known is None:
+        if known is None or known.get("responses", RANGE_RESPONSES) < RANGE_RESPONSES:
             return {}
         outside = (scores < known["minimum"]) | (scores > known["maximum"])
         return {"scores_outside_range": float(outside.float().mean())}

@@ -111,3 +111,4 @@ def _clear_the_way(stage: Stage) -> None:
         remove_leftovers(stage.directory)
         if stage.run.resume != "auto":
             remove_states(states, stage.run, keep_permanent=False)
+        (stage.directory / ".cleared").touch()  # for run_all.sh: what is there from now on is this run's

@@ -7,6 +7,7 @@ from typing import Literal
 
 import pytest
 
+from rlhf.algorithms.ppo import PPOConfig
 from rlhf.config import ConfigError, RunConfig, load_config_file, parse_config, save_config
 from rlhf.stages import parse_stage
 
@@ -238,3 +239,14 @@ def test_resume_can_be_set_in_a_file_and_read_back_from_a_saved_one(tmp_path):
     file.write_text("resume: sometimes\n")
     with pytest.raises(ConfigError, match="resume.*auto, never"):
         parse_config("sft", [RunConfig], ["--config", str(file)])
+
+
+def test_an_infinite_clip_range_clips_nothing_and_other_numbers_are_finite(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("value_clip_range: .inf\n")
+    assert parse_config("ppo", [PPOConfig], ["--config", str(file)])[0].value_clip_range == float("inf")
+    assert parse_config("ppo", [PPOConfig], ["--clip_range", "inf"])[0].clip_range == float("inf")
+    for line in ("clip_range: .nan", "kl_coef: .inf"):
+        file.write_text(line + "\n")
+        with pytest.raises(ConfigError):
+            parse_config("ppo", [PPOConfig], ["--config", str(file)])

@@ -384,3 +384,22 @@ def test_responses_that_were_cut_are_noted(tmp_path):
     text = diagnose(tmp_path).text()
     assert "20 of 100 responses are cut at max_response_tokens" in text and "7 rows could not be used" in text
     assert diagnose(tmp_path).healthy
+
+
+def lines_of(name, values, **more):
+    return [{"step": index + 1, name: value, "learning_rate": 1e-4, **more} for index, value in enumerate(values)]
+
+
+def test_an_easy_first_batch_or_two_hard_ones_are_no_diverging_loss():
+    losses = [0.4, 1.9, 2.0, 1.6, 2.2] + [1.7] * 20
+    assert [found.check for found in check("sft", lines_of("loss", losses))] == ["loss_diverges"], "nothing held out"
+    assert not check("sft", [{"step": 0, "eval_loss": 1.8}, *lines_of("loss", losses)])
+    assert not check("sft", lines_of("loss", [2.0] * 20 + [1.9, 5.5, 1.9, 5.5, 1.9]))
+    assert check("sft", lines_of("loss", [2.0] * 20 + [5.5] * 5))
+
+
+def test_a_negative_kl_within_its_error_is_noise():
+    values = [0.0, 0.01, -0.06, -0.05, -0.07, -0.06, -0.05, -0.06]
+    sure, unsure = (lines_of("kl_per_token", values, kl_error=error) for error in (0.001, 0.05))
+    assert "kl_negative" in [found.check for found in check("ppo", sure)]
+    assert "kl_negative" not in [found.check for found in check("ppo", unsure)]

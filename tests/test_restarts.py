@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -40,6 +41,9 @@ with open(os.environ["CALLS"], "a") as calls:
 failing, times, status = os.environ.get("FAIL", "none 0 0").split()
 count = Path(os.environ["CALLS"]).read_text().split("\\n")
 if stage == failing and sum(line.startswith(stage) for line in count) <= int(times):
+    if status == "early":  # before it has looked at its directory
+        sys.exit(3)
+    (directory / ".cleared").touch()
     if status == "killed":
         os.kill(os.getpid(), 9)
     sys.exit(int(status))
@@ -167,6 +171,37 @@ def test_restarts_are_counted_over_the_run_and_go_on_from_the_saved_state(pipeli
     words = [line for line in done.stdout.splitlines() if line.startswith("run_all.sh: ")]
     assert len(words) == 2 and "stage sft (step1_sft/main.py) failed (status 247: killed" in words[0]
     assert "restart 1 of 2, with --resume auto" in words[0] and "restart 2 of 2" in words[1]
+
+
+def test_a_stage_that_died_before_it_cleared_its_directory_does_not_go_on_with_what_lies_there(pipeline):
+    done = pipeline.run("--stages", "sft", "--resume", "never", "--max_restarts", "1", FAIL="sft 1 early")
+    assert done.returncode == 0 and pipeline.calls == ["sft", "sft"]
+
+
+def test_a_finished_stage_keeps_its_result_when_it_could_not_start_again(pipeline):
+    pipeline.finish("sft")
+    assert pipeline.run("--stages", "sft", FAIL="sft 9 2").returncode == 2
+    assert (pipeline.output / "sft" / "result.json").read_text() == '{"seed": 1}'
+
+
+def test_nothing_starts_over_an_unfinished_later_stage(pipeline):
+    """Training SFT anew would make the state of PPO worthless, and PPO would say so only after SFT."""
+    pipeline.finish("sft")
+    (pipeline.output / "ppo" / "states" / "step-00000003").mkdir(parents=True)
+    done = pipeline.run("--stages", "sft,reward,ppo")
+    assert done.returncode != 0 and pipeline.calls == []
+    assert "unfinished run: go on with --resume auto" in done.stdout
+    assert pipeline.run("--stages", "sft,reward,ppo", "--resume", "auto").returncode in (0, 1)  # 1: a made-up summary
+    assert pipeline.calls == ["reward auto", "ppo auto"]
+
+
+def test_two_pipelines_do_not_share_a_directory(pipeline):
+    pipeline.output.mkdir()
+    with (pipeline.output / ".pipeline.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = pipeline.run("--stages", "sft")
+        assert done.returncode == 2 and "in use by another run_all.sh" in done.stdout and pipeline.calls == []
+    assert pipeline.run("--stages", "sft").returncode == 0
 
 
 @pytest.mark.parametrize(("status", "calls"), [("3", ["sft", "sft auto"]), ("2", ["sft"])])

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import rlhf.run_lock
 from rlhf.config import ConfigError
 from rlhf.run_lock import RunLock
 
@@ -140,7 +141,7 @@ def test_entering_twice(mechanism, tmp_path):
 
 
 def test_only_rank_0_holds_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(rlhf.run_lock, "is_main", lambda: False)
     with RunLock(tmp_path), RunLock(tmp_path):
         assert not list(tmp_path.iterdir())
 

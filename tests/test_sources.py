@@ -85,6 +85,16 @@ def test_tsv_quotes(tmp_path: Path) -> None:
     assert read(write(tmp_path / "spanning.tsv", spanning)) == [{"질문": "두\n줄\t탭", "답": "네"}]
 
 
+def test_tsv_whose_quotes_could_be_either_is_settled_by_its_format(tmp_path: Path) -> None:
+    path = write(tmp_path / "reviews.tsv", 'id\tdocument\tlabel\n1\t"좋다 정말\t1\n2\t최고다"\t1\n')
+    with pytest.raises(DataError, match='"format": "tsv" if they are characters'):
+        read(path)
+    assert read(path, format="tsv") == [
+        {"id": "1", "document": '"좋다 정말', "label": "1"},
+        {"id": "2", "document": '최고다"', "label": "1"},
+    ]
+
+
 def test_short_csv_row_lacks_the_field_and_long_fields_are_whole(tmp_path: Path) -> None:
     path = write(tmp_path / "a.csv", "q,a\n하나\n둘," + "가" * 200_000 + "\n")
     first, second = read(path)

@@ -96,7 +96,7 @@ launch() {
     # ranks. Ranks are asked to stop through a file instead (rlhf/rank_board.py), on every machine. Sets `status`.
     local board="$1/.ranks" waited=0
     shift
-    setsid deepspeed --log_level error "${LAUNCHER_ARGS[@]}" "$@" &
+    setsid deepspeed --log_level error "${LAUNCHER_ARGS[@]}" "$@" 9>&- &
     launcher=$!
     while alive "$launcher"; do
         # Again and again: ranks that only start clear away what they find.
@@ -146,11 +146,16 @@ run_stage() {
             ;;
     esac
     ran=1
+    local started
+    started="$(mktemp)"
     while :; do
-        rm -f "$result" "$directory/stopped.json"
+        rm -f "$directory/stopped.json" "$directory/.cleared"
+        # The stage removes an earlier run's result itself, once it has agreed to start; with `auto` it would stop there.
+        case " ${RESUME_STAGES[*]} ${again[*]} " in *" $stage "* | *" auto "*) rm -f "$result" ;; esac
         launch "$directory" "$script" "$@" "${again[@]}"
-        # The launcher may return 0 when a signal killed it, so look for the result too.
-        if [ "$status" -eq 0 ] && [ -f "$result" ]; then
+        # The launcher may return 0 when a signal killed it, so look for a new result too.
+        if [ "$status" -eq 0 ] && [ "$result" -nt "$started" ]; then
+            rm -f "$started"
             return 0
         fi
         if [ -f "$directory/stopped.json" ] && [ "$status" -ne 137 ]; then  # 137: the launcher was killed
@@ -161,12 +166,22 @@ run_stage() {
             break
         fi
         restarts=$((restarts + 1))
-        say "stage $stage ($script) failed ($(cause "$status")): restart $restarts of $MAX_RESTARTS, with --resume auto"
-        again=(--resume auto)
+        # Before the stage had cleared its directory, what lies there is not this run's: --resume never must stay that.
+        [ ! -e "$directory/.cleared" ] || again=(--resume auto)
+        say "stage $stage ($script) failed ($(cause "$status")): restart $restarts of $MAX_RESTARTS${again[*]:+, with ${again[*]}}"
     done
     echo "error: stage $stage ($script) failed with $(cause "$status"); its messages are above. Stopped." >&2
     exit "$((status > 0 ? status : 1))"
 }
+
+mkdir -p "$OUTPUT_DIR"
+if command -v flock >/dev/null; then
+    exec 9>"$OUTPUT_DIR/.pipeline.lock"
+    flock -n 9 || {
+        say "error: $OUTPUT_DIR is in use by another run_all.sh; wait until it ends, or choose another --output_dir"
+        exit 2
+    }
+fi
 
 run_stage sft "1/3 supervised fine-tuning" step1_sft/main.py "${SFT_ARGS[@]}"
 run_stage reward "2/3 reward model" step2_reward/main.py "${REWARD_ARGS[@]}"

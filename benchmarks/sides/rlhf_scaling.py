@@ -187,7 +187,6 @@ def run_sft(point: Mapping[str, Any], work: Path, device: torch.device) -> tuple
         plan=trainer.plan,
         total_steps=trainer.total_steps,
     )
-    trainer.writer.close()
     clock = trainer.writer = StepClock(device)
     meter = PhaseMeter(device)
     meter.run("step", trainer.fit)

@@ -23,6 +23,8 @@ from rlhf.config import STAGES, ConfigError, RunConfig
 from rlhf.distributed import free_port
 from rlhf.stages import STAGE_CONFIGS, parse_stage
 
+PROJECT = Path(__file__).resolve().parents[2]
+
 LAUNCHER_OPTIONS = {
     "num_devices": "--num_gpus",
     "num_nodes": "--num_nodes",
@@ -100,6 +102,8 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
             given += [(name, [value]) for name, value in SHORT_RUN[stage].items() if name not in names]
         per_stage[stage] = [part for name, values in given for part in (f"--{name}", *values)]
     runs = {stage: _run_config(stage, values) for stage, values in per_stage.items()}
+    for stage, run in runs.items():
+        _check_nothing_is_lost(stage, run)
     return PipelineArguments(
         stages,
         _output_dir(runs),
@@ -212,6 +216,17 @@ def _run_config(stage: str, values: Sequence[str]) -> RunConfig:
     except SystemExit as error:  # argparse prints pages of usage before the line that matters
         raise ConfigError(f"stage {stage}: {usage.getvalue().strip().splitlines()[-1]}") from error
     return next(config for config in configs if isinstance(config, RunConfig))
+
+
+def _check_nothing_is_lost(stage: str, run: RunConfig) -> None:
+    """ConfigError where an unfinished run of `stage` lies and nothing is said of it: not after the earlier stages were
+    trained anew over the models it stands on."""
+    directory = PROJECT / run.output_dir / stage  # the stages run there; an absolute output_dir wins
+    if run.resume is None and any(directory.glob("states/step-*")) and not (directory / "result.json").is_file():
+        raise ConfigError(
+            f"{directory} holds an unfinished run: go on with --resume auto, start anew and lose it with --resume "
+            "never, or choose another --output_dir"
+        )
 
 
 def _output_dir(runs: Mapping[str, RunConfig]) -> str:

@@ -55,7 +55,7 @@ def summarize(output_dir: Path) -> dict[str, Any]:
     seconds = {stage: float(results[stage]["seconds"]) for stage in STAGES}
     summary["seconds"] = {**seconds, "total": sum(seconds.values())}
     summary["seed"] = seeds["sft"]
-    summary["health"] = {stage: results[stage]["health"] for stage in STAGES}
+    summary["health"] = {stage: results[stage].get("health") for stage in STAGES}  # None: of an earlier version
     return summary
 
 
@@ -105,10 +105,16 @@ def closing_table(summary: Mapping[str, Any], *, samples: int = 3, width: int = 
             _cut(f"PPO {sample['score_ppo']:+8.2f} {_one_line(sample['ppo'])}", width),
         ]
     lines.append("")
-    found = [(stage, found) for stage, health in summary["health"].items() for found in health["findings"]]
+    looked = {stage: health for stage, health in summary["health"].items() if health}
+    found = [(stage, found) for stage, health in looked.items() for found in health["findings"]]
     for stage, entry in found:
         lines.append(f"doctor: {stage} since step {entry['since']}: {entry['message']}")
-    lines.append("doctor: `rlhf doctor` says what to try" if found else "doctor: nothing found")
+    if found:
+        lines.append("doctor: `rlhf doctor` says what to try")
+    else:
+        lines.append(
+            f"doctor: nothing found in {', '.join(looked)}" if looked else "doctor: has not looked at this run"
+        )
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     return "\n".join([*lines, f"seconds: {seconds}; seed {summary['seed']}"])
 
@@ -122,7 +128,7 @@ def _read_result(output_dir: Path, stage: str) -> dict[str, Any]:
         result = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise SummaryError(f"{path} is not JSON ({error}); {how} again") from error
-    needed = (*SUMMARY_KEYS[stage], "seconds", "seed", "health", *(("samples",) if stage == "ppo" else ()))
+    needed = (*SUMMARY_KEYS[stage], "seconds", "seed", *(("samples",) if stage == "ppo" else ()))
     missing = [key for key in needed if not isinstance(result, dict) or key not in result]
     if missing:
         raise SummaryError(f"{path} lacks {', '.join(missing)}; {how} again")

@@ -175,7 +175,9 @@ def _read_open_file(path: Path, name: str, spec: DatasetSpec, problems: _Problem
     elif file_format in ("csv", "tsv"):
         delimiter = spec.delimiter or ("\t" if file_format == "tsv" else ",")
         quotes_enclose = delimiter != "\t" or spec.format == "csv"
-        rows = table_rows((raw for _, raw in _raw_lines(path)), name, delimiter, quotes_enclose, problems.bad_row)
+        raws = (raw for _, raw in _raw_lines(path))
+        as_text = spec.format == "tsv"
+        rows = table_rows(raws, name, delimiter, quotes_enclose, problems.bad_row, quotes_are_text=as_text)
     elif begins == b"[":
         rows = _read_json_array(path, name, problems)
     else:

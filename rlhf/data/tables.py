@@ -20,18 +20,21 @@ def table_rows(
     delimiter: str,
     quotes_enclose: bool,
     bad_row: Callable[[str, int, str], None],
+    *,
+    quotes_are_text: bool = False,
 ) -> Iterator[Row]:
     """The rows of a text table whose first record names the columns; a column without a name is passed over.
 
     `quotes_enclose` False takes quotation marks for characters of the text where every line then has the header's
-    number of fields. `bad_row(name, line, reason)` is told of a record that is not UTF-8 or has more fields than the
-    header, which gives no row. Raises DataError for what is wrong with the table as a whole.
+    number of fields; where they could enclose a field all the same, `quotes_are_text` decides. `bad_row(name, line,
+    reason)` is told of a record that is not UTF-8 or has more fields than the header, which gives no row. Raises
+    DataError for what is wrong with the table as a whole.
     """
     lines: Iterable[str] = (raw.decode("utf-8", "surrogateescape") for raw in raw_lines)
     records = None
     if not quotes_enclose:
         lines = list(lines)
-        records = _plain_records(lines, name, delimiter)
+        records = _plain_records(lines, name, delimiter, quotes_are_text)
     rows = iter(records) if records is not None else _quoted_records(lines, name, delimiter)
     number, header = next(rows, (1, []))
     if any(map(_UNDECODED.search, header)):
@@ -50,7 +53,9 @@ def table_rows(
             yield Row({column: cell for column, cell in zip(header, cells, strict=False) if column}, name, number)
 
 
-def _plain_records(lines: list[str], name: str, delimiter: str) -> list[tuple[int, list[str]]] | None:
+def _plain_records(
+    lines: list[str], name: str, delimiter: str, quotes_are_text: bool
+) -> list[tuple[int, list[str]]] | None:
     """The records of a table whose lines all have the header's number of fields when quotes are plain characters.
 
     A TSV file often holds a bare quotation mark, which a CSV reader would take for the start of a field that spans
@@ -68,7 +73,7 @@ def _plain_records(lines: list[str], name: str, delimiter: str) -> list[tuple[in
                 opened = number
     if len({len(cells) for _, cells in records}) != 1:
         return None
-    if opened is not None:
+    if opened is not None and not quotes_are_text:
         try:
             quoted = list(_quoted_records(lines, name, delimiter))
         except DataError:
@@ -77,7 +82,7 @@ def _plain_records(lines: list[str], name: str, delimiter: str) -> list[tuple[in
             raise DataError(
                 f"{name}:{opened}: the quotation marks can be read in two ways, as characters of the text or around a "
                 f'field that holds a tab or a line end; if they enclose fields, say {{"path": "{name}", '
-                '"format": "csv", "delimiter": "\\t"}, else double them and enclose the field in quotation marks'
+                '"format": "csv", "delimiter": "\\t"}, and "format": "tsv" if they are characters'
             )
     return records
 

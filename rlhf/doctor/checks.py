@@ -128,13 +128,14 @@ def learning_rate_zero(history: History) -> list[Finding]:
 
 
 def loss_diverges(history: History) -> list[Finding]:
-    """The mean loss of the last five lines against the first five."""
+    """Each of the last five lines against the first five, and against the start alone (held out where there is)."""
     points = series(history, "loss")
     if len(points) < 10:
         return []
     first, start, end = points[0][1], _mean(points[:5]), _mean(points[-5:])
-    limit = min(LOSS_RISE * start, LOSS_RISE_FIRST * first)
-    if not (first > 0 and end > limit):
+    held_out = [value for step, value in series(history, "eval_loss") if step == 0]
+    limit = min(LOSS_RISE * start, LOSS_RISE_FIRST * max([first, *held_out]))
+    if not (first > 0 and min(value for _, value in points[-5:]) > limit):
         return []
     message = f"loss {end:.3g} over the last 5 lines, {start:.3g} over the first 5, {first:.3g} in the first"
     since = _run(points, lambda value: value > limit) or points[-5:]
@@ -179,8 +180,14 @@ def sampling_mismatch(history: History) -> list[Finding]:
 
 
 def kl_negative(history: History) -> list[Finding]:
+    """Beyond two standard errors: a handful of responses gives a negative estimate of a KL near 0."""
+    errors = dict(series(history, "kl_error"))
+    points = [
+        (step, value if value + 2 * errors.get(step, 0.0) < -KL_NEGATIVE else 0.0)
+        for step, value in series(history, "kl_per_token")
+    ]
     return _lasting(
-        "kl_negative", series(history, "kl_per_token"), lambda value: value < -KL_NEGATIVE, START, "critical",
+        "kl_negative", points, lambda value: value < -KL_NEGATIVE, START, "critical",
         lambda value: f"KL {value:.3g} nats per token", lambda value: -value / KL_NEGATIVE,
     )  # fmt: skip
 

@@ -8,8 +8,8 @@ KEPT_FIRST, KEPT_LAST = 6, 24
 """Lines of each kind (training, evaluation) at either end of a history that some check looks at."""
 
 LOSS_RISE, LOSS_RISE_FIRST = 1.5, 3.0
-"""Times its start at which a loss has diverged: the mean of the last 5 lines against that of the first 5, so that one
-hard batch does not count, or against the first line alone, where the first 5 are in it already."""
+"""Times its start at which a loss has diverged: each of the last 5 lines against the mean of the first 5, so that hard
+batches do not count, or against the first line or the held-out loss at step 0, where the first 5 are in it already."""
 RATIO_MEAN, RATIO_LOG_MEAN, RATIO_LOG_MAX = 0.02, 0.05, 1.0
 """Deviation of the mean ratio, mean and largest |log ratio| on a first minibatch. Two 16-bit passes over one batch
 differ by about 0.01 to 0.02 nats a token, unbiased, and single tokens by a few tenths."""

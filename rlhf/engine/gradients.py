@@ -12,7 +12,8 @@ def keeps_plain_gradients(engine: Any) -> bool:
 
     DeepSpeed's other optimizers measure the norm themselves and leave out a step whose gradients are not finite.
     """
-    return not hasattr(engine.optimizer, "_global_grad_norm") and not scales_loss(engine)
+    measured = ("_global_grad_norm", "overflow")  # one of them sets the norm at its first step alone
+    return not any(hasattr(engine.optimizer, name) for name in measured) and not scales_loss(engine)
 
 
 def scales_loss(engine: Any) -> bool:
