@@ -110,7 +110,7 @@ def closing_table(summary: Mapping[str, Any], *, samples: int = 3, width: int = 
     for stage, entry in found:
         lines.append(f"doctor: {stage} since step {entry['since']}: {entry['message']}")
     if found:
-        lines.append("doctor: `rlhf doctor` says what to try")
+        lines.append("doctor: `python -m rlhf.cli doctor OUTPUT_DIR` says what each means and what to try")
     else:
         lines.append(
             f"doctor: nothing found in {', '.join(looked)}" if looked else "doctor: has not looked at this run"
