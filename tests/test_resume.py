@@ -99,6 +99,20 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(whole, micro_base, data, tmp_pa
     assert [row["step"] for row in metrics(tmp_path / "sft")] == [0, 2, 4, 6, 6]
 
 
+def test_the_best_model_so_far_is_not_replaced_by_a_worse_one(micro_base, data, tmp_path):
+    """The learning rate is so high that every evaluation is worse than the one before the stop."""
+    extra = ["--learning_rate", "0.1", "--save_every_steps", "3"]
+    outputs = [tmp_path / "whole", tmp_path / "stopped"]
+    lines = [[*arguments(micro_base, data, output)["sft"], *extra] for output in outputs]
+    sft(lines[0])
+    interrupt("sft", lines[1], outputs[1])
+    sft([*lines[1], "--resume", "auto"])
+    results = [json.loads((output / "sft" / "result.json").read_text()) for output in outputs]
+    assert [result["best_step"] for result in results] == [2, 2]
+    weights = [(output / "sft" / "model" / "model.safetensors").read_bytes() for output in outputs]
+    assert weights[0] == weights[1]
+
+
 def test_what_is_not_the_same_run_is_refused_with_the_difference_named(whole, micro_base, data, tmp_path):
     line = arguments(micro_base, data, tmp_path)["sft"]
     interrupt("sft", line, tmp_path)
