@@ -77,7 +77,7 @@ class TrainingStates:
 
     def save(self, step: int, loop: Resumable) -> bool:
         """Save the state after `step`; False when it could not be written (said in the log). A collective."""
-        content = {"identity": self.identity, "world_size": world_size(), "loop": loop.state()}
+        content = {"identity": self.identity, "loop": loop.state()}
 
         def rank_files(part: Path) -> None:
             save_rng(part, rank())
@@ -114,7 +114,7 @@ class TrainingStates:
         raise_on_all(refused)
         for name, engine in loop.engines().items():
             load_engine_state(engine, saved.path, name)
-        before, now = int(saved.content["world_size"]), world_size()
+        before, now = saved.world_size, world_size()
         if before != now:
             logger.info("the training state is one of %d processes and %d run now", before, now)
         mine = [json.loads(_rank_file(saved.path, each).read_text("utf-8")) for each in range(rank(), before, now)]
