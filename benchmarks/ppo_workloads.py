@@ -17,8 +17,8 @@ import transformers
 from flops import Shape
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from rlhf.checkpoint import export_scalar_model
-from rlhf.models import ScalarModel
+from rlhf.checkpoint.export import export_scalar_model
+from rlhf.models.scalar import ScalarModel
 
 EOS, PAD, UNKNOWN, FIRST_WORD = 0, 1, 2, 3
 SIZES = {

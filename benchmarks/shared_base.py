@@ -38,8 +38,9 @@ def build_models(directory: Path, *, hidden: int, layers: int, vocabulary: int, 
     from flops import Shape
     from ppo_workloads import make_tokenizer
 
-    from rlhf.checkpoint import export_scalar_model
-    from rlhf.models import ScalarModel, apply_lora
+    from rlhf.checkpoint.export import export_scalar_model
+    from rlhf.models.lora import apply_lora
+    from rlhf.models.scalar import ScalarModel
 
     torch.manual_seed(1)
     tokenizer = make_tokenizer(Shape(hidden, layers, hidden // 64, 4 * hidden, vocabulary))
@@ -77,8 +78,8 @@ def run_side(
     from rlhf.config import EngineConfig, ModelConfig, RunConfig
     from rlhf.distributed import close_world, init_world, seed_everything
     from rlhf.engine import BatchPlan, RLHFEngine
-    from rlhf.models import load_tokenizer
-    from rlhf.scoring import RewardScorer
+    from rlhf.models.loading import load_tokenizer
+    from rlhf.rewards.reward_model import RewardScorer
     from rlhf.types import TokenizedPrompt
 
     if quantization != "none":

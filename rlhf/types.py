@@ -184,6 +184,41 @@ class Rollout(TensorBatch):
     response_mask: torch.Tensor
     logprobs: torch.Tensor
 
+    def sequences(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompt and response side by side: ids and mask [B, P + T]."""
+        ids = torch.cat([self.prompt_ids, self.response_ids], dim=1)
+        mask = torch.cat([self.prompt_mask.bool(), self.response_mask.bool()], dim=1)
+        return ids, mask
+
+    def trimmed(self) -> tuple[Self, slice]:
+        """Without the columns that are padding in every row, and the slice of response columns that is left."""
+        prompt_tokens = int(self.prompt_mask.sum(-1).max())
+        columns = slice(0, max(1, int(self.response_mask.sum(-1).max())))
+        start = self.prompt_ids.shape[1] - prompt_tokens
+        trimmed = type(self)(
+            prompt_ids=self.prompt_ids[:, start:],
+            prompt_mask=self.prompt_mask[:, start:],
+            response_ids=self.response_ids[:, columns],
+            response_mask=self.response_mask[:, columns],
+            logprobs=self.logprobs[:, columns],
+        )
+        return trimmed, columns
+
+    def widened(self, response_tokens: int, pad_token_id: int) -> Self:
+        """Right-padded to `response_tokens` response columns, so that rollouts of several ranks fit together."""
+        missing = response_tokens - self.response_ids.shape[1]
+
+        def widen(tensor: torch.Tensor, value: float) -> torch.Tensor:
+            return torch.nn.functional.pad(tensor, (0, missing), value=value)
+
+        return type(self)(
+            prompt_ids=self.prompt_ids,
+            prompt_mask=self.prompt_mask,
+            response_ids=widen(self.response_ids, pad_token_id),
+            response_mask=widen(self.response_mask, False),
+            logprobs=widen(self.logprobs, 0.0),
+        )
+
 
 @dataclass(frozen=True)
 class PPOExperience(TensorBatch):

@@ -11,14 +11,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rlhf.algorithms.sft import SFTTrainer
-from rlhf.checkpoint import export_causal_lm
+from rlhf.checkpoint.export import export_causal_lm
+from rlhf.checkpoint.fingerprint import model_fingerprint
 from rlhf.data import load_stage_data
 from rlhf.distributed import world_size
 from rlhf.engine import BatchPlan, compute_dtype, training_engine, zero3_loading
-from rlhf.identity import model_fingerprint
-from rlhf.models import apply_lora, check_vocabulary, load_causal_lm, load_tokenizer
-from rlhf.stage_main import Stage, stage_main
-from rlhf.stages import resolve_base_model, run_stage
+from rlhf.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from rlhf.models.lora import apply_lora
+from rlhf.pipeline.run_stage import Stage, stage_main
+from rlhf.pipeline.stages import resolve_base_model, run_stage
 
 
 @stage_main("sft")

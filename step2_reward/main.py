@@ -11,15 +11,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rlhf.algorithms.reward import RewardTrainer
-from rlhf.checkpoint import export_scalar_model
+from rlhf.checkpoint.atomic import write_json
+from rlhf.checkpoint.export import export_scalar_model
+from rlhf.checkpoint.fingerprint import model_fingerprint
 from rlhf.data import load_stage_data
 from rlhf.distributed import world_size
 from rlhf.engine import BatchPlan, compute_dtype, training_engine, zero3_loading
-from rlhf.identity import model_fingerprint
-from rlhf.metrics import write_json
-from rlhf.models import ScalarModel, apply_lora, check_vocabulary, load_tokenizer
-from rlhf.stage_main import Stage, stage_main
-from rlhf.stages import resolve_base_model, run_stage
+from rlhf.models.loading import check_vocabulary, load_tokenizer
+from rlhf.models.lora import apply_lora
+from rlhf.models.scalar import ScalarModel
+from rlhf.pipeline.run_stage import Stage, stage_main
+from rlhf.pipeline.stages import resolve_base_model, run_stage
 
 
 @stage_main("reward")

@@ -11,18 +11,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from rlhf.algorithms.ppo import PPOTrainer, ppo_optimizer_steps
-from rlhf.checkpoint import export_causal_lm, export_scalar_model
+from rlhf.checkpoint.atomic import write_json
+from rlhf.checkpoint.export import export_causal_lm, export_scalar_model
+from rlhf.checkpoint.fingerprint import model_fingerprint
 from rlhf.config import ConfigError
 from rlhf.data import load_stage_data
 from rlhf.distributed import world_size
 from rlhf.engine import BatchPlan, RLHFEngine
-from rlhf.forward import eos_token_ids
-from rlhf.identity import model_fingerprint
-from rlhf.metrics import write_json
-from rlhf.models import check_vocabulary, load_tokenizer
-from rlhf.scoring import RewardScorer, same_tokenizer
-from rlhf.stage_main import Stage, stage_main
-from rlhf.stages import find_stage_model, paired_samples, run_stage
+from rlhf.models.loading import check_vocabulary, load_tokenizer
+from rlhf.models.model_call import eos_token_ids
+from rlhf.pipeline.run_stage import Stage, stage_main
+from rlhf.pipeline.stages import find_stage_model, paired_samples, run_stage
+from rlhf.rewards.reward_model import RewardScorer, same_tokenizer
 
 
 @stage_main("ppo")

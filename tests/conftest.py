@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from rlhf.models.tiny_base import TinyRecipe, build_tiny_base
-from tests.tiny_models import ARCHITECTURES, TOKENS, make_tokenizer, save_tiny_model
+from tests.support.tiny_models import ARCHITECTURES, TOKENS, make_tokenizer, save_tiny_model
 
 SAMPLE = Path(__file__).parents[1] / "rlhf" / "data" / "sample"
 

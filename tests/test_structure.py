@@ -8,52 +8,34 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FLOORS = {
-    "rlhf": 0,  # the package's own __init__, which may import nothing of ours
-    "rlhf.ops": 0,
-    "rlhf.types": 0,
-    "rlhf.linear": 0,
-    "rlhf.head": 0,
-    "rlhf.yaml_file": 0,
-    "rlhf.config": 1,
-    "rlhf.distributed": 1,
-    "rlhf.metrics": 1,
-    "rlhf.packing": 1,
-    "rlhf.forward": 1,
-    "rlhf.side_by_side": 1,
-    "rlhf.manifest": 1,
-    "rlhf.rng_state": 1,
-    "rlhf.identity": 1,
-    "rlhf.run_lock": 1,
-    "rlhf.failures": 1,
-    "rlhf.rank_board": 1,
-    "rlhf.rank_watch": 1,
-    "rlhf.job_end": 1,
-    "rlhf.data": 2,
-    "rlhf.models": 2,
-    "rlhf.engine": 2,
-    "rlhf.engine.rlhf_engine": 3,  # puts the four models into their engines
-    "rlhf.generation": 2,
-    "rlhf.checkpoint": 2,
-    "rlhf.doctor": 2,
-    "rlhf.training_state": 2,
-    "rlhf.resume": 3,
-    "rlhf.loop": 3,
-    "rlhf.trainer": 3,
-    "rlhf.scoring": 3,
-    "rlhf.nonfinite": 3,
-    "rlhf.rollouts": 3,
-    "rlhf.algorithms": 4,
-    "rlhf.evaluation": 4,
-    "rlhf.cli": 5,
-    "rlhf.stages": 5,
-    "rlhf.stage_main": 5,
-    "step1_sft": 6,
-    "step2_reward": 6,
-    "step3_ppo": 6,
+FLOORS = (
+    "rlhf.types",
+    "rlhf.numerics",
+    "rlhf.config",
+    "rlhf.distributed",
+    "rlhf.checkpoint",
+    "rlhf.data",
+    "rlhf.models",
+    "rlhf.engine",
+    "rlhf.generation",
+    "rlhf.rewards",
+    "rlhf.doctor",
+    "rlhf.training",
+    "rlhf.algorithms",
+    "rlhf.evaluation",
+    "rlhf.report",
+    "rlhf.serving",
+    "rlhf.pipeline",
+    "rlhf.cli",
+    "step",
+)
+"""The rooms from the ground up: each may import those before it in this list and no other."""
+ALTERNATIVES = {
+    "rlhf.algorithms": {"sft", "reward", "ppo"},
+    "rlhf.rewards": {"reward_model"},
+    "rlhf.generation": {"deepspeed_backend"},
 }
-SEPARATE_SIBLINGS = (2, 4)
-"""Floors whose rooms must not know one another."""
+"""Files of which no one may import another of the same room."""
 
 
 def source_files():
@@ -67,21 +49,11 @@ def module_name(path):
 
 
 def room(module):
-    """The floor table's entry that `module` lives in; each algorithm file is a room of its own."""
+    """The entry of FLOORS that `module` lives in; None for the package itself."""
     parts = module.split(".")
-    name = parts[0] if parts[0].startswith("step") else ".".join(parts[:2])
-    nested = ".".join(parts[:3])
-    if nested in FLOORS or (name in ("rlhf.algorithms", "rlhf.evaluation") and len(parts) > 2):
-        return nested
-    return name
-
-
-def floor_entry(room_name):
-    return room_name if room_name in FLOORS else ".".join(room_name.split(".")[:2])
-
-
-def floor(room_name):
-    return FLOORS[floor_entry(room_name)]
+    if parts[0].startswith("step"):
+        return "step"
+    return ".".join(parts[:2]) if len(parts) > 1 and ".".join(parts[:2]) in FLOORS else None
 
 
 def imported_modules(tree, module, is_package):
@@ -104,29 +76,48 @@ def imported_modules(tree, module, is_package):
 
 
 def violations(source, module, is_package=False):
-    """Sentences about the imports of `source` that go up, or sideways where that is not allowed."""
-    here = room(module)
+    """Sentences about the imports of `source` that go up, or from one alternative to another."""
+    here, own_file = room(module), module.split(".")[2:3]
     found = []
     for name, line in imported_modules(ast.parse(source), module, is_package):
-        there = room(name) if floor_entry(room(name)) in FLOORS else "rlhf"  # `from rlhf import __version__`
-        if (
-            floor_entry(here) not in FLOORS
-            or there == here
-            or here.startswith(there + ".")
-            or there.startswith(here + ".")
-        ):
+        there = room(name)
+        if there is None:  # `from rlhf import __version__`
+            if name.split(".")[1:2] == ["*"]:
+                found.append(f"{module}:{line} imports everything")
             continue
-        if floor(there) > floor(here):
-            found.append(f"{module}:{line} imports {name} from a higher floor ({floor(there)} > {floor(here)})")
-        elif floor(there) == floor(here) and floor(here) in SEPARATE_SIBLINGS:
-            found.append(f"{module}:{line} imports its sibling {name}; siblings meet in rlhf.types")
+        if here is None or FLOORS.index(there) > FLOORS.index(here):
+            found.append(f"{module}:{line} imports {name} from a higher floor")
+        elif there == here and here in ALTERNATIVES and own_file:
+            other = name.split(".")[2]
+            if {other, own_file[0]} <= ALTERNATIVES[here] and other != own_file[0]:
+                found.append(f"{module}:{line} imports its alternative {name}; they meet in what both stand on")
     return found
 
 
+def import_circles(edges):
+    """Modules that can be reached from themselves along `edges` (module -> modules it imports)."""
+    reached = {}
+
+    def walk(module, seen):
+        for following in edges.get(module, ()):
+            if following not in seen:
+                seen.add(following)
+                walk(following, seen)
+        return seen
+
+    for module in edges:
+        reached[module] = walk(module, set())
+    return sorted(module for module, found in reached.items() if module in found)
+
+
 def test_every_module_has_a_floor():
-    names = (module_name(path) for path in source_files())
-    unknown = {name for name in names if floor_entry(room(name)) not in FLOORS}
-    assert not unknown, f"name the floor of {sorted(unknown)} in FLOORS"
+    loose = sorted(name for name in map(module_name, source_files()) if room(name) is None and name != "rlhf")
+    assert not loose, f"name the floor of {loose} in FLOORS"
+
+
+def test_the_floor_plan_is_folders_and_types():
+    loose = {path.name for path in (ROOT / "rlhf").iterdir() if path.suffix == ".py"}
+    assert loose == {"__init__.py", "types.py"}
 
 
 def test_imports_run_downward():
@@ -137,20 +128,40 @@ def test_imports_run_downward():
     assert not found, "\n".join(found)
 
 
+def test_no_module_imports_itself_in_a_circle():
+    modules = {module_name(path): path for path in source_files()}
+    edges = {}
+    for module, path in modules.items():
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        targets = set()
+        for name, _ in imported_modules(tree, module, path.name == "__init__.py"):
+            inside = name if name in modules else name.rpartition(".")[0]
+            if inside in modules and inside != module and not module.startswith(inside + "."):
+                targets.add(inside)
+        edges[module] = targets
+    assert not import_circles(edges)
+
+
+def test_import_circles_finds_exactly_the_circle():
+    assert import_circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == ["b", "c"]
+    assert import_circles({"a": {"b", "c"}, "b": {"c"}}) == []
+
+
 @pytest.mark.parametrize(
     ("module", "source", "wrong"),
     [
-        ("rlhf.ops", "import rlhf.config", True),
-        ("rlhf.trainer", "from rlhf.algorithms.ppo import gae", True),
-        ("rlhf.config", "def f():\n    from rlhf import trainer", True),
+        ("rlhf.numerics.cpu", "import rlhf.config", True),
+        ("rlhf.training.loop", "from rlhf.algorithms.ppo import gae", True),
+        ("rlhf.config.settings", "def f():\n    from rlhf import training", True),
         ("rlhf.models.lora", "from rlhf.engine import make_engine", True),
-        ("rlhf.generation", "from rlhf.models.loading import load", True),
+        ("rlhf.generation.backend", "from rlhf.models.loading import load", False),
         ("rlhf.algorithms.ppo", "from rlhf.algorithms.sft import SFTConfig", True),
         ("rlhf.algorithms.ppo", "from .sft import SFTConfig", True),
-        ("rlhf.cli.summary", "from step1_sft.main import main", True),
-        ("rlhf.algorithms.ppo", "from rlhf.trainer import OnPolicyTrainer\nfrom rlhf import ops", False),
+        ("rlhf.algorithms.ppo", "from rlhf.algorithms.advantages import gae", False),
+        ("rlhf.cli.doctor", "from step1_sft.main import main", True),
+        ("rlhf.algorithms.ppo", "from rlhf.training import OnPolicyTrainer\nfrom rlhf import numerics", False),
         ("rlhf.models.lora", "from .loading import load\nfrom rlhf.types import TokenBatch", False),
-        ("step3_ppo.main", "from rlhf.stages import parse_stage\nfrom rlhf import __version__", False),
+        ("step3_ppo.main", "from rlhf.pipeline import stage_main\nfrom rlhf import __version__", False),
     ],
 )
 def test_violations_finds_exactly_the_wrong_ones(module, source, wrong):
@@ -180,7 +191,7 @@ def test_only_the_engine_calls_deepspeed_initialize():
 
 @pytest.mark.parametrize(
     "module",
-    ["rlhf.ops", "rlhf.types", "rlhf.algorithms.sft", "rlhf.algorithms.reward", "rlhf.algorithms.ppo"],
+    ["rlhf.types", "rlhf.numerics", "rlhf.algorithms.sft", "rlhf.algorithms.reward", "rlhf.algorithms.ppo"],
 )
 def test_mathematics_loads_neither_deepspeed_nor_transformers(module):
     code = (

@@ -49,7 +49,7 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/setup_env.sh" --
 
 # Importing libraries may print; the assignments are the last lines.
-settings="$("$RLHF_PYTHON" -m rlhf.cli.pipeline_args "$@" | sed -n '/^STAGES=/,$p')"
+settings="$("$RLHF_PYTHON" -m rlhf.pipeline.arguments "$@" | sed -n '/^STAGES=/,$p')"
 eval "$settings"  # STAGES RESUME_STAGES OUTPUT_DIR MAX_RESTARTS LAUNCHER_ARGS SFT_ARGS REWARD_ARGS PPO_ARGS
 
 cd "$here/.."
@@ -190,5 +190,5 @@ run_stage ppo "3/3 PPO" step3_ppo/main.py "${PPO_ARGS[@]}"
 if [ "${#STAGES[@]}" -eq 3 ]; then
     echo
     echo "=== what came out"
-    "$RLHF_PYTHON" -m rlhf.cli.summary "$OUTPUT_DIR"
+    "$RLHF_PYTHON" -m rlhf.report.summary "$OUTPUT_DIR"
 fi

@@ -22,7 +22,8 @@ from rlhf.algorithms.sft import SFTConfig, SFTTrainer
 from rlhf.config import BatchConfig, EngineConfig, OptimizerConfig, RunConfig
 from rlhf.distributed import init_world, seed_everything, world_size
 from rlhf.engine import BatchPlan, compute_dtype, training_engine
-from rlhf.models import ScalarModel, load_causal_lm, load_tokenizer
+from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.models.scalar import ScalarModel
 from rlhf.types import TokenizedRanking, TokenizedResponse
 
 

@@ -20,14 +20,15 @@ from sides.rlhf_offline import StepClock, build_trainer
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig, PPOTrainer
-from rlhf.checkpoint import export_scalar_model
+from rlhf.checkpoint.export import export_scalar_model
 from rlhf.config import EngineConfig, ModelConfig, OptimizerConfig, RunConfig
 from rlhf.distributed import close_world, init_world, rank, seed_everything, world_size
 from rlhf.engine import BatchPlan, RLHFEngine, compute_dtype, training_engine
-from rlhf.forward import eos_token_ids
-from rlhf.models import ScalarModel, load_causal_lm, load_tokenizer
+from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.models.model_call import eos_token_ids
+from rlhf.models.scalar import ScalarModel
 from rlhf.models.tiny_base import train_tokenizer
-from rlhf.scoring import RewardScorer
+from rlhf.rewards.reward_model import RewardScorer
 from rlhf.types import TokenizedPrompt, TokenizedResponse
 
 

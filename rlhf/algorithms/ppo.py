@@ -18,16 +18,19 @@ import torch
 
 from rlhf.config import BatchConfig, ConfigError, OptimizerConfig, RunConfig, require_at_least
 from rlhf.distributed import all_gather_rows, rank, world_size
-from rlhf.forward import eos_token_ids
 from rlhf.generation import Sampling
-from rlhf.metrics import MeanMeter
-from rlhf.nonfinite import check_rollout
-from rlhf.ops import KLEstimator, estimate_kl, last_true, masked_variance, masked_whiten
-from rlhf.resume import TrainingStates
-from rlhf.rollouts import RolloutWorker
-from rlhf.scoring import label_loss, response_logprobs, response_logprobs_and_entropy, response_values, trim
-from rlhf.side_by_side import WORKERS, pays, side_by_side
-from rlhf.trainer import DataOrder, OnPolicyTrainer, Plan, accumulate_step, learning_rate
+from rlhf.models.model_call import eos_token_ids
+from rlhf.numerics.cpu import WORKERS, can_run_side_by_side, side_by_side
+from rlhf.numerics.logprobs import KLEstimator, estimate_kl
+from rlhf.numerics.statistics import last_true, masked_variance, masked_whiten
+from rlhf.training.data_order import DataOrder, Plan
+from rlhf.training.metrics import MeanMeter
+from rlhf.training.nonfinite import check_rollout
+from rlhf.training.on_policy import OnPolicyTrainer
+from rlhf.training.resume import TrainingStates
+from rlhf.training.rollouts import RolloutWorker
+from rlhf.training.scoring import label_loss, response_logprobs, response_logprobs_and_entropy, response_values
+from rlhf.training.step import accumulate_step, learning_rate
 from rlhf.types import IGNORE_INDEX, PPOExperience, Rollout, TokenBatch, TokenizedPrompt, TokenizedResponse
 
 logger = logging.getLogger("rlhf")
@@ -309,7 +312,7 @@ class PPOTrainer(OnPolicyTrainer):
         self._export = export
         # ZeRO-3 keeps process-wide notes of the module that runs: two models at a time would mix them up
         can_share = not synchronised and not any_quantized(engine.actor, engine.critic)
-        self.together = concurrent and can_share and pays(self.device)
+        self.together = concurrent and can_share and can_run_side_by_side(self.device, ranks=world_size())
         self.sharers = WORKERS if self.together else 1
         self.rollouts = RolloutWorker(
             engine,
@@ -380,7 +383,7 @@ class PPOTrainer(OnPolicyTrainer):
     def _backend(self) -> Any:
         if self.config.generation_backend == "own":
             return None
-        from rlhf.engine import DeepSpeedRollout
+        from rlhf.generation.deepspeed_backend import DeepSpeedRollout
 
         return DeepSpeedRollout(self.engine.actor, self.tokenizer, eos_token_ids(self.engine.actor, self.tokenizer))
 
@@ -623,7 +626,7 @@ def ptx_count(batch: TokenBatch) -> float:
 
 def trim_experience(part: PPOExperience) -> PPOExperience:
     """Drop the columns that are padding in every row."""
-    rollout, columns = trim(part.rollout)
+    rollout, columns = part.rollout.trimmed()
     return PPOExperience(
         rollout=rollout,
         ref_logprobs=part.ref_logprobs[:, columns],

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from rlhf.config import ConfigError
 from rlhf.distributed import all_gather_rows, rank, world_size
-from rlhf.ops import score_last
-from rlhf.trainer import Trainer
+from rlhf.numerics.statistics import score_last
+from rlhf.training.offline import Trainer
 from rlhf.types import RankedBatch, TokenizedRanking
 
 

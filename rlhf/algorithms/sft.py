@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 import torch
 
-from rlhf.metrics import MeanMeter
-from rlhf.scoring import label_loss
-from rlhf.trainer import Trainer
+from rlhf.training.metrics import MeanMeter
+from rlhf.training.offline import Trainer
+from rlhf.training.scoring import label_loss
 from rlhf.types import IGNORE_INDEX, TokenBatch, TokenizedResponse
 
 

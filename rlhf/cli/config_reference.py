@@ -1,7 +1,7 @@
 """Write the configuration reference: `python -m rlhf.cli.config_reference > docs/configuration.md`.
 
-Everything in it comes from the dataclasses of `rlhf.stages.STAGE_CONFIGS`: names, types and defaults from their
-fields, explanations from the string literal that stands under each field in the source.
+Everything in it comes from the dataclasses of the stages: names, types and defaults from their fields, explanations
+from the string literal that stands under each field in the source.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config import field_docstrings
-from rlhf.stages import STAGE_CONFIGS
+from rlhf.pipeline.stages import STAGE_CONFIGS
 
 INTRODUCTION = """\
 # Configuration reference

@@ -1,6 +1,8 @@
 """Training and inference engines over DeepSpeed ZeRO; works in a notebook and under the `deepspeed` launcher."""
 
 from rlhf.engine.batch_plan import BatchPlan, partition
+from rlhf.engine.deepspeed_config import compute_dtype, zero_config
+from rlhf.engine.engine_state import load_engine_state, save_engine_state
 from rlhf.engine.factory import (
     build_optimizer,
     build_schedule,
@@ -9,15 +11,11 @@ from rlhf.engine.factory import (
     training_engine,
     zero3_loading,
 )
-from rlhf.engine.gathered import gathered_weights
-from rlhf.engine.hybrid import DeepSpeedRollout
 from rlhf.engine.rlhf_engine import RLHFEngine
-from rlhf.engine.state import load_engine_state, save_engine_state
-from rlhf.engine.zero import compute_dtype, zero_config
+from rlhf.engine.whole_weights import gathered_weights
 
 __all__ = [
     "BatchPlan",
-    "DeepSpeedRollout",
     "RLHFEngine",
     "build_optimizer",
     "build_schedule",

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf.config import ConfigError, EngineConfig, OptimizerConfig
 from rlhf.distributed import init_world, logger, world_size
 from rlhf.engine.batch_plan import BatchPlan
-from rlhf.engine.zero import compute_dtype, zero_config
-from rlhf.linear import speed_up_linears
+from rlhf.engine.deepspeed_config import compute_dtype, zero_config
+from rlhf.numerics.cpu import speed_up_linears
 
 
 def training_engine(

@@ -15,10 +15,11 @@ from torch import nn
 from rlhf.config import ConfigError, EngineConfig, ModelConfig, OptimizerConfig
 from rlhf.distributed import is_main, logger
 from rlhf.engine.batch_plan import BatchPlan
+from rlhf.engine.deepspeed_config import compute_dtype
 from rlhf.engine.factory import inference_engine, training_engine, zero3_loading
-from rlhf.engine.zero import compute_dtype
-from rlhf.models import ScalarModel, adapter_disabled, has_adapter, load_causal_lm
-from rlhf.models.scalar import check_scalar_directory, is_scalar_directory
+from rlhf.models.loading import load_causal_lm
+from rlhf.models.lora import adapter_disabled, has_adapter
+from rlhf.models.scalar import ScalarModel, check_scalar_directory, is_scalar_directory
 from rlhf.models.shared import Roles, adapted_roles
 
 

@@ -4,7 +4,7 @@
 together.
 """
 
-from rlhf.generation.sampler import generate
-from rlhf.generation.sampling import Sampling, draw, filter_logits, row_uniforms
+from rlhf.generation.continuous_batching import generate
+from rlhf.generation.token_sampling import Sampling, draw, filter_logits, row_uniforms
 
 __all__ = ["Sampling", "draw", "filter_logits", "generate", "row_uniforms"]

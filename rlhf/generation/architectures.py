@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf.forward import innermost
-from rlhf.generation.linears import Linear, as_it_is
-from rlhf.packing import PACKED_SDPA
+from rlhf.models.model_call import innermost
+from rlhf.numerics.cpu import LinearCall, as_it_is
+from rlhf.numerics.packed_rows import PACKED_SDPA
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 """Cosines and signed sines [N, 1, R] of N tokens' positions; the sines of the first R / 2 dimensions are negated."""
@@ -64,7 +64,9 @@ class Anatomy:
     scaling: float
 
 
-def take_apart(model: nn.Module, *, capacity: int, linear: Callable[[nn.Module], Linear] = as_it_is) -> Anatomy | None:
+def take_apart(
+    model: nn.Module, *, capacity: int, linear: Callable[[nn.Module], LinearCall] = as_it_is
+) -> Anatomy | None:
     """The parts of a model, a peft model or an engine around one, or None when it is not known.
 
     `capacity` is the longest row: a sliding window that reaches over all of it changes nothing. `linear` gives what
@@ -100,7 +102,7 @@ def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     return x
 
 
-def _gpt_neox(core: Any, linear: Callable[[nn.Module], Linear]) -> Anatomy | None:
+def _gpt_neox(core: Any, linear: Callable[[nn.Module], LinearCall]) -> Anatomy | None:
     body = core.gpt_neox
     layers = list(body.layers)
     first = layers[0].attention
@@ -120,7 +122,7 @@ def _gpt_neox(core: Any, linear: Callable[[nn.Module], Linear]) -> Anatomy | Non
     )
 
 
-def _gpt_neox_block(layer: Any, heads: int, head_dim: int, linear: Callable[[nn.Module], Linear]) -> Block:
+def _gpt_neox_block(layer: Any, heads: int, head_dim: int, linear: Callable[[nn.Module], LinearCall]) -> Block:
     joint, mlp = linear(layer.attention.query_key_value), layer.mlp
     rise, act, fall = linear(mlp.dense_h_to_4h), mlp.act, linear(mlp.dense_4h_to_h)
 
@@ -140,7 +142,7 @@ def _gpt_neox_block(layer: Any, heads: int, head_dim: int, linear: Callable[[nn.
     )
 
 
-def _llama_like(core: Any, linear: Callable[[nn.Module], Linear]) -> Anatomy | None:
+def _llama_like(core: Any, linear: Callable[[nn.Module], LinearCall]) -> Anatomy | None:
     body = core.model
     layers = list(body.layers)
     first = layers[0].self_attn
@@ -159,7 +161,7 @@ def _llama_like(core: Any, linear: Callable[[nn.Module], Linear]) -> Anatomy | N
     )
 
 
-def _llama_block(layer: Any, head_dim: int, linear: Callable[[nn.Module], Linear]) -> Block:
+def _llama_block(layer: Any, head_dim: int, linear: Callable[[nn.Module], LinearCall]) -> Block:
     attention, mlp = layer.self_attn, layer.mlp
     query_of, key_of, value_of = linear(attention.q_proj), linear(attention.k_proj), linear(attention.v_proj)
     query_norm, key_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)

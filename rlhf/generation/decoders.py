@@ -1,6 +1,6 @@
 """What computes the logits of the next token: an interface, and the decoder that serves every model.
 
-`rlhf.generation.lean` holds the fast one, for the architectures it knows.
+`rlhf.generation.fast_decoder` holds the fast one, for the architectures it knows.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from rlhf.forward import innermost, model_arguments
-from rlhf.generation.lean import lean_decoder
+from rlhf.generation.fast_decoder import lean_decoder
+from rlhf.models.model_call import innermost, model_arguments
 
 
 class Decoder(Protocol):

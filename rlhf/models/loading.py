@@ -19,7 +19,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rlhf.config import ConfigError
 from rlhf.distributed import init_world, rank_zero_first
-from rlhf.forward import innermost
+from rlhf.models.model_call import innermost
 
 SCALAR_HEAD_FILE = "scalar_head.safetensors"
 """The file beside a backbone that makes a directory a reward model or a critic."""

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlhf.config import ConfigError
-from rlhf.forward import hidden_states
 from rlhf.models.loading import SCALAR_HEAD_FILE, load_backbone
+from rlhf.models.model_call import hidden_states
 
 SCORE_RANGE_FILE = "score_range.json"
 """Beside the head of a reward model: how far the scores reached in its training."""

@@ -1,0 +1,1 @@
+"""What lies on disk: training states, manifests, locks, atomic writes, exports that transformers loads."""

@@ -1,0 +1,43 @@
+"""What a user sets: dataclasses with a docstring under every field, and the parser that fills them.
+
+A configuration file is YAML. Its top level holds fields shared by the stages; a section named after a stage holds
+fields of that stage and wins over the shared ones. The command line wins over both.
+"""
+
+from rlhf.config.errors import ConfigError, require_at_least
+from rlhf.config.parsing import field_docstrings, load_config_file, parse_config, save_config
+from rlhf.config.settings import (
+    EMBEDDED_BASE,
+    MODEL_OPTIONS,
+    STAGES,
+    BatchConfig,
+    DataConfig,
+    EngineConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PPODataConfig,
+    RewardDataConfig,
+    RunConfig,
+    SFTDataConfig,
+)
+
+__all__ = [
+    "EMBEDDED_BASE",
+    "MODEL_OPTIONS",
+    "STAGES",
+    "BatchConfig",
+    "ConfigError",
+    "DataConfig",
+    "EngineConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "PPODataConfig",
+    "RewardDataConfig",
+    "RunConfig",
+    "SFTDataConfig",
+    "field_docstrings",
+    "load_config_file",
+    "parse_config",
+    "require_at_least",
+    "save_config",
+]

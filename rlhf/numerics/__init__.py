@@ -1,0 +1,1 @@
+"""Tensors only: log-probabilities, packed rows, masked statistics, the vocabulary head, what a CPU needs."""

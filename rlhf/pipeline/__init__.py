@@ -1,0 +1,1 @@
+"""The stages as one table, what the main of every stage does, and the arguments of a whole run."""

@@ -1,0 +1,271 @@
+"""Sort a pipeline's command line into the arguments of its launcher and of each stage, checked before any stage starts.
+
+`python -m rlhf.pipeline.arguments [--stages sft,reward,ppo] ARGS...` prints bash assignments that
+`training_scripts/run_all.sh` evaluates: STAGES, RESUME_STAGES (those with `resume: auto`), OUTPUT_DIR, MAX_RESTARTS,
+LAUNCHER_ARGS, SFT_ARGS, REWARD_ARGS, PPO_ARGS.
+A field goes to every stage that has it; `--reward.learning_rate 1e-4` goes to that stage alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+
+from rlhf.config import STAGES, ConfigError, RunConfig
+from rlhf.distributed import free_port
+from rlhf.pipeline.stages import STAGE_CONFIGS, parse_stage
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+LAUNCHER_OPTIONS = {
+    "num_devices": "--num_gpus",
+    "num_nodes": "--num_nodes",
+    "hostfile": "--hostfile",
+    "master_addr": "--master_addr",
+    "master_port": "--master_port",
+}
+"""Options of the pipeline and what the `deepspeed` launcher calls them."""
+
+SHORT_RUN: Mapping[str, Mapping[str, str]] = {
+    "sft": {"max_steps": "4"},
+    "reward": {"max_steps": "4"},
+    "ppo": {"max_steps": "2"},
+}
+"""What `--short` sets where the command line says nothing else: every part of a stage runs, nothing is learnt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineArguments:
+    """The command line, sorted. `stage_arguments` has one list per stage of `stages`."""
+
+    stages: tuple[str, ...]
+    output_dir: str
+    launcher_arguments: list[str]
+    stage_arguments: dict[str, list[str]]
+    resume_stages: tuple[str, ...] = ()
+    """Stages that go on from what an earlier run left, be it by the command line or by the configuration file."""
+    max_restarts: int = 0
+    """How many failures of the whole run are answered by starting the stage again."""
+
+
+def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArguments:
+    """Sort `arguments` and check them against the fields of every stage that will run.
+
+    Relative paths are taken from `user_dir`, because the stages run in the project's root. Raises ConfigError for an
+    option that no stage has (naming the nearest ones), or one that only a stage has that does not run.
+    """
+    launcher: dict[str, str] = {}
+    stages: tuple[str, ...] = STAGES
+    short = False
+    max_restarts = 0
+    shared: list[tuple[str, list[str]]] = []
+    own: dict[str, list[tuple[str, list[str]]]] = {stage: [] for stage in STAGES}
+    for name, values in _options(arguments):
+        section, _, field_name = name.rpartition(".")
+        values = _from_user_dir(field_name, values, user_dir)
+        if name == "short":
+            short = True
+        elif name == "stages":
+            stages = _stages(values)
+        elif name == "max_restarts":
+            max_restarts = _whole_number(name, _single(name, values), least=0)
+        elif name in LAUNCHER_OPTIONS:
+            launcher[name] = _single(name, values)
+        elif section:
+            if section not in STAGES:
+                raise ConfigError(f"--{name}: `{section}` is not a stage; the stages are {', '.join(STAGES)}")
+            own[section].append((field_name, values))
+        else:
+            shared.append((name, values))
+    fields = {stage: _option_names(stage) for stage in STAGES}
+    for name, _ in shared:
+        _check_known(name, stages, fields)
+    for stage, options in own.items():
+        for name, _ in options:
+            if name not in fields[stage]:
+                raise ConfigError(
+                    f"--{stage}.{name}: stage {stage} has no field `{name}`{_nearest(name, fields[stage])}"
+                )
+    per_stage: dict[str, list[str]] = {}
+    for stage in stages:
+        given = [option for option in shared if option[0] in fields[stage]] + own[stage]
+        names = {name for name, _ in given}
+        if short:
+            given += [(name, [value]) for name, value in SHORT_RUN[stage].items() if name not in names]
+        per_stage[stage] = [part for name, values in given for part in (f"--{name}", *values)]
+    runs = {stage: _run_config(stage, values) for stage, values in per_stage.items()}
+    for stage, run in runs.items():
+        _check_nothing_is_lost(stage, run)
+    return PipelineArguments(
+        stages,
+        _output_dir(runs),
+        _launcher_arguments(launcher),
+        per_stage,
+        tuple(stage for stage, run in runs.items() if run.resume == "auto"),
+        max_restarts,
+    )
+
+
+def bash_assignments(pipeline: PipelineArguments) -> str:
+    """The sorted arguments as bash assignments, quoted for `eval`."""
+    lines = [
+        f"STAGES=({' '.join(pipeline.stages)})",
+        f"RESUME_STAGES=({' '.join(pipeline.resume_stages)})",
+        f"OUTPUT_DIR={shlex.quote(pipeline.output_dir)}",
+        f"MAX_RESTARTS={pipeline.max_restarts}",
+        f"LAUNCHER_ARGS=({shlex.join(pipeline.launcher_arguments)})",
+    ]
+    for stage in STAGES:  # a stage that does not run gets an empty list: bash's `set -u` wants every name set
+        lines.append(f"{stage.upper()}_ARGS=({shlex.join(pipeline.stage_arguments.get(stage, []))})")
+    return "\n".join(lines)
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """(`name`, values) of every option, in order; a value is whatever does not begin with two dashes."""
+    index = 0
+    while index < len(arguments):
+        word = arguments[index]
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"`{word}` is not an option; options are written --field value")
+        name, equals, value = word[2:].partition("=")
+        index += 1
+        values = [value] if equals else []
+        while not equals and index < len(arguments) and not arguments[index].startswith("--"):
+            values.append(arguments[index])
+            index += 1
+        yield name.replace("-", "_"), values
+
+
+def _single(name: str, values: Sequence[str]) -> str:
+    if len(values) != 1:
+        raise ConfigError(f"--{name} needs one value, got {list(values)}")
+    return values[0]
+
+
+def _stages(values: Sequence[str]) -> tuple[str, ...]:
+    wanted = [stage for value in values for stage in value.split(",") if stage]
+    unknown = [stage for stage in wanted if stage not in STAGES]
+    if unknown or not wanted:
+        raise ConfigError(f"--stages {','.join(wanted)}: the stages are {', '.join(STAGES)}, separated by commas")
+    return tuple(stage for stage in STAGES if stage in wanted)
+
+
+def _option_names(stage: str) -> set[str]:
+    names = {"config"}
+    for config in STAGE_CONFIGS[stage]:
+        for item in dataclasses.fields(config):
+            names.add(item.name)
+            if item.type in (bool, "bool"):  # TrlParser replaces a field's annotation by the type once it has run
+                names.add(f"no_{item.name}")
+    return names
+
+
+def _check_known(name: str, stages: Sequence[str], fields: Mapping[str, set[str]]) -> None:
+    if any(name in fields[stage] for stage in stages):
+        return
+    owners = [stage for stage in STAGES if name in fields[stage]]
+    if owners:
+        raise ConfigError(
+            f"--{name} is a field of {', '.join(owners)}, which this run ({', '.join(stages)}) leaves out"
+        )
+    known = set().union(*fields.values(), LAUNCHER_OPTIONS, ("short", "stages", "max_restarts"))
+    raise ConfigError(f"unknown option --{name}{_nearest(name, known)}")
+
+
+def _nearest(name: str, known: Set[str]) -> str:
+    near = difflib.get_close_matches(name, sorted(known), n=3)
+    return f"; did you mean {', '.join('--' + match for match in near)}?" if near else "; see docs/configuration.md"
+
+
+def _from_user_dir(name: str, values: Sequence[str], user_dir: Path) -> list[str]:
+    """The values of an option, with relative paths made absolute where the option names files."""
+    if name == "output_dir" or name == "cache_dir":
+        return [str((user_dir / Path(value).expanduser()).absolute()) for value in values]
+    if not (name in ("config", "hostfile", "deepspeed_config", "template") or name.endswith(("_data", "_model"))):
+        return list(values)
+    return [_existing(value, user_dir) for value in values]
+
+
+def _existing(value: str, user_dir: Path) -> str:
+    if value.startswith("{"):
+        with contextlib.suppress(json.JSONDecodeError):
+            source = json.loads(value)
+            if isinstance(source.get("path"), str):
+                return json.dumps({**source, "path": _existing(source["path"], user_dir)}, ensure_ascii=False)
+        return value
+    path = user_dir / Path(value).expanduser()
+    return str(path.absolute()) if value and path.exists() else value
+
+
+def _run_config(stage: str, values: Sequence[str]) -> RunConfig:
+    """Parse all of a stage's arguments, so that a mistake in the last one is found before the first one runs."""
+    usage = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(usage):
+            configs = parse_stage(stage, values)
+    except ConfigError as error:
+        raise ConfigError(f"stage {stage}: {error}") from error
+    except SystemExit as error:  # argparse prints pages of usage before the line that matters
+        raise ConfigError(f"stage {stage}: {usage.getvalue().strip().splitlines()[-1]}") from error
+    return next(config for config in configs if isinstance(config, RunConfig))
+
+
+def _check_nothing_is_lost(stage: str, run: RunConfig) -> None:
+    """ConfigError where an unfinished run of `stage` lies and nothing is said of it: not after the earlier stages were
+    trained anew over the models it stands on."""
+    directory = PROJECT / run.output_dir / stage  # the stages run there; an absolute output_dir wins
+    if run.resume is None and any(directory.glob("states/step-*")) and not (directory / "result.json").is_file():
+        raise ConfigError(
+            f"{directory} holds an unfinished run: go on with --resume auto, start anew and lose it with --resume "
+            "never, or choose another --output_dir"
+        )
+
+
+def _output_dir(runs: Mapping[str, RunConfig]) -> str:
+    directories = {stage: run.output_dir for stage, run in runs.items()}
+    if len(set(directories.values())) > 1:
+        raise ConfigError(f"the stages must share one output_dir, got {directories}; set it at the file's top level")
+    return next(iter(directories.values()))
+
+
+def _whole_number(name: str, value: str, *, least: int) -> int:
+    if not (value.isdecimal() and int(value) >= least):
+        raise ConfigError(f"--{name} needs a whole number of at least {least}, got {value!r}")
+    return int(value)
+
+
+def _launcher_arguments(options: Mapping[str, str]) -> list[str]:
+    for name in ("num_devices", "num_nodes", "master_port"):
+        if name in options:
+            _whole_number(name, options[name], least=1)
+    if "hostfile" in options and not Path(options["hostfile"]).is_file():
+        raise ConfigError(f"--hostfile {options['hostfile']}: no such file (see training_scripts/hostfile.example)")
+    chosen = dict(options)
+    if "num_devices" not in chosen and "hostfile" not in chosen and os.environ.get("DS_ACCELERATOR") == "cpu":
+        chosen["num_devices"] = "1"  # DeepSpeed would start one process per NUMA node
+    if "hostfile" not in chosen:
+        chosen.setdefault("master_port", str(free_port()))
+    return [part for name, value in chosen.items() for part in (LAUNCHER_OPTIONS[name], value)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the assignments; a mistake goes to standard error and returns 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        print(bash_assignments(sort_arguments(arguments, user_dir=Path.cwd())))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""From a run directory to the summary of what came out."""

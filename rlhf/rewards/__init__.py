@@ -1,0 +1,1 @@
+"""Responses -> scores: the `Reward` protocol and what implements it."""

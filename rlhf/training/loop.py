@@ -1,0 +1,136 @@
+"""What every training loop has: metrics, the doctor's eye on them, and a place that can be saved and taken up again."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.config import RunConfig
+from rlhf.distributed import logger
+from rlhf.distributed.rank_watch import Stopped, beat, note_saved, stop_requested
+from rlhf.doctor import HealthMonitor
+from rlhf.training.metrics import MeanMeter, MetricsWriter
+from rlhf.training.resume import TrainingStates
+
+
+class Loop(ABC):
+    """Steps 1 to `total_steps` (PPO: iterations), each followed by `end_step`; `states` None saves nothing.
+
+    A subclass's `fit` calls `begin`, then takes the steps after the one it returns.
+    """
+
+    def __init__(
+        self, *, total_steps: int, run: RunConfig, directory: Path, stage: str, states: TrainingStates | None = None
+    ) -> None:
+        self.total_steps = total_steps
+        self.run = run
+        self.directory = directory
+        self.stage = stage
+        self.states = states
+        self.meter = MeanMeter()
+        self.writer = MetricsWriter(directory, run, stage=stage)
+        self.health = HealthMonitor(directory, stage)
+        self.step = 0
+        self.outcome: dict[str, Any] = {}
+        """What `fit` returns in the end, as far as it is known: evaluations before and after."""
+        self._seconds_before = 0.0
+        self._started = time.perf_counter()
+
+    @abstractmethod
+    def engines(self) -> Mapping[str, Any]:
+        """Training engines by name."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the ranks' collectives run."""
+
+    @abstractmethod
+    def export(self) -> None:
+        """Write the models; a collective. Raises OSError on every rank when they cannot be written."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training, those before an interruption included."""
+        return self._seconds_before + time.perf_counter() - self._started
+
+    def begin(self) -> int:
+        """Take up a saved state or start; the step that is done."""
+        self._started = time.perf_counter()
+        if self.states is None or not self.states.restore(self):
+            self.writer.open()
+        if self.step:
+            note_saved(self.step)
+        beat(f"step {self.step}")
+        return self.step
+
+    def record(self, step: int, metrics: dict[str, float]) -> None:
+        """Write a line of metrics and let the doctor look at it."""
+        self.writer.write(step, metrics)
+        self.health.observe(step, metrics)
+
+    def exported(self, *, last: bool) -> bool:
+        """Export the models; a disk that cannot be written is no reason to end a run before its `last` step."""
+        try:
+            self.export()
+        except OSError as error:
+            if last:
+                raise
+            logger.error("%s: %s; training goes on, the next export tries again", self.stage, error)
+            return False
+        return True
+
+    def end_step(self, step: int) -> None:
+        """Save where it is due; raises Stopped on every rank when one was asked to stop."""
+        self.step = step
+        beat(f"step {step}")
+        stop = stop_requested(self.device)
+        saved = False
+        if self.states is not None and (self.states.due(step, self.total_steps) or (stop and self.run.keep_last > 0)):
+            saved = self.states.save(step, self)
+            if saved:
+                note_saved(step)
+        if stop:
+            self.writer.close()
+            raise Stopped(step, self.directory, saved=saved)
+
+    def ended(self) -> dict[str, Any]:
+        """What `fit` returns: the evaluations, seconds over all processes of the run, and what the doctor found."""
+        return {**self.outcome, "seconds": self.seconds, "health": self.health.summary()}
+
+    # ------------------------------------------------------------------------------ see rlhf.training.resume.Resumable
+
+    def state(self) -> dict[str, Any]:
+        """Everything alike on every rank that the next step or the end of the run depends on."""
+        return {
+            "step": self.step,
+            "outcome": self.outcome,
+            "seconds": self.seconds,
+            "health": self.health.state(),
+        }
+
+    def rank_state(self) -> dict[str, Any]:
+        """This rank's sums since the last line of metrics, and where its files end."""
+        return {"meter": self.meter.state(), "metrics_bytes": self.writer.position()}
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Tensors of rank 0 outside the engines."""
+        return {}
+
+    def load_state(
+        self, state: dict[str, Any], rank_states: Sequence[dict[str, Any]], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        """Take up what `state`, `rank_state` and `tensors` gave; metrics written after the save are cut off."""
+        self.step = state["step"]
+        self.outcome = state["outcome"]
+        self._seconds_before = state["seconds"]
+        self.health.load_state(state["health"])
+        position = rank_states[0]["metrics_bytes"] if rank_states else 0
+        self.writer.open(position, seconds=self._seconds_before, step=self.step)
+        for rank_state in rank_states:
+            self.meter.load(rank_state["meter"])

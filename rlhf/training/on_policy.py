@@ -1,0 +1,74 @@
+"""The on-policy loop: prompts -> experience -> inner epochs of updates."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from typing import Any
+
+from tqdm import tqdm
+
+from rlhf.distributed import is_main, logger
+from rlhf.training.loop import Loop
+from rlhf.training.nonfinite import NonFiniteError as NonFiniteError
+
+
+class OnPolicyTrainer(Loop):
+    """The on-policy loop: prompts -> experience -> inner epochs of updates.
+
+    An algorithm writes `make_experience(iteration)`, `update(experience, iteration)` and `evaluate(label)`.
+    """
+
+    def __init__(self, *, eval_every_steps: int, **loop: Any) -> None:
+        super().__init__(**loop)
+        self.eval_every_steps = eval_every_steps
+
+    @abstractmethod
+    def make_experience(self, iteration: int) -> Any:
+        """Sample responses to the iteration's prompts and score them: everything `update` learns from."""
+
+    @abstractmethod
+    def update(self, experience: Any, iteration: int) -> dict[str, float]:
+        """All inner epochs over one experience; returns metrics."""
+
+    @abstractmethod
+    def evaluate(self, iteration: int) -> dict[str, Any]:
+        """Metrics on held-out prompts; every rank gets the same."""
+
+    def fit(self) -> dict[str, Any]:
+        """Train; returns {"before", "after", "seconds"} with the evaluations of the first and the last actor.
+
+        Goes on from a saved state where `states` has one. Raises Stopped when the run was asked to stop.
+        """
+        done = self.begin()
+        if done == 0:
+            before = self._evaluate_and_log(0)
+            self.outcome = {"before": before, "after": before}
+        with tqdm(
+            total=self.total_steps, initial=done, desc=self.stage, unit="iteration", disable=not is_main()
+        ) as progress:
+            for iteration in range(done + 1, self.total_steps + 1):
+                experience_started = time.perf_counter()
+                experience = self.make_experience(iteration)
+                update_started = time.perf_counter()
+                metrics = self.update(experience, iteration)
+                metrics["seconds_experience"] = update_started - experience_started
+                metrics["seconds_update"] = time.perf_counter() - update_started
+                progress.update()
+                progress.set_postfix(score=f"{metrics['score']:.3f}", kl=f"{metrics['kl_per_token']:.3f}")
+                if iteration % self.run.log_every_steps == 0 or iteration in (1, self.total_steps):
+                    self.record(iteration, metrics)
+                due = self.eval_every_steps > 0 and iteration % self.eval_every_steps == 0
+                if due or iteration == self.total_steps:
+                    self.outcome["after"] = self._evaluate_and_log(iteration)
+                    self.exported(last=iteration == self.total_steps)
+                self.end_step(iteration)
+        self.writer.close()
+        return self.ended()
+
+    def _evaluate_and_log(self, iteration: int) -> dict[str, Any]:
+        metrics = self.evaluate(iteration)
+        numbers = {f"eval_{name}": value for name, value in metrics.items() if isinstance(value, float)}
+        self.record(iteration, numbers)
+        logger.info("%s iteration %d: %s", self.stage, iteration, "  ".join(f"{k}={v:.4f}" for k, v in numbers.items()))
+        return metrics

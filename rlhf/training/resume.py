@@ -1,0 +1,170 @@
+"""Training states: what a loop's next step depends on, saved between two steps and taken up again, exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf.checkpoint.fingerprint import check_identity
+from rlhf.checkpoint.random_state import load_rng, save_rng
+from rlhf.checkpoint.state_store import SavedState, TrainingStateStore
+from rlhf.config import ConfigError, RunConfig
+from rlhf.distributed import init_world, is_main, logger, raise_on_all, rank, world_size
+
+TENSORS = "loop.safetensors"
+SAVES_PER_RUN = 10
+"""How often a run saves its state where `save_every_steps` is 0."""
+
+FREE_TO_CHANGE = frozenset(
+    {
+        # where and how often
+        "output_dir", "cache_dir", "resume", "save_every_steps", "keep_last", "keep_every", "log_every_steps",
+        "tensorboard", "wandb_project", "rank_timeout_minutes", "sample_table_rows", "on_bad_row",
+        # compared by content
+        "base_model", "actor_model", "reward_model", "critic_model", "sft_data", "sft_eval_data", "preference_data",
+        "preference_eval_data", "prompt_data", "prompt_eval_data", "ptx_data",
+        # how fast, and in which memory
+        "trust_remote_code", "attn_implementation", "share_base", "gradient_checkpointing", "zero_stage", "offload",
+        "deepspeed_config", "gather_for_generation", "side_by_side", "micro_batch_size", "micro_batch_tokens",
+        "generation_batch_size", "scoring_batch_tokens",
+    }
+)  # fmt: skip
+"""Fields that may differ when a run goes on: they do not change what is learnt. Models and data are compared by their
+content, so that they may have been moved."""
+
+
+class Resumable(Protocol):
+    """A loop whose place can be saved (`rlhf.training.loop.Loop`)."""
+
+    def engines(self) -> Mapping[str, Any]:
+        """Training engines by name."""
+
+    def state(self) -> dict[str, Any]:
+        """What the next step depends on besides, alike on every rank; JSON."""
+
+    def rank_state(self) -> dict[str, Any]:
+        """The same of this rank alone."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Further tensors of rank 0 ({} on the others)."""
+
+    def load_state(
+        self, state: dict[str, Any], rank_states: Sequence[dict[str, Any]], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        """Take up what the three above gave; `rank_states` are those of the ranks of this run that this rank has to
+        go on for."""
+
+
+class TrainingStates:
+    """The training states of one stage's run: when they are due, what is in them, and whose they are."""
+
+    def __init__(self, directory: Path, run: RunConfig, identity: Mapping[str, Any]) -> None:
+        self.run = run
+        self.identity = identity
+        self.store = _store(directory, run)
+
+    def due(self, step: int, total: int) -> bool:
+        """Whether the state after `step` of `total` is to be saved."""
+        every = self.run.save_every_steps or max(1, total // SAVES_PER_RUN)
+        return self.run.keep_last > 0 and (step % every == 0 or step == total)
+
+    def save(self, step: int, loop: Resumable) -> bool:
+        """Save the state after `step`; False when it could not be written (said in the log). A collective."""
+        content = {"identity": self.identity, "loop": loop.state()}
+
+        def rank_files(part: Path) -> None:
+            save_rng(part, rank())
+            _rank_file(part, rank()).write_text(json.dumps(loop.rank_state()), encoding="utf-8")
+            tensors = loop.tensors() if is_main() else {}
+            if tensors:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / TENSORS)
+
+        engines = (partial(_save_engine, name, engine) for name, engine in loop.engines().items())
+        return self.store.save(step, content, *engines, rank_files)
+
+    def restore(self, loop: Resumable) -> bool:
+        """Take up the newest whole state where the run asks for it; False for a fresh start.
+
+        A collective. Raises ConfigError for the state of another run, naming the differences.
+        """
+        from rlhf.engine import load_engine_state
+        from rlhf.engine.master_weights import trained_weights
+
+        if self.run.keep_last:
+            for engine in loop.engines().values():
+                trained_weights(engine)  # an engine that cannot be saved says so now, and not at the first save
+        saved = self.store.newest() if self.run.resume == "auto" else None
+        if saved is None:
+            if self.run.resume == "auto":
+                logger.info("no training state to go on from: starting at step 0")
+            return False
+        refused: ConfigError | None = None
+        if is_main():  # as rank 0 saved it: a node's copy of a model may hold one file more
+            try:
+                check_identity(saved.content["identity"], self.identity, saved.path)
+            except ConfigError as error:
+                refused = error
+        raise_on_all(refused)
+        for name, engine in loop.engines().items():
+            load_engine_state(engine, saved.path, name)
+        before, now = saved.world_size, world_size()
+        if before != now:
+            logger.info("the training state is one of %d processes and %d run now", before, now)
+        mine = [json.loads(_rank_file(saved.path, each).read_text("utf-8")) for each in range(rank(), before, now)]
+        loop.load_state(saved.content["loop"], mine, _load_tensors(saved))
+        load_rng(saved.path, rank(), seed=self.run.seed, step=saved.step)
+        logger.info("going on after step %d from %s", saved.step, saved.path)
+        return True
+
+
+def run_identity(configs: Sequence[Any], **content: Any) -> dict[str, Any]:
+    """What must be the same for a run to go on: its configuration but for FREE_TO_CHANGE, and `content` (fingerprints
+    of models, tokenizer and data)."""
+    fields = {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
+    return {**{name: value for name, value in fields.items() if name not in FREE_TO_CHANGE}, **content}
+
+
+def refusal(directory: Path, run: RunConfig) -> ConfigError | None:
+    """Why a run must not start over the states in `directory`: an unfinished one left them, and `resume` is unset."""
+    steps = _store(directory, run).steps()
+    if not steps or run.resume is not None or (directory.parent / "result.json").is_file():
+        return None
+    return ConfigError(
+        f"{directory.parent} holds an unfinished run, saved after step {max(steps)}: go on with --resume auto, "
+        "start anew and lose it with --resume never, or choose another --output_dir"
+    )
+
+
+def remove_states(directory: Path, run: RunConfig, *, keep_permanent: bool) -> None:
+    """Remove the training states in `directory`, but with `keep_permanent` for those of `keep_every` (rank 0)."""
+    store = _store(directory, run)
+    steps = store.steps() if is_main() else []
+    if steps and not keep_permanent:
+        logger.warning("removing the training states of an earlier run in %s (steps %s)", directory, steps)
+    store.clear(keep_permanent=keep_permanent)
+
+
+def _store(directory: Path, run: RunConfig) -> TrainingStateStore:
+    return TrainingStateStore(directory, keep_last=run.keep_last, keep_every=run.keep_every, device=init_world())
+
+
+def _save_engine(name: str, engine: Any, part: Path) -> None:
+    from rlhf.engine import save_engine_state
+
+    save_engine_state(engine, part, name)
+
+
+def _rank_file(directory: Path, number: int) -> Path:
+    return directory / f"loop-rank{number:05d}.json"
+
+
+def _load_tensors(saved: SavedState) -> dict[str, torch.Tensor]:
+    path = saved.path / TENSORS
+    return load_file(path) if is_main() and path.is_file() else {}

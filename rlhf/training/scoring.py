@@ -1,0 +1,41 @@
+"""Score rollouts: log-probabilities, values and reward-model scores of whole sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rlhf.models.model_call import token_logprobs
+from rlhf.types import IGNORE_INDEX, Rollout, TokenBatch
+
+
+def response_logprobs(model: nn.Module, rollout: Rollout, temperature: float) -> torch.Tensor:
+    """log pi(response_t | all before it) at `temperature`: [B, T] float32, 0 outside the response."""
+    return response_logprobs_and_entropy(model, rollout, temperature, with_entropy=False)[0]
+
+
+def response_logprobs_and_entropy(
+    model: nn.Module, rollout: Rollout, temperature: float, *, with_entropy: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies of the response positions: [B, T] each, float32, 0 outside the response."""
+    ids, mask = rollout.sequences()
+    prompt_tokens = rollout.prompt_ids.shape[1]
+    scored = mask.clone()
+    scored[:, :prompt_tokens] = False
+    logprobs, entropies = token_logprobs(model, ids, mask, scored, temperature=temperature, with_entropy=with_entropy)
+    return logprobs[:, prompt_tokens:], entropies[:, prompt_tokens:]
+
+
+def label_loss(model: nn.Module, batch: TokenBatch) -> torch.Tensor:
+    """Summed cross-entropy in nats of the labels that are not -100: the loss of SFT and of the ptx mixture."""
+    scored = batch.labels != IGNORE_INDEX
+    scored[:, 0] = False  # nothing comes before it
+    return -token_logprobs(model, batch.input_ids, batch.attention_mask, scored)[0].sum()
+
+
+def response_values(critic: nn.Module, rollout: Rollout) -> torch.Tensor:
+    """V of the state before emitting response_t: [B, T] float32."""
+    ids, mask = rollout.sequences()
+    values = critic(ids, mask)
+    prompt_tokens = rollout.prompt_ids.shape[1]
+    return values[:, prompt_tokens - 1 : -1]

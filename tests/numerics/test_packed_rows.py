@@ -1,0 +1,308 @@
+"""Rows without padding and the head in pieces, against one plain forward per row."""
+
+import pytest
+import torch
+import transformers
+
+import rlhf.numerics.vocabulary_head
+from rlhf.engine import BatchPlan, partition
+from rlhf.models.model_call import PLAIN_HEADS, forward_logits, token_logprobs
+from rlhf.models.scalar import ScalarModel
+from rlhf.numerics.logprobs import entropy_from_logits, logprobs_from_logits
+from rlhf.numerics.packed_rows import FLASH, PACKED_SDPA, PACKS, pack
+from rlhf.numerics.vocabulary_head import linear_logprobs
+
+SHARED = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+LLAMA_LIKE = {
+    "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+NEOX = {**{name: value for name, value in LLAMA_LIKE.items() if name != "num_key_value_heads"}, "rotary_pct": 0.5}
+CONFIGS = {
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SHARED, **NEOX),
+    "llama": lambda: transformers.LlamaConfig(**SHARED, **LLAMA_LIKE),
+    "mistral": lambda: transformers.MistralConfig(**SHARED, **LLAMA_LIKE, sliding_window=3),
+    "qwen2": lambda: transformers.Qwen2Config(**SHARED, **LLAMA_LIKE),
+    "qwen3": lambda: transformers.Qwen3Config(
+        **SHARED, **LLAMA_LIKE, head_dim=8, use_sliding_window=True, sliding_window=4, max_window_layers=1
+    ),
+    "gemma": lambda: transformers.GemmaConfig(**SHARED, **LLAMA_LIKE, head_dim=8),
+    "gpt2": lambda: transformers.GPT2Config(**SHARED, n_embd=16, n_layer=2, n_head=2, n_positions=64),
+    "opt": lambda: transformers.OPTConfig(
+        **SHARED, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2
+    ),
+    "cohere": lambda: transformers.CohereConfig(**SHARED, **LLAMA_LIKE, logit_scale=0.25),
+}
+ROWS = ([5, 9, 3, 11, 12, 13, 7, 7, 2], [7, 14], [4, 4, 8, 2, 6, 15])
+
+
+def build(name, attention="sdpa"):
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name](), attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(0.0, 0.3)
+    return model.eval()
+
+
+def padded(side):
+    """Ids, mask and the scored positions (all but each row's first two tokens), padded left, right or both."""
+    width = max(map(len, ROWS)) + 3
+    ids, mask = torch.zeros(len(ROWS), width, dtype=torch.long), torch.zeros(len(ROWS), width, dtype=torch.bool)
+    scored = mask.clone()
+    for row, tokens in enumerate(ROWS):
+        start = {"left": width - len(tokens), "right": 0, "both": 2}[side]
+        ids[row, start : start + len(tokens)] = torch.tensor(tokens)
+        mask[row, start : start + len(tokens)] = True
+        scored[row, start + 1 + (row == 0) : start + len(tokens)] = True
+    return ids, mask, scored
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_log_probabilities_are_those_of_each_row_alone(name, side):
+    model = build(name)
+    assert (model.config.model_type in PACKS) is (name not in ("opt", "cohere"))
+    ids, mask, scored = padded(side)
+    with torch.no_grad():
+        logprobs, entropies = token_logprobs(model, ids, mask, scored, temperature=0.7, with_entropy=True)
+        for row, tokens in enumerate(ROWS):
+            logits = build(name)(torch.tensor([tokens])).logits[0, :-1].double()
+            alone = logprobs_from_logits(logits[None], torch.tensor([tokens[1:]]), 0.7)[0]
+            chosen = scored[row]
+            kept = slice(1, None) if row == 0 else slice(None)
+            torch.testing.assert_close(logprobs[row][chosen], alone[kept], atol=2e-6, rtol=2e-6)
+            expected = entropy_from_logits(logits[kept], 0.7)
+            torch.testing.assert_close(entropies[row][chosen], expected, atol=1e-5, rtol=1e-5)
+    assert (logprobs[~scored] == 0).all() and (entropies[~scored] == 0).all()
+    assert (logprobs[scored] < 0).all()
+
+
+def test_every_architecture_that_packs_is_compared_above():
+    assert set(CONFIGS) >= PACKS
+    assert set(CONFIGS) - PLAIN_HEADS == {"cohere"}
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+@pytest.mark.parametrize("name", ["gpt_neox", "llama", "mistral", "gpt2", "opt"])
+def test_gradients_are_those_of_the_plain_path(name, pieces, monkeypatch):
+    monkeypatch.setattr(rlhf.numerics.vocabulary_head, "PIECE_ELEMENTS", 3 * 50 if pieces else 10**6)
+    ids, mask, scored = padded("left")
+    weights = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for packed in (True, False):
+        model = build(name)
+        if packed:
+            logprobs, entropies = token_logprobs(model, ids, mask, scored, temperature=1.3, with_entropy=True)
+        else:
+            logits = forward_logits(model, ids, mask)[:, :-1]
+            found = logprobs_from_logits(logits, ids[:, 1:], 1.3), entropy_from_logits(logits, 1.3)
+            logprobs, entropies = (torch.nn.functional.pad(item, (1, 0)) * scored for item in found)
+        (weights * logprobs + 0.5 * weights.square() * entropies).sum().backward()
+        gradients.append({key: value.grad for key, value in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for key, expected in gradients[1].items():
+        torch.testing.assert_close(gradients[0][key], expected, atol=2e-5, rtol=1e-4)
+
+
+def test_a_row_does_not_see_its_neighbours():
+    model = build("gpt_neox")
+    ids, mask, scored = padded("right")
+    changed = ids.clone()
+    changed[0, :5] = torch.tensor([1, 2, 3, 4, 5])
+    with torch.no_grad():
+        before, after = (token_logprobs(model, x, mask, scored)[0] for x in (ids, changed))
+    assert torch.equal(before[1:], after[1:])
+    assert not torch.equal(before[0], after[0])
+
+
+def test_what_is_computed_grows_with_real_tokens_and_not_with_padding():
+    model = build("gpt_neox")
+    seen = []
+    model.gpt_neox.layers[0].mlp.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape))
+    token_logprobs(model, *padded("both"))
+    ScalarModel(model.gpt_neox)(*padded("both")[:2])
+    assert seen == [(1, sum(map(len, ROWS)), 16)] * 2
+
+
+def test_the_head_runs_over_scored_positions_only_and_in_pieces(monkeypatch):
+    model = build("gpt_neox")
+    ids, mask, scored = padded("left")
+    shapes = []
+    plain = rlhf.numerics.vocabulary_head._logits
+    monkeypatch.setattr(
+        rlhf.numerics.vocabulary_head,
+        "_logits",
+        lambda hidden, *rest: shapes.append(len(hidden)) or plain(hidden, *rest),
+    )
+    monkeypatch.setattr(rlhf.numerics.vocabulary_head, "PIECE_ELEMENTS", 5 * 50 + 49)
+    loss = token_logprobs(model, ids, mask, scored)[0].sum()
+    assert shapes == [5, 5, 3] and sum(shapes) == int(scored.sum())
+    loss.backward()
+    assert shapes == [5, 5, 3] * 2  # no logits are kept for the backward pass: they are computed again
+
+
+def test_eager_attention_gets_padded_rows_and_the_same_numbers():
+    ids, mask, scored = padded("left")
+    eager, ours = build("llama", "eager"), build("llama")
+    with torch.no_grad():
+        torch.testing.assert_close(token_logprobs(eager, ids, mask, scored), token_logprobs(ours, ids, mask, scored))
+    assert eager.config._attn_implementation == "eager"
+    assert ours.config._attn_implementation == PACKED_SDPA not in FLASH
+
+
+def test_a_packed_model_still_computes_and_samples_padded_batches_as_sdpa():
+    ids, mask, scored = padded("left")
+    plain, ours = build("llama"), build("llama")
+    with torch.no_grad():
+        token_logprobs(ours, ids, mask, scored)
+        assert ours.config._attn_implementation == PACKED_SDPA
+        torch.testing.assert_close(forward_logits(ours, ids, mask), forward_logits(plain, ids, mask), atol=0, rtol=0)
+        arguments = {"attention_mask": mask.long(), "do_sample": False, "max_new_tokens": 5, "eos_token_id": None}
+        assert torch.equal(ours.generate(ids, **arguments), plain.generate(ids, **arguments))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_computes_packed_rows_again(reentrant):
+    ids, mask, scored = padded("left")
+    gradients = []
+    for checkpointing in (False, True):
+        model = build("gpt_neox").train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        token_logprobs(model, ids, mask, scored)[0].sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_a_scored_first_token_is_refused():
+    ids, mask, scored = padded("left")
+    scored[1, -len(ROWS[1])] = True
+    with pytest.raises(ValueError, match="first token of a row cannot be scored"):
+        token_logprobs(build("gpt_neox"), ids, mask, scored)
+
+
+def test_packing_and_padding_again():
+    ids, mask, _ = padded("both")
+    ids[~mask] = 49
+    rows = pack(ids, mask)
+    assert rows.lengths == (9, 2, 6)
+    assert rows.input_ids.tolist() == [token for row in ROWS for token in row]
+    assert rows.position_ids.tolist() == [*range(9), 0, 1, *range(6)]
+    assert torch.equal(rows.padded(rows.input_ids), torch.where(mask, ids, 0))
+    with pytest.raises(ValueError, match="3 rows has no token"):
+        pack(ids, torch.zeros_like(mask))
+
+
+# ------------------------------------------------------------------------------------------------- the head
+
+
+@pytest.mark.parametrize("rows", [1, 4, 7, 100])
+@pytest.mark.parametrize("bias", [False, True])
+def test_head_against_autograd_in_float64(rows, bias):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, offset = (torch.randn(*shape, generator=generator) for shape in ((7, 6), (11, 6), (11,)))
+    targets = torch.randint(0, 11, (7,), generator=generator)
+    up, up_entropy = torch.randn(7, generator=generator), torch.randn(7, generator=generator)
+    results = []
+    for ours in (True, False):
+        leaves = [item.clone().to(torch.float32 if ours else torch.float64) for item in (hidden, weight, offset)]
+        for leaf in leaves:
+            leaf.requires_grad_(True)
+        arguments = (leaves[0], leaves[1], leaves[2] if bias else None)
+        if ours:
+            found = linear_logprobs(
+                *arguments, targets, temperature=0.6, with_entropy=True, piece_elements=rows * 11 + 10
+            )
+        else:
+            logits = torch.nn.functional.linear(*arguments) / 0.6
+            logprobs = logits.log_softmax(-1)
+            found = logprobs.gather(1, targets[:, None])[:, 0], -(logprobs.exp() * logprobs).sum(-1)
+        (found[0] * up.to(found[0]) + found[1] * up_entropy.to(found[1])).sum().backward()
+        results.append([*found, *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+    assert len(results[0]) == len(results[1]) == (5 if bias else 4)
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_head_without_entropy_and_with_a_frozen_weight():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(9, 4)
+    targets = torch.tensor([0, 8, 3, 3, 1])
+    logprobs, entropies = linear_logprobs(hidden, weight, None, targets)
+    assert entropies.tolist() == [0.0] * 5
+    (logprobs * torch.arange(5.0)).sum().backward()
+    expected = hidden.detach().clone().requires_grad_(True)
+    ((expected @ weight.T).log_softmax(-1)[torch.arange(5), targets] * torch.arange(5.0)).sum().backward()
+    torch.testing.assert_close(hidden.grad, expected.grad)
+    assert weight.grad is None
+
+
+def test_head_of_bfloat16_normalises_in_float32():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 8).bfloat16(), torch.randn(500, 8).bfloat16()
+    targets = torch.tensor([3, 499, 100])
+    logprobs, _ = linear_logprobs(hidden, weight, None, targets)
+    expected = (hidden @ weight.T).double().log_softmax(-1)[torch.arange(3), targets]
+    assert logprobs.dtype == torch.float32
+    torch.testing.assert_close(logprobs.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- micro-batches
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 30])
+def test_a_partition_is_complete_by_length_and_even(parts):
+    lengths = torch.randint(1, 200, (30,), generator=torch.Generator().manual_seed(3)).tolist()
+    found = partition(lengths, parts)
+    assert len(found) == parts and all(found)
+    flat = [index for part in found for index in part]
+    assert sorted(flat) == list(range(30))
+    assert [lengths[index] for index in flat] == sorted(lengths, reverse=True)
+    if parts <= 7:
+        sums = [sum(lengths[index] for index in part) for part in found]
+        assert max(sums) - min(sums) <= 2 * max(lengths)
+    with pytest.raises(ValueError, match="2 sequences cannot make 3 parts"):
+        partition([5, 5], 3)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [0, 100, 250, 10**6])
+def test_micro_batches_keep_the_budget_and_are_as_many_on_every_rank(world, tokens):
+    for seed in range(20):
+        lengths = torch.randint(1, 100, (32,), generator=torch.Generator().manual_seed(seed)).tolist()
+        plan = BatchPlan(32, 4, world, micro_batch_tokens=tokens)
+        parts = plan.micro_batches(lengths)
+        assert len(parts) % world == 0
+        assert sorted(index for part in parts for index in part) == list(range(32))
+        assert max(sum(lengths[index] for index in part) for part in parts) <= (tokens or 4 * max(lengths))
+    assert len(plan.micro_batches([1] * 32)) == (8 if tokens == 0 else world)
+
+
+def test_a_long_list_is_split_as_well_and_in_a_moment():
+    lengths = torch.randint(100, 513, (4500,), generator=torch.Generator().manual_seed(0)).tolist()
+    split = BatchPlan(4500, 1, 1).micro_batches(lengths)
+    assert max(sum(lengths[index] for index in part) for part in split) <= max(lengths)
+    assert sum(lengths) / max(lengths) <= len(split) <= 1.5 * sum(lengths) / max(lengths) + 1
+
+
+def test_sums_of_many_pieces_keep_their_digits_in_16_bits():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2000, 16, generator=generator), torch.randn(50, 16, generator=generator)
+    targets = torch.randint(0, 50, (2000,), generator=generator)
+    errors = []
+    exact = weight.bfloat16().double().requires_grad_()
+    (hidden.bfloat16().double() @ exact.T).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+    for rows in (2000, 20):
+        leaf = weight.bfloat16().requires_grad_()
+        linear_logprobs(hidden.bfloat16(), leaf, None, targets, piece_elements=rows * 50)[0].sum().backward()
+        errors.append(float((leaf.grad.double() - exact.grad).norm() / exact.grad.norm()))
+    assert errors[1] < 1.5 * errors[0] < 0.02
+
+
+def test_a_sequence_beyond_the_budget_goes_alone_and_few_sequences_are_one_part_each():
+    assert BatchPlan(4, 1, 1, micro_batch_tokens=20).micro_batches([30, 4, 4, 2]) == [[0], [1, 2, 3]]
+    assert BatchPlan(4, 1, 4).micro_batches([5, 7]) == [[1], [0]]

@@ -1,0 +1,178 @@
+"""Metrics: sums and counts are added, divided once, over micro-batches and ranks; written by rank 0."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+from rlhf.checkpoint.atomic import write_json
+from rlhf.config import ConfigError, RunConfig
+from rlhf.training.metrics import LineFile, MeanMeter, MetricsWriter
+from tests.support.launch import run_ranks
+
+QUIET = RunConfig(tensorboard=False)
+
+
+def test_micro_batches_weigh_by_their_counts():
+    meter = MeanMeter()
+    meter.add({"loss": torch.tensor(6.0), "accuracy": 1.0}, 3)
+    meter.add({"loss": 4.0}, torch.tensor(1.0))
+    meter.add({"accuracy": 0.0}, 1)
+    assert meter.means() == {"loss": 10 / 4, "accuracy": 1 / 4}  # not (2 + 4) / 2
+
+
+def test_means_start_anew_and_nothing_gives_nothing():
+    meter = MeanMeter()
+    assert meter.means() == {}
+    meter.add({"loss": 5.0}, 1)
+    assert meter.means() == {"loss": 5.0}
+    assert meter.means() == {}
+    meter.add({"loss": 1.0}, 1)
+    assert meter.means() == {"loss": 1.0}
+
+
+def test_a_count_of_zero_is_nan_not_a_crash():
+    meter = MeanMeter()
+    meter.add({"loss": 0.0}, 0)
+    assert math.isnan(meter.means()["loss"])
+
+
+def test_sums_are_kept_in_float64_and_without_a_graph():
+    meter = MeanMeter()
+    weight = torch.ones((), requires_grad=True)
+    for _ in range(1000):
+        meter.add({"loss": weight * 1e8 + 1}, 1)
+    assert meter.means()["loss"] == pytest.approx(float(torch.tensor(1e8) + 1), rel=1e-12)
+    meter.add({"x": 2.0**53}, 1)
+    meter.add({"x": 1.0}, 1)
+    meter.add({"x": 1.0}, 0)
+    assert meter.means()["x"] == (2.0**53 + 2) / 2 or meter.means() == {}
+
+
+TWO_RANKS = """
+import glob, json, os, sys
+import torch
+from rlhf.distributed import init_world, rank
+from rlhf.training.metrics import MeanMeter, MetricsWriter
+from rlhf.config import ConfigError, RunConfig
+from pathlib import Path
+
+init_world()
+meter = MeanMeter()
+meter.add({"loss": [6.0, 4.0][rank()], "kl": [1.0, 0.0][rank()]}, [3, 1][rank()])
+means = meter.means()
+directory = Path(sys.argv[-1]) / f"rank{rank()}"
+writer = MetricsWriter(directory, RunConfig(tensorboard=False), stage="sft")
+writer.open()
+writer.write(1, means)
+writer.close()
+shared_memory = glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_*")
+found = {"means": means, "wrote": directory.exists(), "shared_memory": shared_memory}
+Path(sys.argv[-1], f"found{rank()}.json").write_text(json.dumps(found))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_ranks_get_the_mean_over_both_and_only_the_first_writes(tmp_path):
+    done = run_ranks(TWO_RANKS, 2, tmp_path, [str(tmp_path)])
+    assert done.returncode == 0, done.stdout
+    for index, wrote in enumerate((True, False)):
+        found = json.loads((tmp_path / f"found{index}.json").read_text())
+        assert found["means"] == {"loss": 10 / 4, "kl": 1 / 4}
+        assert found["wrote"] == wrote
+        assert not found["shared_memory"], "memory that outlives the process"
+
+
+def test_one_line_of_json_per_step(tmp_path):
+    writer = MetricsWriter(tmp_path / "run", QUIET, stage="sft")
+    writer.open()
+    writer.write(1, {"loss": 2.5})
+    writer.write(10, {"loss": 1.5, "kl": 0.25})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line.pop("seconds") >= 0 for line in lines] == [True, True]
+    assert lines == [{"step": 1, "loss": 2.5}, {"step": 10, "loss": 1.5, "kl": 0.25}]  # on disk before close
+    writer.close()
+
+
+def test_a_run_that_goes_on_cuts_off_what_came_after_its_state(tmp_path):
+    """No line twice, none missing, no half line; and the meter goes on with the same sums."""
+    writer = MetricsWriter(tmp_path, QUIET, stage="sft")
+    writer.open()
+    writer.write(1, {"loss": 3.0})
+    meter = MeanMeter()
+    meter.add({"loss": 0.1}, 1)
+    meter.add({"loss": 0.2}, 1)
+    position, sums = writer.position(), json.loads(json.dumps(meter.state()))
+    writer.write(2, {"loss": 2.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # a process that was killed while it wrote
+
+    again = MetricsWriter(tmp_path, QUIET, stage="sft")
+    again.open(position, seconds=100.0, step=1)
+    other = MeanMeter()
+    other.load(sums)
+    other.add({"loss": 0.3}, 1)
+    again.write(2, other.means())
+    again.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[1]["loss"] == (0.1 + 0.2 + 0.3) / 3  # to the last digit
+    assert lines[1]["seconds"] >= 100.0
+    (tmp_path / "metrics.jsonl").unlink()  # by a user who cleans up: no reason to lose the state
+    alone = MetricsWriter(tmp_path, QUIET, stage="sft")
+    alone.open(10_000)
+    alone.write(3, {"loss": 1.0})
+    alone.close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [3]
+
+
+def test_lines_wait_for_a_disk_that_is_full(tmp_path):
+    """A real limit: the process may write no file beyond 100 bytes."""
+    import resource
+    import signal
+
+    lines = LineFile(tmp_path / "metrics.jsonl")
+    lines.open()
+    lines.write("a" * 39)
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        lines.write("b" * 79)  # the first 60 bytes of it fit
+        lines.write("c" * 9)
+        with pytest.raises(OSError, match="could not be written yet"):
+            lines.position()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    lines.write("d")
+    assert lines.position() == 40 + 80 + 10 + 2
+    lines.close()
+    assert (tmp_path / "metrics.jsonl").read_text().split() == ["a" * 39, "b" * 79, "c" * 9, "d"]
+
+
+def test_tensorboard_events_hold_every_value(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricsWriter(tmp_path, RunConfig(tensorboard=True), stage="sft")
+    writer.open()
+    writer.write(3, {"loss": 0.5})
+    writer.write(4, {"loss": 0.25})
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5), (4, 0.25)]
+
+
+def test_wandb_without_the_package_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it now fails as if it were not installed
+    with pytest.raises(ConfigError, match="wandb_project='p'.*pip install wandb"):
+        RunConfig(wandb_project="p")
+
+
+def test_json_files_keep_korean_readable(tmp_path):
+    path = tmp_path / "a" / "result.json"
+    write_json(path, {"답": [1, "가"]})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"답": [1, "가"]}
+    assert "가" in path.read_text(encoding="utf-8")

@@ -1,0 +1,235 @@
+"""Sampling and scoring of a rollout: what is captured, what runs side by side, another engine that samples."""
+
+import dataclasses
+import threading
+
+import pytest
+import torch
+
+import rlhf.training.rollouts
+from rlhf.config import ConfigError
+from rlhf.engine import BatchPlan
+from rlhf.generation import Sampling, generate
+from rlhf.generation.deepspeed_backend import DeepSpeedRollout
+from rlhf.numerics.cpu import pays, side_by_side
+from rlhf.types import TokenizedResponse
+from tests.algorithms.test_ppo_checklist import make_trainer, prompt_examples  # noqa: F401  (a fixture)
+
+TENSORS = ("logprobs", "ref_logprobs", "values", "scores")
+
+
+def scored(trainer, iteration=1):
+    return trainer.rollouts.run(trainer.prompts, iteration)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------ old log-probabilities
+
+
+def test_the_first_rollout_decides_by_measurement_and_the_captured_ones_are_used_from_then_on(make_trainer):  # noqa: F811
+    trainer = make_trainer(reference_noise=0.1)
+    rollout, found = scored(trainer)
+    assert trainer.rollouts.old_logprobs == "sampled"
+    assert 0 < trainer.rollouts.captured_error < 1e-5
+    assert torch.equal(found["logprobs"], rollout.logprobs)
+    calls = []
+    trainer.engine.actor.module.gpt_neox.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    before = len(calls)
+    trainer.rollouts.score(rollout, [prompt.text for prompt in trainer.prompts])
+    assert len(calls) == before  # the actor is not asked again
+
+
+def test_captured_log_probabilities_that_are_not_exact_are_recomputed_for_good(make_trainer, monkeypatch):  # noqa: F811
+    trainer = make_trainer(reference_noise=0.1)
+
+    def off(*arguments, **named):
+        rollout = generate(*arguments, **named)
+        return dataclasses.replace(rollout, logprobs=rollout.logprobs + 2e-4 * rollout.response_mask)
+
+    exact = scored(make_trainer(reference_noise=0.1, old_logprobs="recomputed"))[1]["logprobs"]
+    monkeypatch.setattr(rlhf.training.rollouts, "generate", off)
+    for _ in range(2):
+        rollout, found = scored(trainer)
+        assert trainer.rollouts.old_logprobs == "recomputed"
+        assert trainer.rollouts.captured_error == pytest.approx(2e-4, rel=0.05)
+        torch.testing.assert_close(found["logprobs"], exact, atol=2e-6, rtol=0)
+
+
+def test_sampled_and_recomputed_ones_train_alike(make_trainer):  # noqa: F811
+    gradients = []
+    for choice in ("sampled", "recomputed"):
+        trainer = make_trainer(old_logprobs=choice, reference_noise=0.1, ppo_epochs=2, plan=BatchPlan(4, 2, 1))
+        trainer.update(trainer.make_experience(1), 1)
+        gradients.append(trainer.engine.actor.gradients)
+    assert len(gradients[0]) == 4
+    for first, second in zip(*gradients, strict=True):
+        for name, gradient in first.items():
+            torch.testing.assert_close(gradient, second[name], atol=2e-5, rtol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------- scoring
+
+
+@pytest.mark.parametrize("tokens", [1, 13, 40, 10**6])
+def test_the_size_of_scoring_passes_changes_no_number(make_trainer, tokens):  # noqa: F811
+    rollout, expected = scored(make_trainer(reference_noise=0.1))
+    trainer = make_trainer(reference_noise=0.1)
+    trainer.rollouts.scoring_tokens = tokens
+    passes = []
+    trainer.engine.critic.module.backbone.register_forward_pre_hook(lambda *_: passes.append(1))
+    found = trainer.rollouts.score(rollout, [prompt.text for prompt in trainer.prompts])
+    for name in TENSORS:
+        torch.testing.assert_close(found[name], expected[name], atol=3e-6, rtol=1e-5)
+    total = int(rollout.prompt_mask.sum() + rollout.response_mask.sum())
+    assert len(passes) == min(8, -(-total // tokens))
+
+
+def test_side_by_side_gives_the_same_rollout_scores_and_updates(make_trainer, two_threads):  # noqa: F811
+    results = []
+    for together in (True, False):
+        trainer = make_trainer(reference_noise=0.1, rollout=7, plan=BatchPlan(7, 7, 1), concurrent=together)
+        assert trainer.together is together
+        experience = trainer.make_experience(1)
+        metrics = trainer.update(experience, 1)
+        results.append((experience, metrics, trainer.engine))
+    first, second = results
+    assert torch.equal(first[0].rollout.response_ids, second[0].rollout.response_ids)
+    for name in ("ref_logprobs", "values", "scores", "advantages"):
+        torch.testing.assert_close(getattr(first[0], name), getattr(second[0], name), atol=1e-5, rtol=1e-4)
+    timing = {name for name in first[1] if name.startswith("seconds")} | {"sampling_logprob_error", "approx_kl"}
+    for name in first[1].keys() - timing:
+        assert first[1][name] == pytest.approx(second[1][name], rel=1e-3, abs=1e-5), name
+    for engine in ("actor", "critic"):
+        ours, theirs = (getattr(result[2], engine).gradients[0] for result in results)
+        for name, gradient in ours.items():
+            torch.testing.assert_close(gradient, theirs[name], atol=2e-5, rtol=1e-3)
+
+
+def test_models_of_zero_3_never_run_at_the_same_time(make_trainer, two_threads):  # noqa: F811
+    assert make_trainer().together
+    assert not make_trainer(synchronised=True).together  # its hooks keep process-wide notes of the module that runs
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_ptx_rows_may_be_much_shorter_or_longer_than_the_rollout(make_trainer, two_threads, together, tokens):  # noqa: F811
+    rows = [
+        TokenizedResponse(id=str(n), input_ids=tuple(range(1 + n, 1 + n + tokens)), prompt_tokens=1) for n in range(16)
+    ]
+    gradients = []
+    for micro in (4, 16):
+        trainer = make_trainer(
+            ptx=rows, ptx_coef=2.0, rollout=16, plan=BatchPlan(16, micro, 1), concurrent=together, reference_noise=0.1
+        )
+        metrics = trainer.update(trainer.make_experience(1), 1)
+        gradients.append(trainer.engine.actor.gradients[0])
+        assert metrics["ptx_loss"] > 0
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=3e-5, rtol=1e-3)
+
+
+def test_jobs_side_by_side_keep_order_threads_and_gradient_mode(two_threads):
+    assert pays("cpu") and not pays("cuda")
+    seen, meet = [], threading.Barrier(2, timeout=20)
+
+    def job(number):
+        if number < 2:
+            meet.wait()  # the first two run at the same time
+        seen.append((torch.get_num_threads(), torch.is_grad_enabled()))
+        return number * number
+
+    with torch.no_grad():
+        assert side_by_side([lambda n=n: job(n) for n in range(5)], together=True) == [0, 1, 4, 9, 16]
+    assert seen == [(1, False)] * 5
+    assert torch.get_num_threads() == 2
+
+    def fails():
+        raise ValueError("job 1")
+
+    ended = []
+    with pytest.raises(ValueError, match="job 1"):
+        side_by_side([fails, lambda: ended.append(1)], together=True)
+    assert ended == [1] and torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert not pays("cpu")
+
+
+# ------------------------------------------------------------------------------------- DeepSpeed's rollout engine
+
+
+def test_deepspeeds_rollout_engine_samples_and_ppo_learns_from_it(make_trainer):  # noqa: F811
+    trainer = make_trainer(generation_backend="deepspeed", reference_noise=0.1, rollout=16, plan=BatchPlan(16, 8, 1))
+    assert isinstance(trainer.rollouts.backend, DeepSpeedRollout) and not trainer.rollouts.backend.trusted
+    experience = trainer.make_experience(1)
+    assert trainer.rollouts.backend.trusted and trainer.rollouts.old_logprobs == "recomputed"
+    assert (experience.rollout.logprobs[experience.rollout.response_mask] < 0).all()
+    assert trainer.update(experience, 1)["ratio_first"] == pytest.approx(1.0, abs=1e-5)
+    again = make_trainer(generation_backend="deepspeed", reference_noise=0.1, rollout=16, plan=BatchPlan(16, 8, 1))
+    assert torch.equal(again.make_experience(1).rollout.response_ids, experience.rollout.response_ids)
+    other = again.make_experience(2).rollout.response_ids
+    assert other.shape != experience.rollout.response_ids.shape or not torch.equal(
+        other, experience.rollout.response_ids
+    )
+
+
+def test_it_samples_no_more_rows_side_by_side_than_asked(make_trainer, monkeypatch):  # noqa: F811
+    trainer = make_trainer(generation_backend="deepspeed", rollout=16, plan=BatchPlan(16, 8, 1))
+    trainer.rollouts.slots = 5
+    sizes = []
+    plain = trainer.rollouts.backend.rollout.generate
+    monkeypatch.setattr(
+        trainer.rollouts.backend.rollout,
+        "generate",
+        lambda request, sampling: sizes.append(len(request.prompt_ids)) or plain(request, sampling),
+    )
+    rollout = trainer.make_experience(1).rollout
+    assert sizes == [4, 5, 5, 5, 1] and len(rollout) == 16  # the first four are the check
+    assert "sampling_logprob_error" not in trainer.experience_metrics
+
+
+def test_its_greedy_output_is_ours_also_where_rows_end(make_trainer):  # noqa: F811
+    trainer = make_trainer(new_tokens=12, actor_eos=7)
+    from rlhf.data import collate_prompts
+
+    worker = trainer.rollouts
+    prompts = collate_prompts(prompt_examples(16), worker.pad_token_id, row_ids=list(range(16)))
+
+    def greedy(eos_ids):
+        options = {"eos_token_ids": eos_ids, "pad_token_id": worker.pad_token_id}
+        return generate(worker.engine.actor, prompts, Sampling(12, greedy=True), **options)
+
+    endless = greedy([7])
+    eos_ids = [7, int(endless.response_ids[0, 3]), int(endless.response_ids[1, 5])]  # tokens that do come
+    ours = greedy(eos_ids)
+    assert len(set(ours.response_mask.sum(1).tolist())) > 1
+    backend = DeepSpeedRollout(worker.engine.actor, trainer.tokenizer, eos_ids)
+    theirs = backend.generate(prompts, max_new_tokens=12, temperature=0.0, seed=0)
+    assert torch.equal(ours.response_ids, theirs.response_ids)
+    assert torch.equal(ours.response_mask, theirs.response_mask)
+
+
+def test_it_is_refused_when_its_tokens_are_not_those_of_the_model(make_trainer, monkeypatch):  # noqa: F811
+    trainer = make_trainer(generation_backend="deepspeed", new_tokens=12)
+    backend = trainer.rollouts.backend
+    plain = backend.rollout.generate
+
+    def wrong(request, sampling):
+        found = plain(request, sampling)
+        found.input_ids[0, -3] = (found.input_ids[0, -3] + 1) % 90
+        return found
+
+    monkeypatch.setattr(backend.rollout, "generate", wrong)
+    with pytest.raises(ConfigError, match="below the largest logit.*generation_backend=own"):
+        trainer.make_experience(1)
+
+
+def test_captured_log_probabilities_are_refused_where_none_are_captured(make_trainer):  # noqa: F811
+    with pytest.raises(ConfigError, match="old_logprobs=sampled needs generation_backend=own"):
+        make_trainer(generation_backend="deepspeed", old_logprobs="sampled")

@@ -1,0 +1,361 @@
+"""The loops: data order, gradient accumulation, evaluation, and what is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import transformers
+
+import rlhf.training.metrics
+import rlhf.training.offline
+from rlhf.algorithms.reward import RewardConfig, RewardTrainer
+from rlhf.algorithms.sft import SFTConfig, SFTTrainer
+from rlhf.config import BatchConfig, RunConfig
+from rlhf.engine import BatchPlan
+from rlhf.models.scalar import ScalarModel
+from rlhf.training.data_order import DataOrder
+from rlhf.training.nonfinite import NonFiniteError
+from rlhf.training.step import accumulate_step, learning_rate
+from rlhf.types import TokenizedRanking, TokenizedResponse
+from tests.support.local_engine import LocalEngine
+
+QUIET = RunConfig(tensorboard=False, log_every_steps=1)
+
+
+def on_rank(monkeypatch, rank, world):
+    monkeypatch.setattr(rlhf.training.offline, "rank", lambda: rank)
+    monkeypatch.setattr(rlhf.training.offline, "world_size", lambda: world)
+
+
+# --------------------------------------------------------------------------------------------------- order
+
+
+def test_every_example_comes_once_per_epoch_and_no_batch_is_partial():
+    order = DataOrder([1] * 10, BatchPlan(4, 2, 1), seed=3)
+    stream = [index for step in range(10) for index in order.indices(step)]  # 40 positions: 4 epochs, 10 batches
+    assert all(len(order.indices(step)) == 4 for step in range(10))
+    assert all(stream.count(index) == 4 for index in range(10))
+    # the third batch holds the last two of the first epoch and the first two of the second
+    first_epoch = [*order.indices(0), *order.indices(1)]
+    assert set(range(10)) - set(first_epoch) <= set(order.indices(2))
+
+
+def test_epochs_and_seeds_shuffle_differently_and_a_step_can_be_asked_for_in_any_order():
+    order = DataOrder([1] * 64, BatchPlan(8, 8, 1), seed=1)
+    first = [order.indices(step) for step in range(8)]
+    second = [order.indices(step) for step in range(8, 16)]
+    assert first != second and first != sorted(first)
+    assert [order.indices(step) for step in range(8)] == first  # going back: resuming must find the same batches
+    assert [DataOrder([1] * 64, BatchPlan(8, 8, 1), seed=2).indices(step) for step in range(8)] != first
+
+
+def test_steps_of_whole_and_broken_epochs():
+    order = DataOrder([1] * 10, BatchPlan(4, 4, 1), seed=0)
+    assert [order.steps(epochs) for epochs in (0.1, 0.4, 1.0, 2.0, 3.0)] == [1, 1, 3, 5, 8]
+    assert DataOrder([1] * 10, BatchPlan(10, 10, 1), 0).steps(0.1 + 0.2) == 1  # 0.30000000000000004 * 10 is 3 examples
+    assert DataOrder([1] * 100, BatchPlan(10, 10, 1), 0).steps(1.1) == 11  # 1.1 * 100 is above 110 in floating point
+
+
+def test_no_example_is_an_error():
+    with pytest.raises(ValueError, match="the data set is empty"):
+        DataOrder([], BatchPlan(4, 4, 1), seed=0)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_ranks_micro_batches_are_a_partition_of_the_global_batch(monkeypatch, world):
+    lengths = torch.randint(1, 50, (37,), generator=torch.Generator().manual_seed(0)).tolist()
+    plan = BatchPlan(16, 2, world)
+    for step in range(4):
+        whole = DataOrder(lengths, plan, seed=5).indices(step)
+        assert whole == DataOrder(lengths, BatchPlan(16, 2, 1), seed=5).indices(step)
+        seen, counts = [], set()
+        for rank in range(world):
+            on_rank(monkeypatch, rank, world)
+            parts = DataOrder(lengths, plan, seed=5).micro_batches(step)
+            budget = 2 * max(lengths[index] for index in whole)
+            assert len(parts) <= plan.accumulation_steps
+            assert all(sum(lengths[index] for index in part) <= budget for part in parts)
+            counts.add(len(parts))
+            seen += [index for part in parts for index in part]
+        assert sorted(seen) == sorted(whole)
+        assert len(counts) == 1  # collectives: every rank has as many forward passes
+
+
+def test_micro_batches_hold_rows_of_like_length(monkeypatch):
+    on_rank(monkeypatch, 0, 1)
+    lengths = list(range(1, 17))  # 136 tokens; four rows of the longest are 64
+    parts = DataOrder(lengths, BatchPlan(16, 4, 1), seed=0).micro_batches(0)
+    assert [[lengths[index] for index in part] for part in parts] == [
+        [16, 15, 14], [13, 12, 11, 10], [9, 8, 7, 6, 5, 4, 3, 2, 1],
+    ]  # fmt: skip
+    parts = DataOrder(lengths, BatchPlan(16, 4, 1, micro_batch_tokens=100), seed=0).micro_batches(0)
+    assert [sum(lengths[index] for index in part) for part in parts] == [70, 66]
+
+
+# ----------------------------------------------------------------------------------------------- one step
+
+
+class Line(torch.nn.Module):
+    """y = w x, with the loss of a micro-batch the sum of y."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(2.0))
+
+
+def take_step(parts, plan, *, name="loss"):
+    line = LocalEngine(Line(), plan, lr=0.5)
+    loss = accumulate_step(
+        line,
+        [torch.tensor(part) for part in parts],
+        count=lambda batch: float(batch.numel()),
+        loss_sum=lambda batch: (line.module.weight * batch).sum(),
+        step=7,
+        name=name,
+    )
+    return loss, line
+
+
+def test_the_loss_and_the_gradient_are_the_mean_over_the_global_batch_not_the_mean_of_means():
+    loss, line = take_step([[1.0, 2.0, 3.0], [10.0]], BatchPlan(2, 1, 1))
+    assert loss == pytest.approx(2.0 * 16 / 4)
+    assert len(line.gradients) == 1
+    assert line.gradients[0]["weight"].item() == pytest.approx(16 / 4)  # the mean of means would be (2 + 10) / 2
+    assert line.module.weight.item() == pytest.approx(2.0 - 0.5 * 4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(bad):
+    plan = BatchPlan(2, 1, 1)
+    line = LocalEngine(Line(), plan)
+    with pytest.raises(NonFiniteError, match="value loss is not finite at step 7"):
+        accumulate_step(
+            line,
+            [torch.tensor([1.0]), torch.tensor([bad])],
+            count=lambda batch: 1.0,
+            loss_sum=lambda batch: (line.module.weight * batch).sum(),
+            step=7,
+            name="value loss",
+        )
+    assert line.gradients == [] and line.module.weight.item() == 2.0
+
+
+def test_a_batch_in_which_nothing_counts_is_an_error():
+    with pytest.raises(ValueError, match="step 7: no element of the batch counts for policy loss"):
+        take_step([[], []], BatchPlan(2, 1, 1), name="policy loss")
+
+
+# ----------------------------------------------------------------------------------------------------- SFT
+
+
+def response(ids, prompt_tokens=1):
+    return TokenizedResponse(id=str(ids), input_ids=tuple(ids), prompt_tokens=prompt_tokens)
+
+
+def sft_rows(count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(3, 9, (count,), generator=generator).tolist()
+    return [response([*torch.randint(1, 90, (n - 1,), generator=generator).tolist(), 0], 2) for n in lengths]
+
+
+def sft_trainer(path, tmp_path, train, evaluation, *, micro=2, lr=0.05, exported=None, loss_on="response", **batch):
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    plan = BatchPlan(4, micro, 1)
+    eval_every_steps = batch.pop("eval_every_steps", 0)
+    return SFTTrainer(
+        LocalEngine(model, plan, lr=lr),
+        train,
+        evaluation,
+        plan=plan,
+        batch=BatchConfig(**batch),
+        run=QUIET,
+        directory=tmp_path,
+        export=(lambda: exported.append(True)) if exported is not None else (lambda: None),
+        config=SFTConfig(loss_on=loss_on, eval_every_steps=eval_every_steps),
+        pad_token_id=0,
+    )
+
+
+def mean_loss(model, rows, *, from_prompt=False):
+    """Nats per label, row by row without padding."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            logprobs = model(torch.tensor([row.input_ids])).logits[0].double().log_softmax(-1)
+            for t in range(1 if from_prompt else row.prompt_tokens, len(row.input_ids)):
+                total -= logprobs[t - 1, row.input_ids[t]].item()
+                count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_sft_evaluation_is_the_mean_over_tokens_for_every_batch_size(tiny_models, tmp_path, micro):
+    rows = sft_rows(7)
+    trainer = sft_trainer(tiny_models["gpt2"], tmp_path, rows, rows, micro=micro, max_steps=1)
+    found = trainer.evaluate()
+    expected = mean_loss(trainer.engine.module, rows)
+    assert found["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert found["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_sft_evaluation_over_ranks_counts_no_row_twice(tiny_models, tmp_path, monkeypatch, world):
+    """Three micro-batches on two or four ranks: the rows that fill up are not in the mean."""
+    rows, packed = sft_rows(6), []
+    monkeypatch.setattr(rlhf.training.metrics, "all_reduce_sum", lambda tensor: packed.append(tensor.clone()) or tensor)
+    for rank in range(world):
+        on_rank(monkeypatch, rank, world)
+        trainer = sft_trainer(tiny_models["gpt2"], tmp_path, rows, rows, max_steps=1)
+        trainer.plan = BatchPlan(2 * world, 2, world)
+        trainer.evaluate()
+    total, count = sum(packed)[0].tolist()  # the sum and the count that each rank hands to the reduction
+    assert count == sum(len(row.input_ids) - row.prompt_tokens for row in rows)
+    assert total / count == pytest.approx(mean_loss(trainer.engine.module, rows), rel=1e-5)
+
+
+def test_sft_on_the_whole_text_counts_the_prompt_too(tiny_models, tmp_path):
+    rows = sft_rows(5)
+    trainer = sft_trainer(tiny_models["gpt_neox"], tmp_path, rows, rows, loss_on="whole_text", max_steps=1)
+    expected = mean_loss(trainer.engine.module, rows, from_prompt=True)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert abs(expected - mean_loss(trainer.engine.module, rows)) > 1e-2
+
+
+def test_sft_learns_logs_and_keeps_the_best_model(tiny_models, tmp_path):
+    rows, exported = sft_rows(8), []
+    trainer = sft_trainer(
+        tiny_models["gpt_neox"], tmp_path, rows, rows, exported=exported, epochs=3.0, eval_every_steps=2
+    )
+    before = mean_loss(trainer.engine.module, rows)
+    outcome = trainer.fit()
+    assert trainer.total_steps == 6
+    assert outcome["before"]["eval_loss"] == pytest.approx(before, rel=1e-5)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    assert [step for step, _ in evaluations] == [0, 2, 4, 6]
+    best_step, best = min(evaluations[1:], key=lambda item: item[1])
+    assert outcome["after"]["eval_loss"] == best < before
+    assert outcome["best_step"] == best_step and 1 <= len(exported) <= 3
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert outcome["after"]["eval_loss"] == pytest.approx(mean_loss(trainer.engine.module, rows), rel=1e-5)
+
+
+def test_a_model_that_gets_worse_is_not_the_one_that_is_kept(tiny_models, tmp_path):
+    rows, exported = sft_rows(8), []
+    trainer = sft_trainer(tiny_models["gpt2"], tmp_path, rows, rows, lr=0.0, max_steps=3, eval_every_steps=1)
+    losses = iter([5.0, 3.0, 1.0, 2.0])
+    trainer.evaluate = lambda: {"eval_loss": next(losses)}
+    trainer.export = lambda: exported.append(trainer.engine.gradients.__len__())
+    outcome = trainer.fit()
+    assert exported == [1, 2]  # after the first and the second step, not after the third
+    assert outcome["best_step"] == 2 and outcome["after"] == {"eval_loss": 1.0}
+
+
+def test_without_evaluation_data_the_last_model_is_exported_once(tiny_models, tmp_path):
+    exported = []
+    outcome = sft_trainer(tiny_models["gpt2"], tmp_path, sft_rows(4), [], exported=exported, max_steps=2).fit()
+    assert exported == [True] and outcome["best_step"] == 2 and outcome["before"] == {}
+
+
+@pytest.mark.parametrize(("world", "rows"), [(1, 5), (2, 5), (2, 8), (4, 3)])
+def test_evaluation_batches_cover_the_data_once_over_all_ranks(tiny_models, tmp_path, monkeypatch, world, rows):
+    examples = [response([index + 1] * (index + 2)) for index in range(rows)]
+    seen, counts = [], set()
+    for rank in range(world):
+        on_rank(monkeypatch, rank, world)
+        trainer = sft_trainer(tiny_models["gpt2"], tmp_path, examples, examples, max_steps=1)
+        trainer.plan = BatchPlan(2 * world, 2, world)
+        batches = list(trainer.evaluation_batches())
+        counts.add(len(batches))
+        seen += [int(batch.input_ids[row, 0]) for batch, counted in batches for row in range(counted)]
+    assert sorted(seen) == list(range(1, rows + 1))
+    assert len(counts) == 1  # a rank that came short would leave the others waiting
+
+
+# -------------------------------------------------------------------------------------------------- reward
+
+
+def ranking(*candidates, ranks, category=""):
+    rows = tuple(response(candidate) for candidate in candidates)
+    return TokenizedRanking(id="r", candidates=rows, ranks=ranks, category=category)
+
+
+RANKINGS = [
+    ranking([5, 6, 7], [5, 9], ranks=(0, 1), category="b"),
+    ranking([8, 3, 3, 3, 0], [8, 4], [8, 2, 0], ranks=(1, 0, 2), category="a"),
+    ranking([11, 12], [11, 13, 14], ranks=(1, 0), category="b"),
+]
+
+
+def reward_trainer(path, tmp_path, *, micro=1, lr=0.1, **config):
+    model = ScalarModel.from_base(path, dtype=torch.float32, seed=4).eval()
+    plan = BatchPlan(3, micro, 1)
+    return RewardTrainer(
+        LocalEngine(model, plan, lr=lr),
+        RANKINGS,
+        RANKINGS,
+        plan=plan,
+        batch=BatchConfig(max_steps=6),
+        run=QUIET,
+        directory=tmp_path,
+        export=lambda: None,
+        config=RewardConfig(**config),
+        pad_token_id=0,
+    )
+
+
+def scores_alone(model, example):
+    with torch.no_grad():
+        rows = [torch.tensor([candidate.input_ids]) for candidate in example.candidates]
+        return [model(row, torch.ones_like(row))[0, -1].item() for row in rows]
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+def test_reward_evaluation_equals_scores_of_each_response_alone(tiny_models, tmp_path, micro):
+    trainer = reward_trainer(tiny_models["gpt_neox"], tmp_path, micro=micro)
+    losses, correct, by_category = [], [], {"a": [], "b": []}
+    for example in RANKINGS:
+        scores, pairs = scores_alone(trainer.engine.module, example), []
+        for i, better in enumerate(example.ranks):
+            for j, worse in enumerate(example.ranks):
+                if better < worse:
+                    pairs.append(math.log1p(math.exp(scores[j] - scores[i])))
+                    correct.append(float(scores[i] > scores[j]))
+                    by_category[example.category].append(correct[-1])
+        losses.append(sum(pairs) / len(pairs))
+    with torch.no_grad():
+        found = trainer.evaluate()
+    assert found["eval_loss"] == pytest.approx(sum(losses) / 3, abs=1e-5)
+    assert found["eval_accuracy"] == pytest.approx(sum(correct) / len(correct))
+    for name, values in by_category.items():
+        assert found["by_category"][name]["accuracy"] == pytest.approx(sum(values) / len(values))
+        assert found["by_category"][name]["pairs"] == len(values)
+
+
+def test_reward_model_learns_the_rankings(tiny_models, tmp_path):
+    trainer = reward_trainer(tiny_models["gpt2"], tmp_path)
+    outcome = trainer.fit()
+    assert outcome["after"]["eval_loss"] < outcome["before"]["eval_loss"]
+    assert len(trainer.engine.gradients) == 6
+
+
+def test_reward_gradients_do_not_depend_on_the_split_into_micro_batches(tiny_models, tmp_path):
+    found = []
+    for micro in (1, 3):
+        trainer = reward_trainer(tiny_models["llama"], tmp_path, micro=micro)
+        trainer.total_steps = 1
+        trainer.fit()
+        found.append(trainer.engine.gradients[0])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(gradient, found[1][name], atol=1e-5, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- rest
+
+
+def test_learning_rate():
+    module = torch.nn.Linear(4, 2)
+    assert learning_rate(LocalEngine(module, BatchPlan(1, 1, 1), lr=0.25)) == 0.25
