@@ -273,7 +273,9 @@ class RolloutWorker:
             "score_std": float(scores.std(unbiased=False)),
             "score_min": float(scores.min()),
             "score_max": float(scores.max()),
-            **{f"score/{name}": float(part.mean()) for name, part in zip(self.part_names, scored.part_scores.T)},
+            **dict(
+                zip((f"score/{name}" for name in self.part_names), scored.part_scores.mean(0).tolist(), strict=True)
+            ),
             **({"score_length_correlation": correlation(scores, lengths)} if len(scores) >= CORRELATED_ROWS else {}),
             **self._outside_range(scores),
             "kl_per_token": float(masked_mean(log_ratio, mask)),
