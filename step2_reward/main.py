@@ -45,26 +45,11 @@ def main(stage: Stage) -> dict:
     )
     with zero3_loading(engine_config, plan):
         model = ScalarModel.from_base(
-            base_model,
-            dtype=compute_dtype(engine_config.precision),
-            attn_implementation=model_config.attn_implementation,
-            quantization=model_config.quantization,
-            trust_remote_code=model_config.trust_remote_code,
-            dropout=model_config.model_dropout,
-            seed=run.seed,
+            base_model, model_config, dtype=compute_dtype(engine_config.precision), seed=run.seed
         )
     check_vocabulary(model.backbone, tokenizer)
     if model_config.lora_rank:
-        model = apply_lora(
-            model,
-            rank=model_config.lora_rank,
-            alpha=model_config.lora_alpha,
-            dropout=model_config.lora_dropout,
-            targets=model_config.lora_targets,
-            quantized=model_config.quantization != "none",
-            gradient_checkpointing=model_config.gradient_checkpointing,
-            seed=run.seed,
-        )
+        model = apply_lora(model, model_config, seed=run.seed)
 
     def export() -> None:
         trainer.engine.module.set_normalisation(*trainer.calibrate())

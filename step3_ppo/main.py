@@ -18,8 +18,8 @@ from rlhf.config import ConfigError
 from rlhf.data import load_stage_data
 from rlhf.distributed import world_size
 from rlhf.engine import BatchPlan, RLHFEngine
+from rlhf.models.inner_model import eos_token_ids
 from rlhf.models.loading import check_vocabulary, load_tokenizer
-from rlhf.models.model_call import eos_token_ids
 from rlhf.pipeline.run_stage import Stage, stage_main
 from rlhf.pipeline.stages import find_stage_model, paired_samples, run_stage
 from rlhf.rewards.reward_model import RewardScorer, same_tokenizer

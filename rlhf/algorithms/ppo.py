@@ -19,7 +19,7 @@ import torch
 from rlhf.config import BatchConfig, ConfigError, OptimizerConfig, RunConfig, require_at_least
 from rlhf.distributed import all_gather_rows, rank, world_size
 from rlhf.generation import Sampling
-from rlhf.models.model_call import eos_token_ids
+from rlhf.models.inner_model import eos_token_ids
 from rlhf.numerics.cpu import WORKERS, can_run_side_by_side, side_by_side
 from rlhf.numerics.logprobs import KLEstimator, estimate_kl
 from rlhf.numerics.statistics import last_true, masked_variance, masked_whiten
