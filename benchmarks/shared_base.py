@@ -39,6 +39,7 @@ def build_models(directory: Path, *, hidden: int, layers: int, vocabulary: int, 
     from ppo_workloads import make_tokenizer
 
     from rlhf.checkpoint.export import export_scalar_model
+    from rlhf.config import ModelConfig
     from rlhf.models.lora import apply_lora
     from rlhf.models.scalar import ScalarModel
 
@@ -54,8 +55,8 @@ def build_models(directory: Path, *, hidden: int, layers: int, vocabulary: int, 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     reward = apply_lora(
         ScalarModel.from_base(directory / "sft", dtype=torch.float32, seed=2),
-        rank=RANK, alpha=16, dropout=0.0, targets=[], quantized=False, gradient_checkpointing=False,
-    )  # fmt: skip
+        ModelConfig(lora_rank=RANK, lora_alpha=16),
+    )
     with torch.no_grad():
         for parameter in reward.parameters():
             if parameter.requires_grad:

@@ -18,8 +18,8 @@ from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig, P
 from rlhf.config import EngineConfig, ModelConfig, RunConfig
 from rlhf.distributed import close_world, init_world, seed_everything
 from rlhf.engine import BatchPlan, RLHFEngine
+from rlhf.models.inner_model import eos_token_ids
 from rlhf.models.loading import load_tokenizer
-from rlhf.models.model_call import eos_token_ids
 from rlhf.rewards.reward_model import RewardScorer
 from rlhf.types import TokenizedPrompt
 

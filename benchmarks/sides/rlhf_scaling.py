@@ -24,8 +24,8 @@ from rlhf.checkpoint.export import export_scalar_model
 from rlhf.config import EngineConfig, ModelConfig, OptimizerConfig, RunConfig
 from rlhf.distributed import close_world, init_world, rank, seed_everything, world_size
 from rlhf.engine import BatchPlan, RLHFEngine, compute_dtype, training_engine
+from rlhf.models.inner_model import eos_token_ids
 from rlhf.models.loading import load_causal_lm, load_tokenizer
-from rlhf.models.model_call import eos_token_ids
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.tiny_base import train_tokenizer
 from rlhf.rewards.reward_model import RewardScorer

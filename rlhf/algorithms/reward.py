@@ -161,7 +161,7 @@ class RewardTrainer(OfflineTrainer[RankedBatch]):
         return ranking_loss(scores, batch.groups, batch.ranks, margins, centering_coef=self.config.centering_coef)
 
     def scores(self, batch: RankedBatch) -> torch.Tensor:
-        """Raw scores [N]: the head's value at the last real token of each row."""
+        """Raw scores [N]: the scalar head's value at the last real token of each row."""
         values = self.engine(batch.input_ids, batch.attention_mask)
         return score_last(values, batch.attention_mask)
 

@@ -17,9 +17,10 @@ from rlhf.distributed import is_main, logger
 from rlhf.engine.batch_plan import BatchPlan
 from rlhf.engine.deepspeed_config import compute_dtype
 from rlhf.engine.factory import inference_engine, training_engine, zero3_loading
+from rlhf.models.directories import check_scalar_directory, is_scalar_directory
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import adapter_disabled, has_adapter
-from rlhf.models.scalar import ScalarModel, check_scalar_directory, is_scalar_directory
+from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared import Roles, adapted_roles
 
 
@@ -75,20 +76,16 @@ class RLHFEngine:
                     f"quantization={model.quantization} does not go with zero_stage=3: quantised weights cannot be "
                     f"partitioned; use zero_stage 0, 1 or 2, or quantization=none"
                 )
-        options: dict[str, Any] = {
-            "dtype": compute_dtype(engine.precision),
-            "attn_implementation": model.attn_implementation,
-            "trust_remote_code": model.trust_remote_code,
-        }
+        dtype = compute_dtype(engine.precision)
         if model.model_dropout or model.lora_dropout:
             logger.info("PPO: dropout is off (with it the ratio would not start at 1), whatever the configuration says")
-        options["dropout"] = 0.0
+        model = replace(model, model_dropout=0.0, lora_dropout=0.0)
         critic_path = reward_model if critic_model is None else critic_model
         check_scalar_directory(reward_model)
         loading = partial(zero3_loading, engine, plan)
         if model.lora_rank:
             roles = adapted_roles(
-                actor_model, reward_model, critic_path, model=model, options=options, seed=seed, loading=loading
+                actor_model, reward_model, critic_path, config=model, dtype=dtype, seed=seed, loading=loading
             )
         else:
             with loading():
@@ -98,10 +95,10 @@ class RLHFEngine:
                     else partial(ScalarModel.from_base, seed=seed)
                 )
                 roles = Roles(
-                    actor=load_causal_lm(actor_model, **options),
-                    critic=critic_class(critic_path, **options),
-                    reference=load_causal_lm(actor_model, **options),
-                    reward=ScalarModel.from_pretrained(reward_model, **options),
+                    actor=load_causal_lm(actor_model, model, dtype=dtype),
+                    critic=critic_class(critic_path, model, dtype=dtype),
+                    reference=load_causal_lm(actor_model, model, dtype=dtype),
+                    reward=ScalarModel.from_pretrained(reward_model, model, dtype=dtype),
                 )
         critic_optimizer = replace(actor_optimizer, learning_rate=critic_learning_rate)
         shared: dict[str, Any] = {

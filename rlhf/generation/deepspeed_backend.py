@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rlhf.config import ConfigError
-from rlhf.models.model_call import forward_logits
+from rlhf.models.forward import forward_logits
 from rlhf.types import PromptBatch, Rollout
 
 CHECKED_PROMPTS, CHECKED_TOKENS = 4, 16

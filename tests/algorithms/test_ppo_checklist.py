@@ -817,14 +817,14 @@ def test_23_with_lora_the_reference_is_the_base_and_stays_while_adapter_and_valu
     with torch.no_grad(), engine.reference_model() as reference:
         before = response_logprobs(reference, rollout, 1.0)
         torch.testing.assert_close(before, response_logprobs(load(tiny_models["gpt_neox"]), rollout, 1.0))
-    head = engine.critic.module.head.weight.detach().clone()
+    head = engine.critic.module.scalar_head.weight.detach().clone()
     for iteration in (1, 2):
         trainer.update(trainer.make_experience(iteration), iteration)
     with torch.no_grad(), engine.reference_model() as reference:
         torch.testing.assert_close(response_logprobs(reference, rollout, 1.0), before, atol=0, rtol=0)
     with torch.no_grad(), engine.scoring():
         assert (response_logprobs(engine.actor, rollout, 1.0) - before).abs().max() > 1e-4
-    assert not torch.equal(engine.critic.module.head.weight, head)
+    assert not torch.equal(engine.critic.module.scalar_head.weight, head)
 
 
 def test_25_at_ptx_coefficient_0_the_gradient_is_that_of_ppo_alone(make_trainer):

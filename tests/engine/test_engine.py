@@ -25,9 +25,9 @@ from rlhf.engine import (
     training_engine,
     zero3_loading,
 )
+from rlhf.models.forward import forward_logits
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import apply_lora
-from rlhf.models.model_call import forward_logits
 from rlhf.models.scalar import ScalarModel
 from tests.support.launch import run_ranks
 from tests.support.tiny_models import save_tiny_model
@@ -470,8 +470,8 @@ def test_a_quantised_base_with_zero_3_is_refused(quantization, tiny_models, rewa
     pytest.importorskip("bitsandbytes")
     config = EngineConfig(zero_stage=3, precision="fp32")
     with zero3_loading(config, PLAN), pytest.raises(ConfigError, match="does not go with zero_stage=3"):
-        load_causal_lm(tiny_models["gpt_neox"], dtype=FP32, quantization=quantization)
-    model = load_causal_lm(tiny_models["gpt_neox"], dtype=FP32, quantization=quantization)
+        load_causal_lm(tiny_models["gpt_neox"], ModelConfig(quantization=quantization, lora_rank=1), dtype=FP32)
+    model = load_causal_lm(tiny_models["gpt_neox"], ModelConfig(quantization=quantization, lora_rank=1), dtype=FP32)
     with pytest.raises(ConfigError, match="does not go with zero_stage=3"):
         inference_engine(model, engine=config, plan=PLAN)
     with pytest.raises(ConfigError, match="does not go with zero_stage=3"):
@@ -576,7 +576,7 @@ def test_another_critic(tiny_models, reward_model, tokenizer, tmp_path):
     ids, mask = batch()
     fresh = build_four(tiny_models, reward_model, 0, critic_model=tiny_models["llama"])
     head = dict(fresh.critic.module.named_parameters())
-    assert fresh.critic.module.config.model_type == "llama" and head["head.bias"].item() == 0.0
+    assert fresh.critic.module.config.model_type == "llama" and head["scalar_head.bias"].item() == 0.0
     other = ScalarModel.from_base(tiny_models["llama"], dtype=FP32, seed=9).eval()
     export_scalar_model(other, tokenizer, tmp_path / "critic")
     saved = build_four(tiny_models, reward_model, 0, critic_model=tmp_path / "critic")
@@ -643,10 +643,7 @@ def test_zero_3_loading_ends_with_its_block(tiny_models):
 def test_an_adapter_directory_loads_inside_zero_3(tiny_models, tokenizer, tmp_path):
     from rlhf.checkpoint.export import export_causal_lm
 
-    model = apply_lora(
-        load_causal_lm(tiny_models["gpt_neox"], dtype=FP32), rank=2, alpha=8, dropout=0.0, targets=[],
-        quantized=False, gradient_checkpointing=False,
-    )  # fmt: skip
+    model = apply_lora(load_causal_lm(tiny_models["gpt_neox"], dtype=FP32), ModelConfig(lora_rank=2, lora_alpha=8))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from rlhf.config import STAGES, load_config_file
+from rlhf.config import STAGES, ModelConfig, load_config_file
 from rlhf.engine import BatchPlan
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import apply_lora
@@ -99,15 +99,8 @@ def test_every_lora_target_is_adapted_in_every_layer(path, stage, tiny_models):
         pytest.skip("trains every weight")
     model = load_causal_lm(tiny_models[architecture(parsed["base_model"])], dtype=torch.float32)
     layers = model.config.num_hidden_layers
-    adapted = apply_lora(
-        model,
-        rank=parsed["lora_rank"],
-        alpha=parsed["lora_alpha"],
-        dropout=parsed["lora_dropout"],
-        targets=parsed["lora_targets"],
-        quantized=False,
-        gradient_checkpointing=parsed["gradient_checkpointing"],
-    )
+    fields = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "gradient_checkpointing")
+    adapted = apply_lora(model, ModelConfig(**{name: parsed[name] for name in fields}))
     names = [name for name, _ in adapted.named_parameters() if name.endswith("lora_A.default.weight")]
     for target in parsed["lora_targets"]:
         assert sum(f".{target}.lora_A" in name for name in names) == layers * target_count(target, adapted)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from rlhf.models.model_call import forward_logits
+from rlhf.models.forward import forward_logits
 from rlhf.models.scalar import ScalarModel
 from rlhf.rewards.reward_model import RewardScorer, same_tokenizer
 from rlhf.training.scoring import label_loss, response_logprobs, response_logprobs_and_entropy, response_values
