@@ -50,11 +50,11 @@ def main(stage: Stage) -> dict:
     critic_model = config.critic_model or (reward_model if same_tokenizer(reward_tokenizer, tokenizer) else actor_model)
     engine = RLHFEngine.build(
         actor_model,
-        reward_model,
-        critic_model,
+        critic_model=critic_model,
+        reward_model=reward_model,
         model=model_config,
         engine=engine_config,
-        actor_optimizer=optimizer_config,
+        optimizer=optimizer_config,
         critic_learning_rate=optimizer_config.critic_learning_rate,
         plan=plan,
         total_steps=ppo_optimizer_steps(batch, plan, len(prompts.train)),
@@ -67,8 +67,9 @@ def main(stage: Stage) -> dict:
     def export() -> None:
         export_causal_lm(engine.actor, tokenizer, directory / "actor")
         export_scalar_model(engine.critic, tokenizer, directory / "critic")
-        if config.ema_decay > 0:
-            export_causal_lm(engine.actor, tokenizer, directory / "actor_ema", state_dict=engine.ema_state_dict())
+        if engine.averaged_actor is not None:
+            average = engine.averaged_actor.state_dict()
+            export_causal_lm(engine.actor, tokenizer, directory / "actor_ema", state_dict=average)
 
     trainer = PPOTrainer(
         engine,

@@ -367,7 +367,7 @@ class PPOTrainer(OnPolicyTrainer):
         return {**super().state(), "ppo": mine}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return self.engine.ema_state_dict() if self.config.ema_decay > 0 else {}
+        return self.engine.averaged_actor.state_dict() if self.config.ema_decay > 0 else {}
 
     def load_state(
         self, state: dict[str, Any], rank_states: Sequence[dict[str, Any]], tensors: dict[str, torch.Tensor]
@@ -378,7 +378,7 @@ class PPOTrainer(OnPolicyTrainer):
         self.rollouts.old_logprobs, self.rollouts.captured_error = mine["old_logprobs"], mine["captured_error"]
         self.rollouts.captured_error_mean = mine["captured_error_mean"]
         if self.config.ema_decay > 0:
-            self.engine.load_ema_state_dict(tensors)
+            self.engine.averaged_actor.load_state_dict(tensors)
 
     def _backend(self) -> Any:
         if self.config.generation_backend == "own":
@@ -444,7 +444,7 @@ class PPOTrainer(OnPolicyTrainer):
                 side_by_side(steps, together=self.together)
                 self.optimizer_step += 1
                 if self.config.ema_decay > 0:
-                    self.engine.update_ema()
+                    self.engine.averaged_actor.update()
                 if self.first_log_ratios is not None:
                     first = {"ratio_first": meter.means(self.device, keep=True)["ratio"], **self.first_deviation()}
         observed = self.experience_metrics

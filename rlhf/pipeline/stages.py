@@ -21,6 +21,7 @@ from rlhf.config import (
     RewardDataConfig,
     RunConfig,
     SFTDataConfig,
+    check_together,
     parse_config,
 )
 from rlhf.distributed import close_world, setup_logging
@@ -42,7 +43,10 @@ def parse_stage(stage: str, argv: Sequence[str] | None = None) -> tuple[Any, ...
         item.name for configs in STAGE_CONFIGS.values() for config in configs for item in dataclasses.fields(config)
     }
     default = DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None
-    return parse_config(stage, STAGE_CONFIGS[stage], argv, default_config=default, known_fields=known)
+    configs = parse_config(stage, STAGE_CONFIGS[stage], argv, default_config=default, known_fields=known)
+    _, model, engine, *_ = configs
+    check_together(model, engine)
+    return configs
 
 
 def run_stage(main: Callable[[], Any]) -> None:

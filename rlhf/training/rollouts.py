@@ -133,12 +133,12 @@ class RolloutWorker:
     def sample(self, examples: Sequence[TokenizedPrompt], iteration: int) -> tuple[Rollout, list[int]]:
         """This rank's share of the rollout (every world_size-th prompt) and which examples it is."""
         from rlhf.data import collate_prompts
-        from rlhf.engine import gathered_weights
+        from rlhf.engine import whole_weights_of
 
         everything = collate_prompts(examples, self.pad_token_id, row_ids=list(range(len(examples))))
         share = list(range(rank(), len(examples), world_size()))
         mine: PromptBatch = everything.rows(torch.tensor(share)).to(self.device)
-        whole = gathered_weights(self.engine.actor) if self.gather_weights else nullcontext()
+        whole = whole_weights_of(self.engine.actor) if self.gather_weights else nullcontext()
         with whole:
             rollout = self._generate(mine, iteration)
         longest = all_reduce_max(rollout.response_ids.shape[1], self.device)
