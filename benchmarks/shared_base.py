@@ -94,7 +94,8 @@ def run_side(
     plan, optimizer = BatchPlan(PROMPTS, MICRO_BATCH, 1), PPOOptimizerConfig(learning_rate=1e-4)
     engine = RLHFEngine.build(
         directory / "sft",
-        directory / "reward",
+        critic_model=directory / "reward",
+        reward_model=directory / "reward",
         model=ModelConfig(
             lora_rank=RANK,
             share_base=share,
@@ -102,7 +103,7 @@ def run_side(
             gradient_checkpointing=gradient_checkpointing,
         ),
         engine=EngineConfig(precision="fp32"),
-        actor_optimizer=optimizer,
+        optimizer=optimizer,
         critic_learning_rate=1e-4,
         plan=plan,
         total_steps=iterations,

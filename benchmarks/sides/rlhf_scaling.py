@@ -122,11 +122,11 @@ def run_ppo(point: Mapping[str, Any], work: Path, device: torch.device) -> tuple
     tokenizer = load_tokenizer(actor)
     engine = RLHFEngine.build(
         actor,
-        reward,
-        reward,
+        critic_model=reward,
+        reward_model=reward,
         model=ModelConfig(base_model=actor),
         engine=EngineConfig(precision=point["dtype"]),
-        actor_optimizer=PPOOptimizerConfig(),
+        optimizer=PPOOptimizerConfig(),
         critic_learning_rate=5e-6,
         plan=plan,
         total_steps=iterations,

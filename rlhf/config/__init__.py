@@ -19,6 +19,7 @@ from rlhf.config.settings import (
     RewardDataConfig,
     RunConfig,
     SFTDataConfig,
+    check_together,
 )
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "RewardDataConfig",
     "RunConfig",
     "SFTDataConfig",
+    "check_together",
     "facts_of",
     "field_docstrings",
     "load_config_file",

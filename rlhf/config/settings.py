@@ -108,6 +108,15 @@ class EngineConfig:
     """A DeepSpeed json file merged into the generated settings; a contradiction is an error."""
 
 
+def check_together(model: ModelConfig, engine: EngineConfig) -> None:
+    """ConfigError for a model and an engine that each are right and do not go together."""
+    if model.quantization != "none" and engine.zero_stage == 3:
+        raise ConfigError(
+            f"quantization={model.quantization} does not go with zero_stage=3: quantised weights cannot be "
+            "partitioned; use zero_stage 0, 1 or 2, or quantization=none"
+        )
+
+
 @dataclass
 class OptimizerConfig:
     """AdamW and its schedule."""

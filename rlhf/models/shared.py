@@ -62,25 +62,26 @@ def _twin(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
 
 
 class Roles(NamedTuple):
-    """The four models before they go into engines; `reference` None means the actor with its adapter off."""
+    """The models before they go into engines; None is not wanted, or (`reference`) the actor with its adapter off."""
 
     actor: nn.Module
-    critic: nn.Module
+    critic: nn.Module | None
     reference: nn.Module | None
-    reward: nn.Module
+    reward: nn.Module | None
 
 
 def adapted_roles(
     actor_model: str | Path,
-    reward_model: str | Path,
-    critic_model: str | Path,
+    reward_model: str | Path | None,
+    critic_model: str | Path | None,
     *,
+    with_reference: bool = True,
     config: ModelConfig,
     dtype: torch.dtype,
     seed: int,
     loading: Callable[[], AbstractContextManager[None]],
 ) -> Roles:
-    """Actor and critic with trainable adapters, the reward model frozen, over shared bases.
+    """Actor and critic with trainable adapters, the reward model frozen, over shared bases; None is not loaded.
 
     A reward model or critic that was saved as an adapter keeps it, unmerged, on the base it names; the critic goes on
     training its copy. Anything else gets a new adapter. Roles whose bases hold the same weights share one, quantised
@@ -93,15 +94,18 @@ def adapted_roles(
     stands = {
         name: _standing(path, config, dtype)
         for name, path in (("actor", actor_model), ("critic", critic_model), ("reward", reward_model))
+        if path is not None
     }
     quantization: dict[str, Quantization] = dict.fromkeys(stands, config.quantization)
-    if stands["reward"].adapter is None:
+    if "reward" in stands and stands["reward"].adapter is None:
         quantization["reward"] = "none"
     actor = bases.causal_lm(stands["actor"].base, config.quantization)
-    reference = None if config.share_base else bases.causal_lm(stands["actor"].base, config.quantization)
-    backbones = {name: bases.backbone(stands[name].base, quantization[name]) for name in ("critic", "reward")}
-    same_architecture = actor.config.model_type == backbones["critic"].config.model_type
-    _report(stands, quantization, config.share_base)
+    own_reference = with_reference and not config.share_base
+    reference = bases.causal_lm(stands["actor"].base, config.quantization) if own_reference else None
+    backbones = {
+        name: bases.backbone(stand.base, quantization[name]) for name, stand in stands.items() if name != "actor"
+    }
+    _report(stands, quantization, config.share_base, with_reference)
 
     def with_new_adapter(module: nn.Module, targets: list[str]) -> nn.Module:
         # bases are prepared for training as they are loaded: here none counts as quantised
@@ -115,14 +119,15 @@ def adapted_roles(
         head = stand.head
         found = ScalarModel(backbone, seed=seed) if head is None else ScalarModel.on_backbone(backbone, head)
         if trainable and stand.adapter is None:  # another architecture has other names than lora_targets
+            same_architecture = actor.config.model_type == backbone.config.model_type
             return with_new_adapter(found, config.lora_targets if same_architecture else [])
         return found
 
     return Roles(
         actor=with_new_adapter(actor, config.lora_targets),
-        critic=scalar("critic", trainable=True),
+        critic=scalar("critic", trainable=True) if "critic" in stands else None,
         reference=reference,
-        reward=scalar("reward", trainable=False),
+        reward=scalar("reward", trainable=False) if "reward" in stands else None,
     )
 
 
@@ -183,16 +188,18 @@ class _Bases:
         return share_modules(base)
 
 
-def _report(stands: dict[str, _Standing], quantization: dict[str, Quantization], share: bool) -> None:
+def _report(
+    stands: dict[str, _Standing], quantization: dict[str, Quantization], share: bool, with_reference: bool
+) -> None:
     if not share:
         logger.info("share_base is off: actor, critic, reference and reward model load a copy of their base each")
         return
     roles: dict[tuple[str, str], list[str]] = {}
     for name, stand in stands.items():
         held = roles.setdefault((base_key(stand.base), quantization[name]), [])
-        held += ["actor", "reference"] if name == "actor" else [name]
+        held += ["actor", "reference"] if name == "actor" and with_reference else [name]
     for (base, kind), names in roles.items():
         logger.info("one base for %s: %s%s", ", ".join(names), base, "" if kind == "none" else f" in {kind}")
-    adapter = stands["critic"].adapter
-    if adapter is not None:
-        logger.info("the critic trains the adapter it starts from, with its rank and targets: %s", adapter)
+    critic = stands.get("critic")
+    if critic is not None and critic.adapter is not None:
+        logger.info("the critic trains the adapter it starts from, with its rank and targets: %s", critic.adapter)

@@ -12,8 +12,8 @@ from rlhf.config import ConfigError
 from rlhf.engine import RLHFEngine
 from rlhf.generation.backend import make_backend
 from rlhf.generation.token_sampling import Sampling
-from rlhf.models.loading import check_vocabulary, load_tokenizer
 from rlhf.models.inner_model import eos_token_ids
+from rlhf.models.loading import check_vocabulary, load_tokenizer
 from rlhf.pipeline.stage_run import StageRun
 from rlhf.pipeline.stages import PPOStageConfig
 from rlhf.rewards.reward import RewardSources

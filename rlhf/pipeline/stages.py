@@ -22,6 +22,7 @@ from rlhf.config import (
     RewardDataConfig,
     RunConfig,
     SFTDataConfig,
+    check_together,
     parse_config,
 )
 from rlhf.report.figures import Figure
@@ -174,7 +175,9 @@ def parse_stage(name: str, argv: Sequence[str] | None = None) -> Any:
         known_fields=set().union(*(other.field_names() for other in STAGES.values())),
         default_config=DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None,
     )
-    return stage.config(**parts)
+    config = stage.config(**parts)
+    check_together(config.model, config.engine)
+    return config
 
 
 def find_stage_model(stage: Stage, config_field: str, given: str | None, output_dir: str) -> str:

@@ -301,10 +301,11 @@ def reward_directory(tiny_models, tokenizer, tmp_path_factory):
 def real_engine(actor, reward, plan, *, total_steps=4, **model):
     return RLHFEngine.build(
         actor,
-        reward,
+        critic_model=reward,
+        reward_model=reward,
         model=ModelConfig(**model),
         engine=EngineConfig(precision="fp32"),
-        actor_optimizer=PPOOptimizerConfig(learning_rate=1e-3),
+        optimizer=PPOOptimizerConfig(learning_rate=1e-3),
         critic_learning_rate=1e-3,
         plan=plan,
         total_steps=total_steps,
@@ -608,8 +609,9 @@ actor, reward, out = [item for item in sys.argv[1:] if not item.startswith("--lo
 init_world()
 plan = BatchPlan(8, 2, world_size())
 engine = RLHFEngine.build(
-    actor, reward, model=ModelConfig(), engine=EngineConfig(precision="fp32", max_grad_norm=0.0),
-    actor_optimizer=PPOOptimizerConfig(learning_rate=1e-2, adam_eps=1e-2, lr_schedule="constant"),
+    actor, critic_model=reward, reward_model=reward, model=ModelConfig(),
+    engine=EngineConfig(precision="fp32", max_grad_norm=0.0),
+    optimizer=PPOOptimizerConfig(learning_rate=1e-2, adam_eps=1e-2, lr_schedule="constant"),
     critic_learning_rate=1e-2, plan=plan, total_steps=4,
 )
 same = (5, 6, 7)

@@ -87,9 +87,10 @@ def build(actor: Path, reward: Path, critic: Path | None = None, *, zero_stage: 
           precision: str = "fp32", **model: Any) -> RLHFEngine:  # fmt: skip
     torch.manual_seed(7)  # of the first halves of new adapters
     return RLHFEngine.build(
-        actor, reward, critic, model=ModelConfig(**{"lora_rank": 2, "lora_alpha": 8, **model}),
+        actor, critic_model=critic or reward, reward_model=reward,
+        model=ModelConfig(**{"lora_rank": 2, "lora_alpha": 8, **model}),
         engine=EngineConfig(zero_stage=zero_stage, precision=precision),  # type: ignore[arg-type]
-        actor_optimizer=OPTIMIZER, critic_learning_rate=1e-3, plan=plan(), total_steps=20, ema_decay=ema_decay, seed=3,
+        optimizer=OPTIMIZER, critic_learning_rate=1e-3, plan=plan(), total_steps=20, ema_decay=ema_decay, seed=3,
     )  # fmt: skip
 
 
@@ -129,8 +130,8 @@ def run_ppo(four: RLHFEngine, tokenizer: Any, iterations: int = 2) -> dict[str, 
             four, prompts, [], tokenizer=tokenizer, scorer=RewardScorer(four.reward, tokenizer, tokenizer), plan=plan(),
             batch=PPOBatchConfig(global_batch_size=4, micro_batch_size=2, max_steps=iterations, rollout_batch_size=8,
                                  ppo_epochs=2),
-            config=PPOConfig(ema_decay=four.ema_decay), run=RunConfig(output_dir=place, tensorboard=False),
-            directory=Path(place),
+            config=PPOConfig(ema_decay=four.averaged_actor.decay if four.averaged_actor else 0.0),
+            run=RunConfig(output_dir=place, tensorboard=False), directory=Path(place),
             max_response_tokens=6, synchronised=inner(four.reward) is not four.reward, export=lambda: None,
         )  # fmt: skip
         found: dict[str, torch.Tensor] = {}
@@ -247,7 +248,7 @@ def test_who_trains_what(models):
     adapters = [{p.data_ptr() for name, p in named.items() if ".lora_" in name} for named in (actor, critic, reward)]
     assert len(set().union(*adapters)) == sum(map(len, adapters))
     ids, mask = batch()
-    four.train()  # without the dropout that the reward model trained with: the first ratio would not be 1
+    four.critic.train()  # without the dropout that the reward model trained with: the first ratio would not be 1
     with torch.no_grad():
         assert torch.equal(four.critic(ids, mask), four.critic(ids, mask))
     optimized = {id(p) for group in four.critic.optimizer.param_groups for p in group["params"]}
@@ -446,7 +447,7 @@ def test_quantised_trees_compute_in_any_order(quantization, first_to_compute, mo
 
 def export_all(four: RLHFEngine, tokenizer: Any, directory: Path) -> None:
     export_causal_lm(four.actor, tokenizer, directory / "actor")
-    export_causal_lm(four.actor, tokenizer, directory / "actor_ema", state_dict=four.ema_state_dict())
+    export_causal_lm(four.actor, tokenizer, directory / "actor_ema", state_dict=four.averaged_actor.state_dict())
     export_scalar_model(four.critic, tokenizer, directory / "critic")
 
 
