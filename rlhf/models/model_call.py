@@ -12,7 +12,7 @@ from torch import nn
 
 from rlhf.numerics.cpu import CPULinear
 from rlhf.numerics.logprobs import entropy_from_logits, logprobs_from_logits
-from rlhf.numerics.packed_rows import pack, packed_arguments, packs
+from rlhf.numerics.packed_rows import pack, packed_arguments, prepare_for_packed_rows
 from rlhf.numerics.vocabulary_head import linear_logprobs
 
 PLAIN_HEADS = frozenset(
@@ -82,8 +82,8 @@ def token_logprobs(
 
     All arguments [B, L], padded on either side; returns two float32 tensors [B, L], 0 outside `scored`. The entropy
     is 0 everywhere unless `with_entropy`. For the architectures in PLAIN_HEADS the head runs over the scored positions
-    only, in pieces; for those that pack (`PACKS`) padding costs nothing. Raises ValueError when the first token
-    of a row is scored: nothing comes before it.
+    only, in pieces; for those that take packed rows (PACKABLE) padding costs nothing. Raises ValueError when the
+    first token of a row is scored: nothing comes before it.
     """
     mask = attention_mask.bool()
     target = scored & mask
@@ -99,7 +99,7 @@ def token_logprobs(
         entropies = entropy_from_logits(logits, temperature) if with_entropy else torch.zeros_like(logprobs)
     else:
         targets = input_ids[target]
-        if packs(config):
+        if prepare_for_packed_rows(config):
             rows = pack(input_ids, mask)
             arguments, places = packed_arguments(rows, config), before.flatten()[rows.where].nonzero().squeeze(1)
         else:
@@ -124,7 +124,7 @@ def hidden_states(backbone: nn.Module, input_ids: torch.Tensor, attention_mask: 
     Packed they are [S, H] of the real tokens; padded rows give [B * L, H].
     """
     config: Any = innermost(backbone).config
-    if packs(config):
+    if prepare_for_packed_rows(config):
         rows = pack(input_ids, attention_mask)
         return backbone(**packed_arguments(rows, config)).last_hidden_state[0], rows.padded
     arguments = model_arguments(backbone, attention_mask, use_cache=False)
