@@ -85,7 +85,6 @@ def main(stage: Stage) -> dict:
         synchronised=engine_config.zero_stage == 3,
         export=export,
         concurrent=engine_config.side_by_side,
-        gather_for_generation=engine_config.gather_for_generation,
         ptx=ptx.train if ptx else (),
         states=stage.states(
             actor=model_fingerprint(actor_model),

@@ -18,7 +18,7 @@ import torch
 
 from rlhf.config import BatchConfig, ConfigError, OptimizerConfig, RunConfig, require_at_least
 from rlhf.distributed import all_gather_rows, rank, world_size
-from rlhf.generation import Sampling
+from rlhf.generation import Sampling, make_backend
 from rlhf.models.model_call import eos_token_ids
 from rlhf.numerics.cpu import WORKERS, can_run_side_by_side, side_by_side
 from rlhf.numerics.logprobs import KLEstimator, estimate_kl
@@ -298,7 +298,6 @@ class PPOTrainer(OnPolicyTrainer):
         synchronised: bool,
         export: Any,
         concurrent: bool = True,
-        gather_for_generation: bool = True,
         ptx: Sequence[TokenizedResponse] = (),
         states: TrainingStates | None = None,
     ) -> None:
@@ -317,18 +316,21 @@ class PPOTrainer(OnPolicyTrainer):
         self.rollouts = RolloutWorker(
             engine,
             scorer,
+            make_backend(
+                config.generation_backend,
+                engine.actor,
+                eos_ids=eos_token_ids(engine.actor, tokenizer),
+                pad_token_id=tokenizer.pad_token_id,
+                seed=run.seed,
+                slots=batch.generation_batch_size,
+            ),
             Sampling(max_response_tokens, temperature=config.temperature),
             eos_ids=eos_token_ids(engine.actor, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
-            seed=run.seed,
-            slots=batch.generation_batch_size,
             plan=plan,
             scoring_tokens=batch.scoring_batch_tokens,
             old_logprobs=config.old_logprobs,
             together=self.together,
-            synchronised=synchronised,
-            gather_weights=gather_for_generation,
-            backend=self._backend(),
         )
         self.kl = KLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
         self.order = DataOrder([len(prompt.input_ids) for prompt in prompts], rollout_plan(batch, plan), run.seed)
@@ -379,13 +381,6 @@ class PPOTrainer(OnPolicyTrainer):
         self.rollouts.captured_error_mean = mine["captured_error_mean"]
         if self.config.ema_decay > 0:
             self.engine.load_ema_state_dict(tensors)
-
-    def _backend(self) -> Any:
-        if self.config.generation_backend == "own":
-            return None
-        from rlhf.generation.deepspeed_backend import DeepSpeedRollout
-
-        return DeepSpeedRollout(self.engine.actor, self.tokenizer, eos_token_ids(self.engine.actor, self.tokenizer))
 
     # -------------------------------------------------------------------------------------------- experience
 

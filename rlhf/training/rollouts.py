@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 
 from rlhf.config import ConfigError
 from rlhf.distributed import all_gather_rows, all_reduce_max, logger, rank, world_size
-from rlhf.generation import Sampling, generate
+from rlhf.generation import Backend, Sampling
 from rlhf.numerics.cpu import side_by_side
 from rlhf.numerics.statistics import correlation, last_true, masked_mean, repeated_share
 from rlhf.training.data_order import Plan
@@ -43,50 +42,39 @@ class _Part:
 
 
 class RolloutWorker:
-    """Samples with the actor of an `RLHFEngine` and scores with all four models, in its evaluation mode.
+    """Samples with a `backend` and scores with all four models of an `RLHFEngine`, in its evaluation mode.
 
-    `slots` rows are sampled side by side on a device (0: all of them). A scoring pass holds `scoring_tokens`
-    tokens (0: by the training pass of `plan`, see FORWARD_ONLY).
-    `old_logprobs` says where the log-probabilities of the sampling policy come from: the sampler, a forward pass of
-    the actor, or (`auto`) the sampler once a rollout computed both ways has shown them equal to CAPTURED_IS_EXACT.
-    `backend`, a `DeepSpeedRollout`, samples in place of `rlhf.generation`.
+    A scoring pass holds `scoring_tokens` tokens (0: by the training pass of `plan`, see FORWARD_ONLY).
+    `old_logprobs` says where the log-probabilities of the sampling policy come from: the backend, a forward pass of
+    the actor, or (`auto`) the backend once a rollout computed both ways has shown them equal to CAPTURED_IS_EXACT.
     `together` scores with several models side by side (see `rlhf.numerics.cpu`).
-    `gather_weights` gathers ZeRO-3 weights once per rollout instead of once per token.
     """
 
     def __init__(
         self,
         engine: Any,
         scorer: Any,
+        backend: Backend,
         sampling: Sampling,
         *,
         eos_ids: Sequence[int],
         pad_token_id: int,
-        seed: int,
-        slots: int = 0,
         plan: Plan,
         scoring_tokens: int = 0,
         old_logprobs: OldLogprobs = "auto",
         together: bool = False,
-        synchronised: bool = False,
-        gather_weights: bool = True,
-        backend: Any = None,
     ) -> None:
         self.engine = engine
         self.scorer = scorer
+        self.backend = backend
         self.sampling = sampling
         self.eos_ids = list(eos_ids)
         self.pad_token_id = pad_token_id
-        self.seed = seed
-        self.slots = slots
         self.plan = plan
         self.scoring_tokens = scoring_tokens
         self.old_logprobs = old_logprobs
         self.together = together
-        self.synchronised = synchronised
-        self.gather_weights = gather_weights
-        self.backend = backend
-        if backend is not None:
+        if not backend.captures_logprobs:
             if old_logprobs == "sampled":
                 raise ConfigError(
                     "old_logprobs=sampled needs generation_backend=own: the other backend captures no "
@@ -133,46 +121,14 @@ class RolloutWorker:
     def sample(self, examples: Sequence[TokenizedPrompt], iteration: int) -> tuple[Rollout, list[int]]:
         """This rank's share of the rollout (every world_size-th prompt) and which examples it is."""
         from rlhf.data import collate_prompts
-        from rlhf.engine import gathered_weights
 
         everything = collate_prompts(examples, self.pad_token_id, row_ids=list(range(len(examples))))
         share = list(range(rank(), len(examples), world_size()))
         mine: PromptBatch = everything.rows(torch.tensor(share)).to(self.device)
-        whole = gathered_weights(self.engine.actor) if self.gather_weights else nullcontext()
-        with whole:
-            rollout = self._generate(mine, iteration)
+        self.backend.sync()
+        rollout = self.backend.generate(mine, self.sampling, iteration=iteration)
         longest = all_reduce_max(rollout.response_ids.shape[1], self.device)
         return rollout.widened(longest, self.pad_token_id), share
-
-    def _generate(self, prompts: PromptBatch, iteration: int) -> Rollout:
-        in_lockstep = self.synchronised and not self.gather_weights
-        if self.backend is None and not in_lockstep:
-            return self._decode(prompts, iteration, in_lockstep)
-        # these two decode whatever they are given side by side
-        parts = [self._decode(part, iteration, in_lockstep) for part in prompts.split(self.slots or len(prompts))]
-        longest = max(part.response_ids.shape[1] for part in parts)
-        wide = [part.widened(longest, self.pad_token_id) for part in parts]
-        return Rollout(*(torch.cat([getattr(part, item.name) for part in wide]) for item in fields(Rollout)))
-
-    def _decode(self, prompts: PromptBatch, iteration: int, in_lockstep: bool) -> Rollout:
-        if self.backend is not None:
-            first = int(prompts.row_ids[0])
-            seed = ((self.seed * 1_000_003 + iteration) * 1_000_003 + first) % 2**63
-            sampling = self.sampling
-            return self.backend.generate(
-                prompts, max_new_tokens=sampling.max_new_tokens, temperature=sampling.temperature, seed=seed
-            )
-        return generate(
-            self.engine.actor,
-            prompts,
-            self.sampling,
-            eos_token_ids=self.eos_ids,
-            pad_token_id=self.pad_token_id,
-            seed=self.seed,
-            iteration=iteration,
-            synchronised=in_lockstep,
-            slots=self.slots,
-        )
 
     @torch.no_grad()
     def score(self, rollout: Rollout, texts: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -215,7 +171,7 @@ class RolloutWorker:
 
         jobs: list[Callable[[], None]] = [policies, rewards, *(partial(values, part) for part in parts)]
         side_by_side(jobs, together=self.together)
-        if recompute and self.backend is None:
+        if recompute and self.backend.captures_logprobs:
             self._compare(rollout, columns["logprobs"])
         if self.old_logprobs == "sampled":
             columns["logprobs"] = rollout.logprobs
