@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from rlhf.models.inner_model import innermost
-from rlhf.numerics.packed_rows import pack, packed_arguments, packs
+from rlhf.numerics.packed_rows import pack, packed_arguments, prepare_for_packed_rows
 
 
 def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ def hidden_states(backbone: nn.Module, input_ids: torch.Tensor, attention_mask: 
     Packed they are [S, H] of the real tokens; padded rows give [B * L, H].
     """
     config: Any = innermost(backbone).config
-    if packs(config):
+    if prepare_for_packed_rows(config):
         rows = pack(input_ids, attention_mask)
         return backbone(**packed_arguments(rows, config)).last_hidden_state[0], rows.padded
     arguments = model_arguments(backbone, attention_mask, use_cache=False)

@@ -13,7 +13,7 @@ from rlhf.models.forward import forward_logits, model_arguments
 from rlhf.models.inner_model import innermost
 from rlhf.numerics.cpu import CPULinear
 from rlhf.numerics.logprobs import entropy_from_logits, logprobs_from_logits
-from rlhf.numerics.packed_rows import pack, packed_arguments, packs
+from rlhf.numerics.packed_rows import pack, packed_arguments, prepare_for_packed_rows
 from rlhf.numerics.vocabulary_head import linear_logprobs
 
 PLAIN_HEADS = frozenset(
@@ -35,8 +35,8 @@ def token_logprobs(
 
     All arguments [B, L], padded on either side; returns two float32 tensors [B, L], 0 outside `scored`. The entropy
     is 0 everywhere unless `with_entropy`. For the architectures in PLAIN_HEADS the head runs over the scored positions
-    only, in pieces; for those that pack (`PACKS`) padding costs nothing. Raises ValueError when the first token
-    of a row is scored: nothing comes before it.
+    only, in pieces; for those that take packed rows (PACKABLE) padding costs nothing. Raises ValueError when the
+    first token of a row is scored: nothing comes before it.
     """
     mask = attention_mask.bool()
     target = scored & mask
@@ -52,7 +52,7 @@ def token_logprobs(
         entropies = entropy_from_logits(logits, temperature) if with_entropy else torch.zeros_like(logprobs)
     else:
         targets = input_ids[target]
-        if packs(config):
+        if prepare_for_packed_rows(config):
             rows = pack(input_ids, mask)
             arguments, places = packed_arguments(rows, config), before.flatten()[rows.where].nonzero().squeeze(1)
         else:

@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 import rlhf.algorithms.ppo as ppo
-import rlhf.training.rollouts
+import rlhf.generation.actor_backend
 from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOTrainer
 from rlhf.algorithms.reward import RewardConfig, RewardTrainer
 from rlhf.algorithms.sft import SFTConfig, SFTTrainer
@@ -132,12 +132,12 @@ def test_dropout_of_a_new_adapters_size_is_seen_in_float32_only_by_its_exactness
 
 
 def test_sampled_at_another_temperature_than_scored(make_ppo, monkeypatch):
-    original = rlhf.training.rollouts.generate
+    original = rlhf.generation.actor_backend.generate
 
     def colder(actor, prompts, sampling, **options):
         return original(actor, prompts, Sampling(sampling.max_new_tokens, temperature=0.7), **options)
 
-    monkeypatch.setattr(rlhf.training.rollouts, "generate", colder)
+    monkeypatch.setattr(rlhf.generation.actor_backend, "generate", colder)
     trainer = make_ppo(iterations=1)
     trainer.fit()
     assert set(found_in(trainer)) == {"sampling_mismatch"}
@@ -173,12 +173,12 @@ def test_a_huge_learning_rate(make_ppo):
 
 def test_a_reference_at_another_temperature_makes_the_kl_negative(make_ppo, monkeypatch):
     """Sampled cold, the actor scored warm and the reference cold: the reference likes these tokens better."""
-    original = rlhf.training.rollouts.generate
+    original = rlhf.generation.actor_backend.generate
 
     def colder(actor, prompts, sampling, **options):
         return original(actor, prompts, Sampling(sampling.max_new_tokens, temperature=0.7), **options)
 
-    monkeypatch.setattr(rlhf.training.rollouts, "generate", colder)
+    monkeypatch.setattr(rlhf.generation.actor_backend, "generate", colder)
     trainer = make_ppo(iterations=4, lr=1e-4)
     reference = trainer.engine.reference
     trainer.rollouts._logprobs = lambda model, part: response_logprobs(model, part, 0.7 if model is reference else 1.0)
