@@ -22,7 +22,7 @@ from rlhf.distributed.rank_board import RankBoard, own_record, process_state
 from tests.support.launch import ROOT, run_ranks
 from tests.support.rank_worker import SAVED_AT, TIMEOUT_MINUTES, TROUBLE_AT
 
-WORKER = Path(__file__).with_name("rank_worker.py")
+WORKER = ROOT / "tests" / "support" / "rank_worker.py"
 DEATH_SECONDS = 10.0
 """Within which the job ends after a rank died (stated in docs)."""
 HANG_SECONDS = TIMEOUT_MINUTES * 60 + 15.0

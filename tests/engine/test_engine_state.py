@@ -43,7 +43,7 @@ from tests.support.engine_state_worker import (
 from tests.support.launch import ROOT, run_ranks
 from tests.support.tiny_models import save_tiny_model
 
-WORKER = Path(__file__).with_name("engine_state_worker.py")
+WORKER = Path(__file__).parents[1] / "support" / "engine_state_worker.py"
 TOLERANCE = 1e-4
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

@@ -55,9 +55,9 @@ WATCHED_STAGE = """
 import os, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
-from rlhf import job_end, rank_watch
 from rlhf.config import ConfigError, RunConfig
-from rlhf.distributed import close_world
+from rlhf.distributed import close_world, rank_watch
+from rlhf.distributed.job_exit import run_to_end
 directory = Path(sys.argv[sys.argv.index("--output_dir") + 1]) / "sft"
 directory.mkdir(parents=True, exist_ok=True)
 dist.init_process_group("gloo")
@@ -72,7 +72,7 @@ def main():
                 if dist.get_rank() == 0:
                     (directory / "saved").write_text(str(step))
                 raise rank_watch.Stopped(step, directory, saved=True)
-job_end.run_to_end(main, (ConfigError,))
+run_to_end(main, (ConfigError,))
 close_world()
 """
 
