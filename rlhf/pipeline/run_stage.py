@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.checkpoint.export import check_writable, remove_leftovers
+from rlhf.checkpoint.atomic import remove_leftovers
+from rlhf.checkpoint.export import check_writable
 from rlhf.checkpoint.run_lock import RunLock
 from rlhf.config import ConfigError, RunConfig, save_config
 from rlhf.distributed import any_rank, init_world, is_main, logger, raise_on_all, seed_everything

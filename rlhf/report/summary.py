@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoint.atomic import write_json
 from rlhf.config import STAGES
 
 SUMMARY_KEYS: Mapping[str, tuple[str, ...]] = {
@@ -62,9 +63,7 @@ def summarize(output_dir: Path) -> dict[str, Any]:
 def write_summary(output_dir: Path) -> Path:
     """Write `summary.json` for `output_dir` and return its path."""
     path = output_dir / "summary.json"
-    beside = path.with_suffix(".json.part")
-    beside.write_text(json.dumps(summarize(output_dir), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_json(path, summarize(output_dir))
     return path
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf.checkpoint.fingerprint import check_identity
 from rlhf.checkpoint.random_state import load_rng, save_rng
-from rlhf.checkpoint.state_store import SavedState, TrainingStateStore
+from rlhf.checkpoint.state_directory import SavedState, StateDirectory
 from rlhf.config import ConfigError, RunConfig
 from rlhf.distributed import init_world, is_main, logger, raise_on_all, rank, world_size
 
@@ -151,8 +151,8 @@ def remove_states(directory: Path, run: RunConfig, *, keep_permanent: bool) -> N
     store.clear(keep_permanent=keep_permanent)
 
 
-def _store(directory: Path, run: RunConfig) -> TrainingStateStore:
-    return TrainingStateStore(directory, keep_last=run.keep_last, keep_every=run.keep_every, device=init_world())
+def _store(directory: Path, run: RunConfig) -> StateDirectory:
+    return StateDirectory(directory, keep_last=run.keep_last, keep_every=run.keep_every, device=init_world())
 
 
 def _save_engine(name: str, engine: Any, part: Path) -> None:
