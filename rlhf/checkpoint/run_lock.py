@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from rlhf.config import ConfigError
 from rlhf.distributed import is_main, logger
+from rlhf.distributed.processes import process_stat
 
 _WITHOUT_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
@@ -131,11 +132,9 @@ def _may_live(holder: dict[str, Any]) -> bool:
 
 
 def _birth(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot: tells it from a later one of the same number."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return None
+    """When a process started: tells it from a later one of the same number."""
+    stat = process_stat(pid)
+    return None if stat is None else str(stat.started)
 
 
 def _read(descriptor: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import ConfigError
+from rlhf.distributed.processes import process_stat
 from rlhf.pipeline.arguments import sort_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -261,11 +262,7 @@ def test_a_second_signal_kills(training):
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 143 and "SIGTERM again: killed" in output, output
     time.sleep(0.5)
-    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists() and "Z" not in state(pid)]
-
-
-def state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    assert not [pid for pid in ranks if (stat := process_stat(pid)) is not None and stat.state != "Z"]
 
 
 # ------------------------------------------------------------------------------------------------ pipeline_args
