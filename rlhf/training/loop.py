@@ -13,9 +13,11 @@ import torch
 from rlhf.config import RunConfig
 from rlhf.distributed import logger
 from rlhf.distributed.rank_watch import Stopped, beat, note_saved, stop_requested
-from rlhf.doctor import HealthMonitor
+from rlhf.doctor import OFFLINE, ON_POLICY, REWARD, HealthMonitor
 from rlhf.training.metrics import MeanMeter, MetricsWriter
 from rlhf.training.resume import TrainingStates
+
+_CHECKS = {"sft": OFFLINE, "reward": REWARD, "ppo": ON_POLICY}
 
 
 class Loop(ABC):
@@ -34,7 +36,7 @@ class Loop(ABC):
         self.states = states
         self.meter = MeanMeter()
         self.writer = MetricsWriter(directory, run, stage=stage)
-        self.health = HealthMonitor(directory, stage)
+        self.health = HealthMonitor(directory, stage, _CHECKS[stage])
         self.step = 0
         self.outcome: dict[str, Any] = {}
         """What `fit` returns in the end, as far as it is known: evaluations before and after."""
