@@ -1,4 +1,4 @@
-"""A manifest of a directory's files: written once all of them are on the disk, and later proof that they are whole."""
+"""The manifest of a directory: size and digest of each file, written last, so that damage is found when it is read."""
 
 from __future__ import annotations
 

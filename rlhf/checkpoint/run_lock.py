@@ -28,8 +28,8 @@ class RunLock:
 
     ConfigError names the holder where another run has it, or this process already. The lock is an `flock` on
     `.lock`, which ends with its process however that dies; the file's content says who it is and stays after a death,
-    where the next run reports it and takes over. Where the file system knows no `flock` the content decides: a
-    process of this machine that is gone holds nothing, one of another machine might.
+    where the next run reports it and locks the directory for itself. Where the file system knows no `flock` the
+    content decides: a process of this machine that is gone holds nothing, one of another machine might.
     """
 
     def __init__(self, directory: Path) -> None:

@@ -35,9 +35,9 @@ class SavedState:
 
 
 class StateDirectory:
-    """Training states of one run in `directory`, one subdirectory `step-00000120` each.
+    """The directory with the training states of one run, a subdirectory such as `step-00000120` each.
 
-    All ranks share the directory (one machine or a shared disk) and only one run uses it at a time (see
+    All ranks share `directory` (one machine or a shared disk) and only one run uses it at a time (see
     `rlhf.checkpoint.run_lock`). The newest `keep_last` states stay, and for good those whose step is a multiple of
     `keep_every` (0: none). `device` is where the ranks' messages to one another travel.
     """
@@ -56,11 +56,11 @@ class StateDirectory:
         Each writer is called on every rank with a directory to write into, files of a name that no other rank uses.
         A writer that holds collectives does them before it touches a file: an OSError then keeps no rank waiting,
         since the other writers are called all the same. It is logged as an error, no half of the state remains, the
-        earlier ones stay, and training can go on. Any other exception is raised on every rank. `content` (rank 0's)
-        is kept as JSON. States of a later step, left behind by a run that went back to an earlier one, are removed.
+        earlier ones stay, and training can continue. Any other exception is raised on every rank. `content` (rank 0's)
+        is kept as JSON. States of a later step, of a run that was resumed from an earlier one, are removed.
         """
         if self.keep_last < 1:
-            raise ValueError(f"keep_last={self.keep_last}: a store that keeps no state cannot save one")
+            raise ValueError(f"keep_last={self.keep_last}: where no state is kept none can be saved")
         try:
             part = Path(self._everywhere(lambda: self._begin(step), main_only=True)[0])
             self._everywhere(lambda: _call_all(writers, part))
@@ -213,7 +213,7 @@ class StateDirectory:
                 self._set_aside(other)
 
     def _listed(self) -> list[int] | None:
-        """`steps`, or None and a word in the log."""
+        """`steps`, or None and an error in the log."""
         try:
             return self.steps()
         except OSError as error:

@@ -99,7 +99,7 @@ class HealthWatch:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Continue from what `state` gave."""
         self.lines = int(state["lines"])
         self.history = [{name: float(value) for name, value in line.items()} for line in state["history"]]
         self.open = {entry["check"]: _finding_from_json(entry) for entry in state["open"]}
