@@ -33,7 +33,7 @@ FLOORS = (
 ALTERNATIVES = {
     "rlhf.algorithms": {"sft", "reward", "ppo"},
     "rlhf.rewards": {"reward_model"},
-    "rlhf.generation": {"deepspeed_backend"},
+    "rlhf.generation": {"actor_backend", "deepspeed_backend"},
 }
 """Files of which no one may import another of the same room."""
 

@@ -1,7 +1,7 @@
-"""The architectures the lean decoder knows: which of a model's modules it calls, and in what order.
+"""The architectures the fast decoder knows: which of a model's modules it calls, and in what order.
 
 A module is a *leaf* when it is called as it is, so that whatever stands in its place (a LoRA layer, a 4-bit layer)
-keeps working; *glue* (blocks, attention, feed-forward) is what the lean decoder computes itself. A model is known only
+keeps working; *glue* (blocks, attention, feed-forward) is what the fast decoder computes itself. A model is known only
 if all its glue is the library's own, without hooks, and its configuration asks for nothing the glue does not do.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf.models.model_call import innermost
-from rlhf.numerics.cpu import LinearCall, as_it_is
+from rlhf.models.inner_model import innermost
+from rlhf.numerics.cpu import LinearCall
 from rlhf.numerics.packed_rows import PACKED_SDPA
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
@@ -65,7 +65,7 @@ class Anatomy:
 
 
 def take_apart(
-    model: nn.Module, *, capacity: int, linear: Callable[[nn.Module], LinearCall] = as_it_is
+    model: nn.Module, *, capacity: int, linear: Callable[[nn.Module], LinearCall] = lambda layer: layer
 ) -> Anatomy | None:
     """The parts of a model, a peft model or an engine around one, or None when it is not known.
 

@@ -1,4 +1,4 @@
-"""Which prompts are decoded together: places in the batch are given, freed and given again."""
+"""Which prompts are decoded together: a row that has ended leaves its slot of the batch to a waiting prompt."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from rlhf.distributed import all_reduce_sum
-from rlhf.generation.decoders import Decoder, HuggingFaceDecoder, make_decoder
+from rlhf.generation.decoders import Decoder, make_decoder
 from rlhf.generation.token_sampling import Sampling, row_uniforms, sample_tokens
 from rlhf.types import PromptBatch, Rollout
 
 REFILL_SHARE = 8
-"""Waiting prompts are admitted when an eighth of the places is free: a prefill of one short prompt costs as much
+"""Waiting prompts are admitted when an eighth of the slots is free: a prefill of one short prompt costs as much
 overhead as a whole decoding step, and until then the batch is only a little smaller."""
 STEPS_PER_CHECK = 8
-"""On an accelerator the host asks after every eighth step who has ended, because asking waits for the device."""
+"""On an accelerator the host looks after every eighth step which rows have ended, because looking waits for it."""
 
 
 @torch.no_grad()
@@ -29,17 +28,15 @@ def generate(
     pad_token_id: int,
     seed: int = 0,
     iteration: int = 0,
-    synchronised: bool = False,
     slots: int = 0,
 ) -> Rollout:
     """Sample one response per prompt with a key/value cache, `slots` of them side by side (0: all).
 
     `logprobs` of the rollout are captured while sampling, from the distribution that was sampled. A response
     ends with an end-of-sequence token (inside its mask) or at `max_new_tokens`. T is the longest response.
-    Rows that have ended leave the batch and waiting prompts take their places; a row's response depends on neither.
-    `synchronised` keeps every rank stepping until all are done, as ZeRO-3 needs whose forward is a collective: all
-    prompts are then decoded side by side, with the model's own forward.
-    The model's training mode is the caller's business; dropout must be off.
+    Rows that have ended leave the batch and waiting prompts take their slots; a row's response depends on neither.
+    Dropout must be off. The number of forward passes depends on the responses: where a forward is a collective
+    (ZeRO-3), call this within `rlhf.engine.whole_weights_of`.
     Raises ValueError for a negative `slots` and for a prompt without a token.
     """
     lengths = [int(length) for length in prompts.attention_mask.bool().sum(1).tolist()]
@@ -50,17 +47,15 @@ def generate(
     slots = min(slots or len(prompts), len(prompts))
     state = _Responses(prompts, lengths, sampling, eos_token_ids, pad_token_id, seed, iteration)
     capacity = max(lengths, default=0) + sampling.max_new_tokens
-    if synchronised:
-        _decode_in_lockstep(HuggingFaceDecoder(model, pad_token_id), state)
-    elif slots:
+    if slots:
         _decode(make_decoder(model, slots=slots, capacity=capacity, pad_token_id=pad_token_id), state, slots)
     return state.rollout(prompts)
 
 
 class _Responses:
-    """The responses so far, in the order of the prompts, and which of them each place of the batch is writing.
+    """The responses so far, in the order of the prompts, and which of them each slot of the batch extends.
 
-    `rows` and `steps` [A] hold, for the A places in use, the prompt's index and its number of tokens so far.
+    `rows` and `steps` [A] hold, for the A slots in use, the prompt's index and its number of tokens so far.
     """
 
     def __init__(
@@ -87,10 +82,10 @@ class _Responses:
         self.steps = torch.empty(0, dtype=torch.long, device=device)
         self.last = torch.empty(0, dtype=torch.long, device=device)
         self.ended = torch.empty(0, dtype=torch.bool, device=device)
-        self.left: list[int] = []  # tokens that each place may still write, known to the host without asking
+        self.left: list[int] = []  # tokens that each slot may still add, known to the host
 
     def admit(self, rows: Sequence[int]) -> tuple[torch.Tensor, list[int]]:
-        """Give the prompts `rows` the next places: their ids [R, L], right-padded, and lengths."""
+        """Give the prompts `rows` the next slots: their ids [R, L], right-padded, and lengths."""
         device = self.tokens.device
         ids = nn.utils.rnn.pad_sequence(
             [self.prompts[row] for row in rows], batch_first=True, padding_value=self.pad_token_id
@@ -104,7 +99,7 @@ class _Responses:
         return ids, [self.lengths[row] for row in rows]
 
     def write(self, logits: torch.Tensor) -> None:
-        """Draw and keep a token for each of the last R places from their logits [R, V]."""
+        """Sample and keep a token for each of the last R slots from their logits [R, V]."""
         first = len(self.left) - len(logits)
         rows, steps = self.rows[first:], self.steps[first:]
         token, logprob = sample_tokens(logits.float(), self.sampling, self.uniforms[rows, steps])
@@ -113,31 +108,31 @@ class _Responses:
         self.last[first:] = token
         self.ended[first:] |= (token.unsqueeze(-1) == self.eos).any(-1)
         self.steps[first:] += 1
-        for place in range(first, len(self.left)):
-            self.left[place] -= 1
+        for slot in range(first, len(self.left)):
+            self.left[slot] -= 1
 
     def survivors(self) -> list[int] | None:
-        """Places whose rows go on, or None when all do; the last ones are moved into the places that fall free."""
+        """The slots of the rows that have not ended, None when that is all; the last move into slots that are free."""
         ended = [end or not left for end, left in zip(self.ended.tolist(), self.left, strict=True)]
         count = ended.count(False)
         if count == len(ended):
             return None
         keep = list(range(count))
-        movers = (place for place in range(count, len(ended)) if not ended[place])
-        for place in range(count):
-            if ended[place]:
-                keep[place] = next(movers)
+        movers = (slot for slot in range(count, len(ended)) if not ended[slot])
+        for slot in range(count):
+            if ended[slot]:
+                keep[slot] = next(movers)
         return keep
 
     def compact(self, keep: list[int]) -> None:
-        """Place i takes over what place keep[i] wrote; the others are given up."""
+        """Move the row of slot keep[i] to slot i; the other slots are free."""
         index = torch.tensor(keep, dtype=torch.long, device=self.rows.device)
         self.rows, self.steps = self.rows[index], self.steps[index]
         self.last, self.ended = self.last[index], self.ended[index]
-        self.left = [self.left[place] for place in keep]
+        self.left = [self.left[slot] for slot in keep]
 
     def rollout(self, prompts: PromptBatch) -> Rollout:
-        """All responses, right-padded; what a row wrote behind its end is dropped."""
+        """All responses, right-padded, without the tokens that a row got after its end."""
         is_eos = torch.isin(self.tokens, self.eos)
         mask = is_eos.long().cumsum(-1) - is_eos.long() == 0
         longest = int(mask.sum(1).amax()) if len(mask) else 0
@@ -152,7 +147,7 @@ class _Responses:
 
 
 def _decode(decoder: Decoder, state: _Responses, slots: int) -> None:
-    """Decode all prompts, the longest first, so that neighbours in the batch are of like length."""
+    """Decode all prompts, the longest first, so that rows of similar length are decoded together."""
     waiting = sorted(range(len(state.lengths)), key=lambda row: -state.lengths[row])
     steps_per_check = _steps_per_check(state.tokens.device)
     while waiting or state.left:
@@ -171,10 +166,3 @@ def _decode(decoder: Decoder, state: _Responses, slots: int) -> None:
 
 def _steps_per_check(device: torch.device) -> int:
     return 1 if device.type == "cpu" else STEPS_PER_CHECK
-
-
-def _decode_in_lockstep(decoder: HuggingFaceDecoder, state: _Responses) -> None:
-    """As many forward calls on this rank as on the rank with the longest response; rows that have ended stay."""
-    state.write(decoder.prefill(*state.admit(range(len(state.lengths)))))
-    while state.left and state.left[0] and all_reduce_sum((~state.ended).sum().float()) > 0:
-        state.write(decoder.step(state.last, counted=~state.ended))

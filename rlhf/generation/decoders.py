@@ -11,12 +11,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from rlhf.generation.fast_decoder import lean_decoder
-from rlhf.models.model_call import innermost, model_arguments
+from rlhf.generation.fast_decoder import make_fast_decoder
+from rlhf.models.forward import model_arguments
+from rlhf.models.inner_model import innermost
 
 
 class Decoder(Protocol):
-    """Rows of token ids that grow by one token a step, in places 0 .. A-1 of a batch.
+    """Rows of token ids that grow by one token a step, in slots 0 .. A-1 of a batch.
 
     A row's logits depend on its own tokens only. `refills` is True when rows may join while others are under way.
     """
@@ -24,7 +25,7 @@ class Decoder(Protocol):
     refills: bool
 
     def prefill(self, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Let R rows in, at places A .. A+R-1: ids [R, L] right-padded, row r has `lengths[r]` >= 1 tokens.
+        """Admit R rows, in slots A .. A+R-1: ids [R, L] right-padded, row r has `lengths[r]` >= 1 tokens.
 
         Returns the logits [R, V] of each row's next token.
         """
@@ -33,7 +34,7 @@ class Decoder(Protocol):
         """Append tokens [A], one to each row; the logits [A, V] of the next ones."""
 
     def compact(self, keep: Sequence[int], *, final: bool) -> None:
-        """Place i takes over the row of place keep[i]; len(keep) rows remain. `final`: no further prefill comes."""
+        """Move the row of slot keep[i] to slot i; len(keep) rows remain. `final`: no further prefill comes."""
 
 
 class HuggingFaceDecoder:
@@ -48,7 +49,7 @@ class HuggingFaceDecoder:
         self.cache: Any = None
 
     def prefill(self, ids: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """See `Decoder.prefill`; whatever was decoded before must have left."""
+        """See `Decoder.prefill`; no earlier row may be left."""
         from transformers import DynamicCache
 
         longest = max(lengths)
@@ -61,11 +62,11 @@ class HuggingFaceDecoder:
         self.cache = DynamicCache(config=config)
         return self._forward(left)
 
-    def step(self, tokens: torch.Tensor, *, counted: torch.Tensor | None = None) -> torch.Tensor:
-        """See `Decoder.step`. Where `counted` [A] is False the token takes no position: the row has ended."""
-        column = torch.ones_like(tokens, dtype=torch.bool) if counted is None else counted
-        self.attention = torch.cat([self.attention, column.unsqueeze(1)], dim=1)
-        return self._forward(tokens.unsqueeze(1))
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """See `Decoder.step`."""
+        ids = tokens.unsqueeze(1)
+        self.attention = torch.cat([self.attention, torch.ones_like(ids, dtype=torch.bool)], dim=1)
+        return self._forward(ids)
 
     def compact(self, keep: Sequence[int], *, final: bool) -> None:
         """See `Decoder.compact`."""
@@ -89,8 +90,8 @@ class HuggingFaceDecoder:
 
 
 def make_decoder(model: nn.Module, *, slots: int, capacity: int, pad_token_id: int) -> Decoder:
-    """The lean decoder where it knows the model, else the model's own forward.
+    """The fast decoder where it knows the model, else the model's own forward.
 
     `slots` rows at most are decoded side by side, and none grows beyond `capacity` tokens.
     """
-    return lean_decoder(model, slots=slots, capacity=capacity) or HuggingFaceDecoder(model, pad_token_id)
+    return make_fast_decoder(model, slots=slots, capacity=capacity) or HuggingFaceDecoder(model, pad_token_id)

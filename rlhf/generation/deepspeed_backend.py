@@ -1,14 +1,16 @@
-"""DeepSpeed's own rollout engine (`deepspeed.runtime.rollout`) behind the interface of `rlhf.generation.generate`."""
+"""Sampling with DeepSpeed's own rollout engine (`deepspeed.runtime.rollout`)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from rlhf.config import ConfigError
-from rlhf.models.model_call import forward_logits
+from rlhf.generation.token_sampling import Sampling
+from rlhf.models.forward import forward_logits
 from rlhf.types import PromptBatch, Rollout
 
 CHECKED_PROMPTS, CHECKED_TOKENS = 4, 16
@@ -17,42 +19,74 @@ ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 """How far below the largest logit a greedy token may lie: that much one forward pass differs from another."""
 
 
-class DeepSpeedRollout:
-    """Samples with the HybridEngineRollout of a DeepSpeed engine.
+@dataclass(frozen=True)
+class _TokenIds:
+    """All that the rollout engine reads of a tokenizer. Without an end it keeps every token: ends are found here."""
+
+    pad_token_id: int
+    eos_token_id: int | None = None
+
+
+class DeepSpeedBackend:
+    """See `rlhf.generation.backend.Backend`; samples with the HybridEngineRollout of a DeepSpeed engine.
 
     It captures no log-probabilities (they must be recomputed) and decodes every row to the limit; a sample depends
     on the rows beside it. Before the first rollout its greedy tokens are compared with a forward pass of ours.
+    Under ZeRO-3 the actor's weights are gathered once per rollout.
     """
 
-    def __init__(self, engine: Any, tokenizer: Any, eos_ids: Sequence[int]) -> None:
+    captures_logprobs = False
+
+    def __init__(self, actor: Any, *, eos_ids: Sequence[int], pad_token_id: int, seed: int, slots: int = 0) -> None:
         from deepspeed.runtime.rollout import HybridEngineRollout
 
-        self.engine = engine
-        self.rollout = HybridEngineRollout(engine, tokenizer)
+        self.actor = actor
+        self.rollout = HybridEngineRollout(actor, _TokenIds(pad_token_id))
         self.eos_ids = list(eos_ids)
-        self.pad_token_id = tokenizer.pad_token_id
+        self.pad_token_id = pad_token_id
+        self.seed = seed
+        self.slots = slots
         self.trusted = False
 
-    def generate(self, prompts: PromptBatch, *, max_new_tokens: int, temperature: float, seed: int) -> Rollout:
-        """One response per prompt; `temperature` 0 is greedy. `logprobs` of the result are 0: none are captured.
+    def sync(self) -> None:
+        """Nothing to take over: the actor's weights are read where they are."""
+
+    def generate(self, prompts: PromptBatch, sampling: Sampling, *, iteration: int) -> Rollout:
+        """See `Backend.generate`. `logprobs` of the result are 0: none are captured.
 
         Raises ConfigError when the engine's greedy tokens are not the likeliest ones of a plain forward pass.
         """
-        if not self.trusted:
-            self._check(prompts.rows(slice(0, CHECKED_PROMPTS)), min(max_new_tokens, CHECKED_TOKENS))
-            self.trusted = True
+        from rlhf.engine import whole_weights_of  # loads transformers, which the mathematics of PPO must not
+
+        with whole_weights_of(self.actor):
+            if not self.trusted:
+                self._check(prompts.rows(slice(0, CHECKED_PROMPTS)), sampling)
+                self.trusted = True
+            parts = [self._sample(part, sampling, iteration) for part in prompts.split(self.slots or len(prompts))]
+        longest = max(part.response_ids.shape[1] for part in parts)
+        wide = [part.widened(longest, self.pad_token_id) for part in parts]
+        return Rollout(*(torch.cat([getattr(part, item.name) for part in wide]) for item in fields(Rollout)))
+
+    def _sample(self, prompts: PromptBatch, sampling: Sampling, iteration: int) -> Rollout:
+        """Responses to prompts that are decoded side by side."""
         device = prompts.input_ids.device
+        first = int(prompts.row_ids[0])
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            return self._generate(prompts, max_new_tokens, temperature)
+            torch.manual_seed(((self.seed * 1_000_003 + iteration) * 1_000_003 + first) % 2**63)
+            return self._decode(prompts, sampling)
 
     @torch.no_grad()
-    def _generate(self, prompts: PromptBatch, max_new_tokens: int, temperature: float) -> Rollout:
+    def _decode(self, prompts: PromptBatch, sampling: Sampling) -> Rollout:
         from deepspeed.runtime.rollout import RolloutRequest, SamplingConfig
 
         found = self.rollout.generate(
             RolloutRequest(prompts.input_ids, prompts.attention_mask.long()),
-            SamplingConfig(max_new_tokens=max_new_tokens, temperature=temperature),
+            SamplingConfig(
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=0.0 if sampling.greedy else sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
+            ),
         )
         ids = found.input_ids[:, prompts.input_ids.shape[1] :]
         is_eos = torch.isin(ids, torch.tensor(self.eos_ids, device=ids.device)).long()
@@ -68,11 +102,10 @@ class DeepSpeedRollout:
         )
 
     @torch.no_grad()
-    def _check(self, prompts: PromptBatch, max_new_tokens: int) -> None:
-        greedy = self._generate(prompts, max_new_tokens, 0.0)
-        ids = torch.cat([greedy.prompt_ids, greedy.response_ids], dim=1)
-        mask = torch.cat([greedy.prompt_mask, greedy.response_mask], dim=1)
-        raw = forward_logits(self.engine, ids, mask, last=greedy.response_ids.shape[1] + 1)[:, :-1]
+    def _check(self, prompts: PromptBatch, sampling: Sampling) -> None:
+        greedy = self._decode(prompts, Sampling(min(sampling.max_new_tokens, CHECKED_TOKENS), greedy=True))
+        ids, mask = greedy.sequences()
+        raw = forward_logits(self.actor, ids, mask, last=greedy.response_ids.shape[1] + 1)[:, :-1]
         logits = raw.float()
         chosen = logits.gather(-1, greedy.response_ids.unsqueeze(-1)).squeeze(-1)
         behind = float(((logits.amax(-1) - chosen) * greedy.response_mask).max())

@@ -1,7 +1,7 @@
 """A decoder of our own for the architectures of `rlhf.generation.architectures`.
 
 It calls the model's linear layers, norms and embeddings; positions, cache and attention are its own. Every row lies
-left-aligned in its place of a cache that grows in blocks, with its own length: rows may join and leave at any step.
+left-aligned in its slot of a cache that grows in blocks, with its own length: rows may join and leave at any step.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PREFILL_TOKENS, PREFILL_TOKENS_ON_CPU = 4096, 1024
 """Prompt tokens of one forward pass at most (a longer single prompt goes alone): enough to fill a device, and the
 feed-forward activations of more would only take memory, and leave a CPU's cache."""
 SMALLEST_GROWTH = 32
-"""Columns the cache grows by at least; see `LeanDecoder._reserve`."""
+"""Columns the cache grows by at least; see `FastDecoder._reserve`."""
 
 STEPS_BEFORE_LAYOUT = 4
 """The step before which weights are laid out anew, if they can be; it costs about what it saves in four steps."""
@@ -27,16 +27,16 @@ STEPS_BEFORE_LAYOUT = 4
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def lean_decoder(model: nn.Module, *, slots: int, capacity: int) -> LeanDecoder | None:
-    """A LeanDecoder for `slots` rows of at most `capacity` tokens, or None when the model is not known to it."""
+def make_fast_decoder(model: nn.Module, *, slots: int, capacity: int) -> FastDecoder | None:
+    """A FastDecoder for `slots` rows of at most `capacity` tokens, or None when the model is not known to it."""
     anatomy = take_apart(model, capacity=capacity)
-    return None if anatomy is None else LeanDecoder(model, anatomy, slots=slots, capacity=capacity)
+    return None if anatomy is None else FastDecoder(model, anatomy, slots=slots, capacity=capacity)
 
 
-class LeanDecoder:
+class FastDecoder:
     """See `rlhf.generation.decoders.Decoder`.
 
-    `cache[layer]` [2, slots, kv_heads, columns, head_dim] holds keys and values; the row at place i occupies columns
+    `cache[layer]` [2, slots, kv_heads, columns, head_dim] holds keys and values; the row in slot i occupies columns
     0 .. lengths[i] - 1. What lies behind is finite (zeros, or a row that has left) and never attended to.
     """
 
@@ -82,13 +82,13 @@ class LeanDecoder:
         return self.stepping.head(self.stepping.final_norm(hidden))
 
     def compact(self, keep: Sequence[int], *, final: bool) -> None:
-        """See `Decoder.compact`; only rows that change places are copied."""
-        places = [place for place, source in enumerate(keep) if source != place]
-        if places:
-            sources = [keep[place] for place in places]
+        """See `Decoder.compact`; only rows that change slots are copied."""
+        targets = [slot for slot, source in enumerate(keep) if source != slot]
+        if targets:
+            sources = [keep[slot] for slot in targets]
             for cached in self.cache:
-                cached[:, places] = cached[:, sources]
-            self.positions[places] = self.positions[sources]
+                cached[:, targets] = cached[:, sources]
+            self.positions[targets] = self.positions[sources]
         self.lengths = [self.lengths[source] for source in keep]
         if final:
             self.slots = len(keep)  # the next growth allocates no more than these
@@ -97,8 +97,7 @@ class LeanDecoder:
         device, kv_heads, first = ids.device, self.anatomy.kv_heads, len(self.lengths)
         count, longest = len(lengths), max(lengths)
         size = torch.tensor(lengths, device=device)
-        place = torch.arange(longest, device=device)
-        real = place < size.unsqueeze(1)
+        real = torch.arange(longest, device=device) < size.unsqueeze(1)
         packed = real.flatten().nonzero().squeeze(1)  # of the N real tokens, their entries in [count, longest]
         hidden = self.anatomy.embed(ids[:, :longest].reshape(-1)[packed])
         self._reserve(longest, hidden)
@@ -179,9 +178,9 @@ class LeanDecoder:
         cached.view(-1, size).index_copy_(0, written, torch.stack((key, value)).view(-1, size))
         return cached[0], cached[1]
 
-    def _entries(self, places: torch.Tensor | slice, positions: torch.Tensor) -> torch.Tensor:
+    def _entries(self, slots: torch.Tensor | slice, positions: torch.Tensor) -> torch.Tensor:
         """Where keys, then values of N tokens lie in a layer's cache seen as rows of head_dim: [2 * N * kv_heads]."""
-        return (self.first_entries[:, places] + positions.view(1, -1, 1)).flatten()
+        return (self.first_entries[:, slots] + positions.view(1, -1, 1)).flatten()
 
     def _rotation(self, positions: torch.Tensor) -> Rotation:
         return self.cosines[positions], self.sines[positions]

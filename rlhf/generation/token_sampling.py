@@ -1,7 +1,7 @@
 """How one token is drawn from a row of logits, with a random stream of the row's own.
 
-The streams are keyed by (seed, iteration, row id). What a prompt's response is therefore depends neither on the
-rank that computes it nor on the rows beside it.
+The streams are keyed by (seed, iteration, row id). The response to a prompt therefore depends neither on the rank
+that samples it nor on the rows beside it.
 """
 
 from __future__ import annotations
@@ -36,11 +36,6 @@ class Sampling:
             raise ValueError(f"temperature={self.temperature} must be above 0; for the likeliest token use greedy=True")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k={self.top_k} must be >= 0 (0 is off) and top_p={self.top_p} in (0, 1] (1 is off)")
-
-    @property
-    def filtered(self) -> bool:
-        """True when tokens are drawn from another distribution than softmax(logits / temperature)."""
-        return self.greedy or self.top_k > 0 or self.top_p < 1
 
 
 def row_uniforms(seed: int, iteration: int, row_ids: Sequence[int], steps: int) -> torch.Tensor:
@@ -84,11 +79,6 @@ def sample_tokens(
     token, total = _inverse_cdf((logits - peak).exp_(), uniforms)
     chosen = logits.gather(-1, token.unsqueeze(-1)) - peak
     return token, chosen.squeeze(-1) - total.log().float()
-
-
-def draw(logprobs: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Inverse-CDF sample of one token per row from log-probabilities [B, V] with uniforms [B]: [B]."""
-    return _inverse_cdf(logprobs.exp(), uniforms)[0]
 
 
 def _inverse_cdf(weights: torch.Tensor, uniforms: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

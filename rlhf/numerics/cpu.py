@@ -1,4 +1,4 @@
-"""What only a CPU needs: oneDNN products, weights laid out for a few rows, independent jobs on half of the threads.
+"""What only a CPU needs: products by oneDNN, weights copied into its blocked order, jobs on half of the threads each.
 
 - Linear layers in float32 through oneDNN are a tenth to a fifth faster than the BLAS that PyTorch calls. The operators
   are those of PyTorch's compiler and no part of its public interface: where they are missing nothing is faster.
@@ -23,6 +23,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+LARGEST_COPIED_BYTES = 128 * 2**20
+"""Bytes of the copies that one `LaidOut` makes, at most."""
+LAID_OUT_ROWS = 32
+"""oneDNN chooses the blocks of a copy for products of this many rows; for 1 to 64 rows they are as good as any."""
+WORKERS = 2
+"""Jobs that `side_by_side` runs at a time."""
+
+LinearCall = Callable[[torch.Tensor], torch.Tensor]
+"""What a linear layer is to its caller: x [..., I] -> [..., O]."""
+Result = TypeVar("Result")
+
+
+# ------------------------------------------------------------------------------------------- products by oneDNN
+
 
 def has_onednn() -> bool:
     """Whether this build of PyTorch has oneDNN's operators."""
@@ -32,15 +46,12 @@ def has_onednn() -> bool:
 
 
 def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x [..., I] @ weight [O, I].T + bias [O]: [..., O], without a gradient; oneDNN where it applies."""
-    if _applies(x, weight):
-        result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-        return result
-    return F.linear(x, weight, bias)
+    """x [..., I] @ weight [O, I].T + bias [O]: [..., O], without a gradient; by oneDNN where it applies."""
+    return _onednn_product(x, weight, bias) if _applies(x, weight) else F.linear(x, weight, bias)
 
 
 def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """grad [N, O].T @ x [N, I]: [O, I]."""
+    """Gradient of a linear layer's weight: grad [N, O].T @ x [N, I] -> [O, I]."""
     if grad.shape[1] > x.shape[1] and _applies(x, grad):
         return product(x.t(), grad.t()).t()  # oneDNN wants the longer side there; the other way round BLAS is faster
     return grad.t() @ x
@@ -52,21 +63,19 @@ def speed_up_linears(model: nn.Module) -> None:
     Weights, names and saved state are the same; layers that stand in for a linear one (LoRA, 8-bit) are left alone,
     and so is everything when the operators are not there.
     """
-    if not has_onednn():
-        return
     for module in model.modules():
-        if type(module) is nn.Linear and _applies(module.weight, module.weight):
+        if type(module) is nn.Linear and _applies(module.weight):
             module.__class__ = CPULinear
 
 
 class CPULinear(nn.Linear):
-    """`nn.Linear` with the products of forward and backward pass in oneDNN."""
+    """`nn.Linear` with the products of forward and backward pass by oneDNN."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if not _applies(input, self.weight):
             return F.linear(input, self.weight, self.bias)
         if not torch.is_grad_enabled():
-            return product(input, self.weight, self.bias)
+            return _onednn_product(input, self.weight, self.bias)
         result: torch.Tensor = _Linear.apply(input, self.weight, self.bias)
         return result
 
@@ -91,7 +100,33 @@ class _Linear(torch.autograd.Function):
         )
 
 
+class LaidOut:
+    """Copies weights into oneDNN's blocked order, until `LARGEST_COPIED_BYTES` bytes of copies are held.
+
+    Called with a layer it gives what to call in its place: a product with the copy, or the layer itself where it is
+    not exactly an `nn.Linear` in float32 on a CPU and without hooks (an adapter or a quantised layer computes more
+    than a product), or where its copy would be one too many. A copy does not follow later changes of the weights.
+    """
+
+    def __init__(self) -> None:
+        self.free = LARGEST_COPIED_BYTES
+
+    def __call__(self, module: nn.Module) -> LinearCall:
+        if not isinstance(module, nn.Linear) or not _only_multiplies(module) or module.weight.nbytes > self.free:
+            return module
+        self.free -= module.weight.nbytes
+        bias = None if module.bias is None else module.bias.detach()
+        weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), LAID_OUT_ROWS)
+        return lambda x: _onednn_product(x, weight, bias)
+
+
+def _onednn_product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
+
+
 def _applies(*tensors: torch.Tensor) -> bool:
+    """Whether oneDNN's operators may multiply these: float32 on a CPU, outside autocast, and the operators there."""
     return (
         all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
         and has_onednn()
@@ -99,59 +134,18 @@ def _applies(*tensors: torch.Tensor) -> bool:
     )
 
 
-LinearCall = Callable[[torch.Tensor], torch.Tensor]
-"""What a linear layer is to its caller."""
-
-LARGEST_COPIED_BYTES = 128 * 2**20
-"""Bytes of all copied weights at most; the layers beyond it are called as they are."""
-ROWS_IN_MIND = 32
-"""oneDNN chooses the blocks for this many rows; for 1 to 64 rows they are as good as any."""
-
-
-class LaidOut:
-    """Lays out weights until `LARGEST_COPIED_BYTES` bytes of them are held; calls the module itself where it cannot.
-
-    Only a module that is exactly `nn.Linear` is replaced, in float32 on a CPU and without hooks: what stands in for
-    one (an adapter, a quantised layer) computes more than a product.
-    """
-
-    def __init__(self) -> None:
-        self.free = LARGEST_COPIED_BYTES if has_onednn() and not torch.is_autocast_enabled("cpu") else 0
-
-    def __call__(self, module: nn.Module) -> LinearCall:
-        if not isinstance(module, nn.Linear) or not _is_plain(module) or module.weight.nbytes > self.free:
-            return module
-        self.free -= module.weight.nbytes
-        bias = None if module.bias is None else module.bias.detach()
-        weight = torch.ops.mkldnn._reorder_linear_weight(module.weight.detach(), ROWS_IN_MIND)
-        product = torch.ops.mkldnn._linear_pointwise
-
-        def linear(x: torch.Tensor) -> torch.Tensor:
-            result: torch.Tensor = product(x, weight, bias, "none", [], "")
-            return result
-
-        return linear
-
-
-def as_it_is(module: nn.Module) -> LinearCall:
-    """The module itself."""
-    return module
-
-
-def _is_plain(module: nn.Linear) -> bool:
+def _only_multiplies(module: nn.Linear) -> bool:
+    """Whether a call of the layer is one product by oneDNN and nothing else."""
     return (
         type(module) in (nn.Linear, CPULinear)
-        and module.weight.dtype == torch.float32
-        and module.weight.device.type == "cpu"
+        and _applies(module.weight)
         and "forward" not in vars(module)
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )
 
 
-WORKERS = 2
-"""Jobs that run at a time."""
-Result = TypeVar("Result")
+# ------------------------------------------------------------------------------------------- jobs side by side
 
 
 def can_run_side_by_side(device: torch.device | str, *, ranks: int) -> bool:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 PACKED_SDPA = "rlhf_packed_sdpa"
 """Name of our attention function in `transformers`: that of sdpa, but for packed rows."""
-PACKS = frozenset({"gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2"})
+PACKABLE = frozenset({"gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2"})
 """Architectures (`model_type`) checked to compute packed rows as they compute each row alone."""
 FLASH = ("flash_attention_2", "flash_attention_3")
 
@@ -59,12 +59,12 @@ def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> PackedRows:
     return PackedRows(input_ids.flatten()[where], where, lengths, (mask.shape[0], mask.shape[1]))
 
 
-def packs(config: Any) -> bool:
-    """True when a model of this configuration can be given packed rows; sdpa is replaced by ours here.
+def prepare_for_packed_rows(config: Any) -> bool:
+    """Whether the model of this configuration takes packed rows; where its attention is sdpa, ours takes its place.
 
-    The other attention implementations (eager) and architectures get padded rows.
+    Other attention implementations (eager) and architectures need padded rows.
     """
-    if config.model_type not in PACKS:
+    if config.model_type not in PACKABLE:
         return False
     if config._attn_implementation == "sdpa":
         register_packed_attention()

@@ -1,4 +1,4 @@
-"""Masked statistics and log-probabilities: pure functions of tensors (torch only).
+"""Masked statistics of tokens and sequences: pure functions of tensors.
 
 `mask` is True where an element counts; everything outside it changes no result.
 """

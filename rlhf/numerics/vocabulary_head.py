@@ -21,16 +21,15 @@ def linear_logprobs(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
-    piece_elements: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target, and the entropy, under softmax((hidden @ weight.T + bias) / temperature).
 
     `hidden` [R, H], `weight` [V, H], `bias` [V] or None, `targets` [R] -> two float32 tensors [R]; the entropy in
-    nats is 0 unless `with_entropy`. At most `piece_elements` logits (PIECE_ELEMENTS) exist at once, in float32. When
-    all of them fit in one piece their softmax is kept for the backward pass, else each piece is computed again there.
+    nats is 0 unless `with_entropy`. At most PIECE_ELEMENTS logits exist at once, in float32. When all of them fit in
+    one piece their softmax is kept for the backward pass, else each piece is computed again there.
     """
     result: tuple[torch.Tensor, torch.Tensor] = _LinearLogprobs.apply(
-        hidden, weight, bias, targets, temperature, with_entropy, piece_elements or PIECE_ELEMENTS
+        hidden, weight, bias, targets, temperature, with_entropy
     )
     return result
 
@@ -45,9 +44,8 @@ class _LinearLogprobs(torch.autograd.Function):
         targets: torch.Tensor,
         temperature: float,
         with_entropy: bool,
-        piece_elements: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = max(1, piece_elements // weight.shape[0])
+        rows = max(1, PIECE_ELEMENTS // weight.shape[0])
         logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         normalisers, entropies = torch.empty_like(logprobs), torch.zeros_like(logprobs)
         keeps = hidden.shape[0] <= rows and any(ctx.needs_input_grad)
@@ -106,7 +104,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 grad_bias += grad_logits.sum(0)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rlhf.models.model_call import token_logprobs
+from rlhf.models.token_logprobs import token_logprobs
 from rlhf.types import IGNORE_INDEX, Rollout, TokenBatch
 
 

@@ -1,4 +1,4 @@
-"""The lean decoder against the model's own forward: every architecture it knows, rows joining, leaving and growing."""
+"""The fast decoder against the model's own forward: every architecture it knows, rows joining, leaving and growing."""
 
 import copy
 import functools
@@ -8,14 +8,14 @@ import torch
 import transformers
 from torch import nn
 
-from rlhf.generation import Sampling, generate
-from rlhf.generation import continuous_batching as sampler
+from rlhf.config import ModelConfig
+from rlhf.generation import Sampling, continuous_batching, generate
 from rlhf.generation.architectures import take_apart
 from rlhf.generation.decoders import HuggingFaceDecoder, make_decoder
-from rlhf.generation.fast_decoder import LeanDecoder, lean_decoder
+from rlhf.generation.fast_decoder import FastDecoder, make_fast_decoder
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import adapter_disabled, apply_lora
-from rlhf.numerics.cpu import LaidOut
+from rlhf.numerics.cpu import LaidOut, has_onednn
 from rlhf.types import PromptBatch
 from tests.support.tiny_models import ROWS, save_tiny_model, tiny_config
 
@@ -29,7 +29,7 @@ def rope(kind, **settings):
 
 LLAMA3 = rope("llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 YARN = rope("yarn", factor=4.0, original_max_position_embeddings=16)
-LEAN = {
+KNOWN = {
     "gpt_neox": {},
     "gpt_neox, blocks in sequence": {"use_parallel_residual": False},
     "gpt_neox, half rotated, no bias": {
@@ -75,7 +75,7 @@ def config_of(name, changes):
 @functools.cache
 def build(name, seed=0):
     """A random model whose outputs do differ; tests must not change it."""
-    changes = dict({**LEAN, **OTHERS}[name])
+    changes = dict({**KNOWN, **OTHERS}[name])
     attention = changes.pop("attn_implementation", "sdpa")
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config_of(name, changes), attn_implementation=attention)
@@ -117,23 +117,21 @@ def ends(ids, eos):
 # --------------------------------------------------------------------------------- against transformers
 
 
-@pytest.mark.parametrize("name", [*LEAN, *OTHERS])
+@pytest.mark.parametrize("name", [*KNOWN, *OTHERS])
 def test_greedy_equals_transformers_generate(name):
-    """Rows of 1 to 9 prompt tokens that end at different times, all side by side and in a few places."""
+    """Rows of 1 to 9 prompt tokens that end at different times, all side by side and in a few slots."""
     model, prompts, tokens = build(name), prompt_batch(RAGGED), 14
     known = take_apart(model, capacity=max(RAGGED) + tokens) is not None
-    assert known == (name in LEAN)
+    assert known == (name in KNOWN)
     free = theirs(model, prompts, tokens)
     eos = max(free.flatten().tolist(), key=lambda token: len(set(ends(free, token))))
     expected = theirs(model, prompts, tokens, eos)
     assert len(set(ends(expected, eos))) > 1 and len(set(map(tuple, expected.tolist()))) > 3
     for slots in (0, 1, 3):
         assert torch.equal(ours(model, prompts, tokens, eos, slots=slots).response_ids, expected)
-    lockstep = ours(model, prompts, tokens, eos, synchronised=True)
-    assert torch.equal(lockstep.response_ids, expected)
 
 
-@pytest.mark.parametrize("name", LEAN)
+@pytest.mark.parametrize("name", KNOWN)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_captured_logprobs_are_those_of_a_full_forward(name, temperature):
     model, prompts = build(name), prompt_batch(RAGGED)
@@ -155,14 +153,14 @@ def oracle(model, rows):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", LEAN)
+@pytest.mark.parametrize("name", KNOWN)
 def test_every_logit_while_rows_join_leave_and_grow(name, dtype):
-    """By hand: two prefills, a cache that has to grow, rows that change places, a third prefill into what fell free."""
+    """By hand: two prefills, a cache that has to grow, rows that change slots, a third prefill into what fell free."""
     model = copy.deepcopy(build(name)).to(dtype)
     generator = torch.Generator().manual_seed(0)
     rough = dtype == torch.float32 or "eager" in name  # whose own softmax is in float32
     tolerance = {"atol": 2e-5, "rtol": 1e-4} if rough else {"atol": 1e-11, "rtol": 1e-9}
-    decoder = lean_decoder(model, slots=5, capacity=60)
+    decoder = make_fast_decoder(model, slots=5, capacity=60)
     rows: list[list[int]] = []
 
     def join(*lengths):
@@ -181,7 +179,7 @@ def test_every_logit_while_rows_join_leave_and_grow(name, dtype):
 
     def leave(keep, *, final=False):
         decoder.compact(keep, final=final)
-        rows[:] = [list(rows[place]) for place in keep]
+        rows[:] = [list(rows[slot]) for slot in keep]
 
     with torch.no_grad():
         join(3, 1)
@@ -210,9 +208,9 @@ def test_prompts_beyond_one_forward_pass_are_split(monkeypatch):
     whole = ours(model, prompt_batch(RAGGED), 6)
     calls = []
     monkeypatch.setattr("rlhf.generation.fast_decoder.PREFILL_TOKENS_ON_CPU", 10)
-    original = LeanDecoder._prefill
+    original = FastDecoder._prefill
     monkeypatch.setattr(
-        LeanDecoder, "_prefill", lambda self, ids, lengths: calls.append(lengths) or original(self, ids, lengths)
+        FastDecoder, "_prefill", lambda self, ids, lengths: calls.append(lengths) or original(self, ids, lengths)
     )
     assert torch.equal(ours(model, prompt_batch(RAGGED), 6).response_ids, whole.response_ids)
     assert calls == [[9], [9], [6, 4], [3, 2, 1]]  # the longest first
@@ -222,9 +220,7 @@ def test_prompts_beyond_one_forward_pass_are_split(monkeypatch):
 
 
 def adapted(model):
-    model = apply_lora(
-        copy.deepcopy(model), rank=4, alpha=8, dropout=0.0, targets=[], quantized=False, gradient_checkpointing=False
-    )
+    model = apply_lora(copy.deepcopy(model), ModelConfig(lora_rank=4, lora_alpha=8))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora" in name:
@@ -248,7 +244,7 @@ def test_adapters_are_heard_and_can_be_switched_off(name):
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
 def test_a_4_bit_base(architecture, tokenizer, tmp_path):
     path = save_tiny_model(tmp_path / "base", architecture, tokenizer, hidden_size=64, intermediate_size=64)
-    model = load_causal_lm(path, dtype=torch.float32, quantization="4bit").eval()
+    model = load_causal_lm(path, ModelConfig(quantization="4bit", lora_rank=1), dtype=torch.float32).eval()
     assert type(next(iter(model.base_model.layers)).mlp.get_submodule(
         "dense_h_to_4h" if architecture == "gpt_neox" else "up_proj"
     )).__name__ == "Linear4bit"  # fmt: skip
@@ -288,7 +284,7 @@ def test_prompt_tuning_is_left_to_the_model():
     assert take_apart(model, capacity=30) is None
 
 
-# ------------------------------------------------------------------------------------- places and neighbours
+# -------------------------------------------------------------------------------------- slots and neighbours
 
 
 OFTEN = list(range(1, 13))
@@ -306,7 +302,7 @@ def sampled(model, prompts, tokens=16, **options):
 
 
 @pytest.mark.parametrize("name", ["gpt_neox", "qwen2, grouped", "gpt2"])
-def test_samples_depend_neither_on_places_nor_on_neighbours(name, monkeypatch):
+def test_samples_depend_neither_on_slots_nor_on_neighbours(name, monkeypatch):
     model = build(name)
     lengths = [1 + (5 * row) % 11 for row in range(20)]
     prompts = prompt_batch(lengths)
@@ -317,7 +313,7 @@ def test_samples_depend_neither_on_places_nor_on_neighbours(name, monkeypatch):
         for (tokens, logprobs), (found, captured) in zip(alone, sampled(model, prompts, slots=slots), strict=True):
             assert found == tokens
             torch.testing.assert_close(captured, logprobs, atol=1e-5, rtol=0)
-    monkeypatch.setattr(sampler, "_steps_per_check", lambda device: 4)  # as on an accelerator
+    monkeypatch.setattr(continuous_batching, "_steps_per_check", lambda device: 4)  # as on an accelerator
     for slots in (0, 7):
         assert [found for found, _ in sampled(model, prompts, slots=slots)] == [tokens for tokens, _ in alone]
 
@@ -346,20 +342,6 @@ def test_a_skewed_batch_costs_what_its_tokens_cost(slots):
         assert calls[0] == sum(lengths) and len(calls) == rollout.response_mask.shape[1]
 
 
-def test_in_lockstep_there_are_as_many_forward_calls_as_tokens_in_the_longest_response(monkeypatch):
-    model, prompts = build("gpt_neox"), prompt_batch(RAGGED)
-    alone = sampled(model, prompts)
-    longest = max(len(tokens) for tokens, _ in alone)
-    found, calls = count_tokens(model, lambda: sampled(model, prompts, synchronised=True))
-    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in alone]
-    assert calls == [7 * 9] + [7] * (longest - 1)
-    # another rank has a row under way to the very end
-    monkeypatch.setattr(sampler, "all_reduce_sum", lambda remaining: remaining + 1)
-    found, calls = count_tokens(model, lambda: sampled(model, prompts, 25, synchronised=True))
-    assert len(calls) == 25
-    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in sampled(model, prompts, 25)]
-
-
 # -------------------------------------------------------------------------------------------------- edges
 
 
@@ -382,14 +364,6 @@ def test_learned_positions_end_where_they_end():
     assert ours(model, prompt_batch((60,)), 5).response_ids.shape == (1, 5)  # the fifth is never fed back
     with pytest.raises(IndexError):
         ours(model, prompt_batch((60,)), 6)
-
-
-def test_a_row_that_ended_takes_no_further_positions_in_lockstep():
-    model, prompts = build("gpt2"), prompt_batch((60, 3))
-    eos = int(ours(model, prompts.rows(slice(0, 1)), 1).response_ids[0, 0])  # the long row ends at once
-    lockstep = ours(model, prompts, 20, eos, synchronised=True)
-    assert lockstep.response_mask.sum(1).tolist() == [1, 20]
-    assert torch.equal(lockstep.response_ids, ours(model, prompts, 20, eos).response_ids)
 
 
 def test_holes_in_a_prompts_mask_are_not_part_of_it():
@@ -417,10 +391,10 @@ def test_what_cannot_be_decoded_is_refused():
 def test_laid_out_weights_give_the_same_products_up_to_the_bytes_allowed(monkeypatch):
     torch.manual_seed(0)
     layers = [nn.Linear(24, 40), nn.Linear(24, 40, bias=False), nn.Linear(24, 40)]
-    monkeypatch.setattr("rlhf.numerics.cpu.LARGEST_COPY", 2 * 4 * 24 * 40)
-    lay_out = LaidOut()
-    if not lay_out.free:
+    monkeypatch.setattr("rlhf.numerics.cpu.LARGEST_COPIED_BYTES", 2 * 4 * 24 * 40)
+    if not has_onednn():
         pytest.skip("this build of PyTorch has no oneDNN operators")
+    lay_out = LaidOut()
     found = [lay_out(layer) for layer in layers]
     assert found[0] is not layers[0] and found[1] is not layers[1] and found[2] is layers[2]
     with torch.no_grad():

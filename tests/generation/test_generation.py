@@ -7,7 +7,8 @@ import pytest
 import torch
 import transformers
 
-from rlhf.generation import Sampling, draw, filter_logits, generate, row_uniforms
+from rlhf.generation import Sampling, generate
+from rlhf.generation.token_sampling import filter_logits, row_uniforms, sample_tokens
 from rlhf.types import PromptBatch
 from tests.support.tiny_models import ARCHITECTURES
 
@@ -142,14 +143,16 @@ def exact_filtered(logits, sampling):
     return torch.tensor([weights[t] / total if t in nucleus else 0.0 for t in range(len(logits))]).double()
 
 
-def test_draw_is_the_inverse_of_the_cumulative_distribution():
+def test_a_token_is_the_inverse_of_the_cumulative_distribution():
     logprobs = torch.tensor([0.0, 0.25, 0.5, 0.25, 0.0]).log().expand(7, -1)
     uniforms = torch.tensor([0.0, 0.2499, 0.2501, 0.7499, 0.7501, 0.9999, 1.0], dtype=torch.float64)
-    assert draw(logprobs, uniforms).tolist() == [1, 1, 2, 2, 3, 3, 3]  # never an impossible token, 0 or 4
+    tokens, captured = sample_tokens(logprobs, Sampling(1), uniforms)
+    assert tokens.tolist() == [1, 1, 2, 2, 3, 3, 3]  # never an impossible token, 0 or 4
+    torch.testing.assert_close(captured, logprobs.gather(1, tokens[:, None])[:, 0])
 
 
 @pytest.mark.parametrize("tokens", [5, 127, 128, 129, 300, 1024])
-def test_draw_searches_in_blocks_what_a_plain_search_finds(tokens):
+def test_sampling_searches_in_blocks_what_a_plain_search_finds(tokens):
     """Tokens without probability at either end and in the middle, some of them filling whole blocks."""
     generator = torch.Generator().manual_seed(tokens)
     logits = torch.randn(400, tokens, generator=generator, dtype=torch.float64) * 3
@@ -158,7 +161,7 @@ def test_draw_searches_in_blocks_what_a_plain_search_finds(tokens):
     logprobs = logits.log_softmax(-1)
     uniforms = torch.rand(400, generator=generator, dtype=torch.float64)
     uniforms[:2] = torch.tensor([0.0, 1.0])
-    found = draw(logprobs, uniforms)
+    found, _ = sample_tokens(logprobs, Sampling(1), uniforms)
     possible = (logits[0] > -math.inf).nonzero().flatten()
     assert found[:2].tolist() == [int(possible[0]), int(possible[-1])]
     for row in range(2, 400):
@@ -261,8 +264,3 @@ def test_generation_stops_when_every_row_has_ended_and_pads_behind_eos(tiny_mode
 def test_sampling_that_cannot_be_is_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**{"max_new_tokens": 4, **wrong})
-
-
-def test_only_filters_and_greedy_change_the_sampled_distribution():
-    assert not Sampling(4, temperature=0.5).filtered
-    assert Sampling(4, top_k=2).filtered and Sampling(4, top_p=0.9).filtered and Sampling(4, greedy=True).filtered

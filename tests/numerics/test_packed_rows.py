@@ -6,10 +6,11 @@ import transformers
 
 import rlhf.numerics.vocabulary_head
 from rlhf.engine import BatchPlan, partition
-from rlhf.models.model_call import PLAIN_HEADS, forward_logits, token_logprobs
+from rlhf.models.forward import forward_logits
 from rlhf.models.scalar import ScalarModel
+from rlhf.models.token_logprobs import PLAIN_HEADS, token_logprobs
 from rlhf.numerics.logprobs import entropy_from_logits, logprobs_from_logits
-from rlhf.numerics.packed_rows import FLASH, PACKED_SDPA, PACKS, pack
+from rlhf.numerics.packed_rows import FLASH, PACKABLE, PACKED_SDPA, pack
 from rlhf.numerics.vocabulary_head import linear_logprobs
 
 SHARED = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -63,7 +64,7 @@ def padded(side):
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_log_probabilities_are_those_of_each_row_alone(name, side):
     model = build(name)
-    assert (model.config.model_type in PACKS) is (name not in ("opt", "cohere"))
+    assert (model.config.model_type in PACKABLE) is (name not in ("opt", "cohere"))
     ids, mask, scored = padded(side)
     with torch.no_grad():
         logprobs, entropies = token_logprobs(model, ids, mask, scored, temperature=0.7, with_entropy=True)
@@ -80,7 +81,7 @@ def test_log_probabilities_are_those_of_each_row_alone(name, side):
 
 
 def test_every_architecture_that_packs_is_compared_above():
-    assert set(CONFIGS) >= PACKS
+    assert set(CONFIGS) >= PACKABLE
     assert set(CONFIGS) - PLAIN_HEADS == {"cohere"}
 
 
@@ -202,7 +203,8 @@ def test_packing_and_padding_again():
 
 @pytest.mark.parametrize("rows", [1, 4, 7, 100])
 @pytest.mark.parametrize("bias", [False, True])
-def test_head_against_autograd_in_float64(rows, bias):
+def test_head_against_autograd_in_float64(rows, bias, monkeypatch):
+    monkeypatch.setattr(rlhf.numerics.vocabulary_head, "PIECE_ELEMENTS", rows * 11 + 10)
     generator = torch.Generator().manual_seed(0)
     hidden, weight, offset = (torch.randn(*shape, generator=generator) for shape in ((7, 6), (11, 6), (11,)))
     targets = torch.randint(0, 11, (7,), generator=generator)
@@ -214,9 +216,7 @@ def test_head_against_autograd_in_float64(rows, bias):
             leaf.requires_grad_(True)
         arguments = (leaves[0], leaves[1], leaves[2] if bias else None)
         if ours:
-            found = linear_logprobs(
-                *arguments, targets, temperature=0.6, with_entropy=True, piece_elements=rows * 11 + 10
-            )
+            found = linear_logprobs(*arguments, targets, temperature=0.6, with_entropy=True)
         else:
             logits = torch.nn.functional.linear(*arguments) / 0.6
             logprobs = logits.log_softmax(-1)
@@ -289,7 +289,7 @@ def test_a_long_list_is_split_as_well_and_in_a_moment():
     assert sum(lengths) / max(lengths) <= len(split) <= 1.5 * sum(lengths) / max(lengths) + 1
 
 
-def test_sums_of_many_pieces_keep_their_digits_in_16_bits():
+def test_sums_of_many_pieces_keep_their_digits_in_16_bits(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(2000, 16, generator=generator), torch.randn(50, 16, generator=generator)
     targets = torch.randint(0, 50, (2000,), generator=generator)
@@ -298,7 +298,8 @@ def test_sums_of_many_pieces_keep_their_digits_in_16_bits():
     (hidden.bfloat16().double() @ exact.T).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
     for rows in (2000, 20):
         leaf = weight.bfloat16().requires_grad_()
-        linear_logprobs(hidden.bfloat16(), leaf, None, targets, piece_elements=rows * 50)[0].sum().backward()
+        monkeypatch.setattr(rlhf.numerics.vocabulary_head, "PIECE_ELEMENTS", rows * 50)
+        linear_logprobs(hidden.bfloat16(), leaf, None, targets)[0].sum().backward()
         errors.append(float((leaf.grad.double() - exact.grad).norm() / exact.grad.norm()))
     assert errors[1] < 1.5 * errors[0] < 0.02
 

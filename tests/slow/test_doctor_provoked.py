@@ -15,7 +15,7 @@ import transformers
 from safetensors.torch import load_file
 
 import rlhf.algorithms.ppo as ppo
-import rlhf.training.rollouts
+import rlhf.generation.actor_backend
 from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOTrainer
 from rlhf.algorithms.reward import RewardConfig, RewardTrainer
 from rlhf.algorithms.sft import SFTConfig, SFTTrainer
@@ -132,12 +132,12 @@ def test_dropout_of_a_new_adapters_size_is_seen_in_float32_only_by_its_exactness
 
 
 def test_sampled_at_another_temperature_than_scored(make_ppo, monkeypatch):
-    original = rlhf.training.rollouts.generate
+    original = rlhf.generation.actor_backend.generate
 
     def colder(actor, prompts, sampling, **options):
         return original(actor, prompts, Sampling(sampling.max_new_tokens, temperature=0.7), **options)
 
-    monkeypatch.setattr(rlhf.training.rollouts, "generate", colder)
+    monkeypatch.setattr(rlhf.generation.actor_backend, "generate", colder)
     trainer = make_ppo(iterations=1)
     trainer.fit()
     assert set(found_in(trainer)) == {"sampling_mismatch"}
@@ -173,12 +173,12 @@ def test_a_huge_learning_rate(make_ppo):
 
 def test_a_reference_at_another_temperature_makes_the_kl_negative(make_ppo, monkeypatch):
     """Sampled cold, the actor scored warm and the reference cold: the reference likes these tokens better."""
-    original = rlhf.training.rollouts.generate
+    original = rlhf.generation.actor_backend.generate
 
     def colder(actor, prompts, sampling, **options):
         return original(actor, prompts, Sampling(sampling.max_new_tokens, temperature=0.7), **options)
 
-    monkeypatch.setattr(rlhf.training.rollouts, "generate", colder)
+    monkeypatch.setattr(rlhf.generation.actor_backend, "generate", colder)
     trainer = make_ppo(iterations=4, lr=1e-4)
     reference = trainer.engine.reference
     trainer.rollouts._logprobs = lambda model, part: response_logprobs(model, part, 0.7 if model is reference else 1.0)
@@ -209,7 +209,7 @@ def test_constant_advantages(make_ppo):
     """No response is better than another, no KL penalty, and a value function that says 0."""
     trainer = make_ppo(iterations=3, scorer=lambda rollout, texts: torch.zeros(len(rollout)), kl_coef=0.0)
     with torch.no_grad():
-        trainer.engine.critic.module.head.weight.zero_()
+        trainer.engine.critic.module.scalar_head.weight.zero_()
     trainer.fit()
     assert {"advantages_equal", "scores_alike"} == set(found_in(trainer))
 
@@ -449,7 +449,7 @@ def test_a_saturated_reward_model_and_a_healthy_one(tiny_models, tmp_path):
     healthy.fit()
     assert found_in(healthy) == {}
     with torch.no_grad():
-        model.head.weight.mul_(20)
+        model.scalar_head.weight.mul_(20)
     saturated = reward_trainer(model, tmp_path / "saturated", steps=4)
     saturated.fit()
     assert set(found_in(saturated)) == {"reward_model_saturated"}
@@ -458,8 +458,8 @@ def test_a_saturated_reward_model_and_a_healthy_one(tiny_models, tmp_path):
 def test_a_reward_model_that_says_the_same_of_everything(tiny_models, tmp_path):
     model = ScalarModel.from_base(tiny_models["gpt2"], dtype=torch.float32, seed=4).eval()
     with torch.no_grad():
-        model.head.weight.zero_()
-    model.head.weight.requires_grad_(False)
+        model.scalar_head.weight.zero_()
+    model.scalar_head.weight.requires_grad_(False)
     trainer = reward_trainer(model, tmp_path, steps=3)
     trainer.fit()
     assert set(found_in(trainer)) == {"reward_model_blind"}

@@ -6,14 +6,14 @@ import threading
 import pytest
 import torch
 
-import rlhf.training.rollouts
+import rlhf.generation.actor_backend
 from rlhf.config import ConfigError
 from rlhf.engine import BatchPlan
-from rlhf.generation import Sampling, generate
-from rlhf.generation.deepspeed_backend import DeepSpeedRollout
-from rlhf.numerics.cpu import pays, side_by_side
+from rlhf.generation import generate
+from rlhf.generation.deepspeed_backend import DeepSpeedBackend
+from rlhf.numerics.cpu import can_run_side_by_side, side_by_side
 from rlhf.types import TokenizedResponse
-from tests.algorithms.test_ppo_checklist import make_trainer, prompt_examples  # noqa: F401  (a fixture)
+from tests.algorithms.test_ppo_checklist import make_trainer  # noqa: F401  (a fixture)
 
 TENSORS = ("logprobs", "ref_logprobs", "values", "scores")
 
@@ -54,7 +54,7 @@ def test_captured_log_probabilities_that_are_not_exact_are_recomputed_for_good(m
         return dataclasses.replace(rollout, logprobs=rollout.logprobs + 2e-4 * rollout.response_mask)
 
     exact = scored(make_trainer(reference_noise=0.1, old_logprobs="recomputed"))[1]["logprobs"]
-    monkeypatch.setattr(rlhf.training.rollouts, "generate", off)
+    monkeypatch.setattr(rlhf.generation.actor_backend, "generate", off)
     for _ in range(2):
         rollout, found = scored(trainer)
         assert trainer.rollouts.old_logprobs == "recomputed"
@@ -136,7 +136,8 @@ def test_ptx_rows_may_be_much_shorter_or_longer_than_the_rollout(make_trainer, t
 
 
 def test_jobs_side_by_side_keep_order_threads_and_gradient_mode(two_threads):
-    assert pays("cpu") and not pays("cuda")
+    assert can_run_side_by_side("cpu", ranks=1) and not can_run_side_by_side("cuda", ranks=1)
+    assert not can_run_side_by_side("cpu", ranks=2)
     seen, meet = [], threading.Barrier(2, timeout=20)
 
     def job(number):
@@ -158,7 +159,7 @@ def test_jobs_side_by_side_keep_order_threads_and_gradient_mode(two_threads):
         side_by_side([fails, lambda: ended.append(1)], together=True)
     assert ended == [1] and torch.get_num_threads() == 2
     torch.set_num_threads(1)
-    assert not pays("cpu")
+    assert not can_run_side_by_side("cpu", ranks=1)
 
 
 # ------------------------------------------------------------------------------------- DeepSpeed's rollout engine
@@ -166,7 +167,7 @@ def test_jobs_side_by_side_keep_order_threads_and_gradient_mode(two_threads):
 
 def test_deepspeeds_rollout_engine_samples_and_ppo_learns_from_it(make_trainer):  # noqa: F811
     trainer = make_trainer(generation_backend="deepspeed", reference_noise=0.1, rollout=16, plan=BatchPlan(16, 8, 1))
-    assert isinstance(trainer.rollouts.backend, DeepSpeedRollout) and not trainer.rollouts.backend.trusted
+    assert isinstance(trainer.rollouts.backend, DeepSpeedBackend) and not trainer.rollouts.backend.trusted
     experience = trainer.make_experience(1)
     assert trainer.rollouts.backend.trusted and trainer.rollouts.old_logprobs == "recomputed"
     assert (experience.rollout.logprobs[experience.rollout.response_mask] < 0).all()
@@ -181,7 +182,7 @@ def test_deepspeeds_rollout_engine_samples_and_ppo_learns_from_it(make_trainer):
 
 def test_it_samples_no_more_rows_side_by_side_than_asked(make_trainer, monkeypatch):  # noqa: F811
     trainer = make_trainer(generation_backend="deepspeed", rollout=16, plan=BatchPlan(16, 8, 1))
-    trainer.rollouts.slots = 5
+    trainer.rollouts.backend.slots = 5
     sizes = []
     plain = trainer.rollouts.backend.rollout.generate
     monkeypatch.setattr(
@@ -192,27 +193,6 @@ def test_it_samples_no_more_rows_side_by_side_than_asked(make_trainer, monkeypat
     rollout = trainer.make_experience(1).rollout
     assert sizes == [4, 5, 5, 5, 1] and len(rollout) == 16  # the first four are the check
     assert "sampling_logprob_error" not in trainer.experience_metrics
-
-
-def test_its_greedy_output_is_ours_also_where_rows_end(make_trainer):  # noqa: F811
-    trainer = make_trainer(new_tokens=12, actor_eos=7)
-    from rlhf.data import collate_prompts
-
-    worker = trainer.rollouts
-    prompts = collate_prompts(prompt_examples(16), worker.pad_token_id, row_ids=list(range(16)))
-
-    def greedy(eos_ids):
-        options = {"eos_token_ids": eos_ids, "pad_token_id": worker.pad_token_id}
-        return generate(worker.engine.actor, prompts, Sampling(12, greedy=True), **options)
-
-    endless = greedy([7])
-    eos_ids = [7, int(endless.response_ids[0, 3]), int(endless.response_ids[1, 5])]  # tokens that do come
-    ours = greedy(eos_ids)
-    assert len(set(ours.response_mask.sum(1).tolist())) > 1
-    backend = DeepSpeedRollout(worker.engine.actor, trainer.tokenizer, eos_ids)
-    theirs = backend.generate(prompts, max_new_tokens=12, temperature=0.0, seed=0)
-    assert torch.equal(ours.response_ids, theirs.response_ids)
-    assert torch.equal(ours.response_mask, theirs.response_mask)
 
 
 def test_it_is_refused_when_its_tokens_are_not_those_of_the_model(make_trainer, monkeypatch):  # noqa: F811

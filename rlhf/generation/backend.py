@@ -1,0 +1,49 @@
+"""What samples a rollout: the `Backend` protocol, and its implementations by name.
+
+A new backend is a file beside this one and a row of `BACKENDS`; tests/generation/test_backends.py compares every row
+with `generate` of transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from rlhf.config import ConfigError
+from rlhf.generation.actor_backend import ActorBackend
+from rlhf.generation.deepspeed_backend import DeepSpeedBackend
+from rlhf.generation.token_sampling import Sampling
+from rlhf.types import PromptBatch, Rollout
+
+
+class Backend(Protocol):
+    """Samples responses with the actor's policy.
+
+    `captures_logprobs`: whether the rollout's log-probabilities are those of the sampled distribution (else 0).
+    """
+
+    captures_logprobs: bool
+
+    def sync(self) -> None:
+        """Take over the actor's weights. Every rank calls this before the rollouts that follow an update."""
+
+    def generate(self, prompts: PromptBatch, sampling: Sampling, *, iteration: int) -> Rollout:
+        """Sample one response to each of this rank's prompts. Every rank calls this, with its own prompts.
+
+        `iteration` and the prompts' row ids choose the random numbers: the same again give the same responses.
+        """
+
+
+BACKENDS: dict[str, Callable[..., Backend]] = {"own": ActorBackend, "deepspeed": DeepSpeedBackend}
+
+
+def make_backend(
+    name: str, actor: Any, *, eos_ids: Sequence[int], pad_token_id: int, seed: int, slots: int = 0
+) -> Backend:
+    """The backend of that name for an actor's engine; it decodes `slots` prompts side by side (0: all of them).
+
+    Raises ConfigError for a name that is not in `BACKENDS`.
+    """
+    if name not in BACKENDS:
+        raise ConfigError(f"generation_backend={name!r} is not one of {', '.join(BACKENDS)}")
+    return BACKENDS[name](actor, eos_ids=eos_ids, pad_token_id=pad_token_id, seed=seed, slots=slots)
