@@ -324,7 +324,7 @@ class PPOTrainer(OnPolicyTrainer):
                 seed=run.seed,
                 slots=batch.generation_batch_size,
             ),
-            Sampling(max_response_tokens, temperature=config.temperature),
+            Sampling(max_response_tokens, temperature=config.temperature, vocabulary_size=len(tokenizer)),
             eos_ids=eos_token_ids(engine.actor, tokenizer),
             pad_token_id=tokenizer.pad_token_id,
             plan=plan,
@@ -508,9 +508,9 @@ class PPOTrainer(OnPolicyTrainer):
         """Summed policy loss (less the entropy bonus) of a micro-batch."""
         config, rollout, mask = self.config, part.rollout, part.rollout.response_mask
         if config.entropy_coef > 0:
-            logprobs, entropy = response_logprobs_and_entropy(self.engine.actor, rollout, config.temperature)
+            logprobs, entropy = response_logprobs_and_entropy(self.engine.actor, rollout, self.rollouts.sampling)
         else:
-            logprobs, entropy = response_logprobs(self.engine.actor, rollout, config.temperature), None
+            logprobs, entropy = response_logprobs(self.engine.actor, rollout, self.rollouts.sampling), None
         if self.first_log_ratios is not None:
             self.first_log_ratios.append((logprobs.detach() - rollout.logprobs)[mask])
         loss, metrics = policy_loss(logprobs, rollout.logprobs, part.advantages, mask, clip_range=config.clip_range)

@@ -178,7 +178,7 @@ class RolloutWorker:
         return {**columns, "scores": scores}
 
     def _logprobs(self, model: Any, part: Rollout) -> torch.Tensor:
-        return response_logprobs(model, part, self.sampling.temperature)
+        return response_logprobs(model, part, self.sampling)
 
     def _compare(self, rollout: Rollout, recomputed: torch.Tensor) -> None:
         """Measure how exact the captured log-probabilities are; in `auto` that decides which are used from now on."""
