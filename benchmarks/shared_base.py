@@ -39,6 +39,7 @@ def build_models(directory: Path, *, hidden: int, layers: int, vocabulary: int, 
     from ppo_workloads import make_tokenizer
 
     from rlhf.checkpoint.export import export_scalar_model
+    from rlhf.config import ModelConfig
     from rlhf.models.lora import apply_lora
     from rlhf.models.scalar import ScalarModel
 
@@ -54,8 +55,8 @@ def build_models(directory: Path, *, hidden: int, layers: int, vocabulary: int, 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     reward = apply_lora(
         ScalarModel.from_base(directory / "sft", dtype=torch.float32, seed=2),
-        rank=RANK, alpha=16, dropout=0.0, targets=[], quantized=False, gradient_checkpointing=False,
-    )  # fmt: skip
+        ModelConfig(lora_rank=RANK, lora_alpha=16),
+    )
     with torch.no_grad():
         for parameter in reward.parameters():
             if parameter.requires_grad:
@@ -93,7 +94,8 @@ def run_side(
     plan, optimizer = BatchPlan(PROMPTS, MICRO_BATCH, 1), PPOOptimizerConfig(learning_rate=1e-4)
     engine = RLHFEngine.build(
         directory / "sft",
-        directory / "reward",
+        critic_model=directory / "reward",
+        reward_model=directory / "reward",
         model=ModelConfig(
             lora_rank=RANK,
             share_base=share,
@@ -101,7 +103,7 @@ def run_side(
             gradient_checkpointing=gradient_checkpointing,
         ),
         engine=EngineConfig(precision="fp32"),
-        actor_optimizer=optimizer,
+        optimizer=optimizer,
         critic_learning_rate=1e-4,
         plan=plan,
         total_steps=iterations,

@@ -6,7 +6,7 @@ V vocabulary, K candidates per prompt, G prompts of a ranked batch, N = sum of K
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -221,16 +221,31 @@ class Rollout(TensorBatch):
 
 
 @dataclass(frozen=True)
-class PPOExperience(TensorBatch):
-    """What PPO learns from. Per-token fields [B, T] cover the response only; `scores` [B].
+class Responses:
+    """Responses to be scored: what a reward may look at of B rows.
 
-    `rollout.logprobs` holds the old log-probabilities that the ratio is taken against.
+    `rollout` holds token ids and masks; `prompts` [B] are the prompts with their text, their turns and the other
+    columns of their data rows; `texts` [B] are the responses as text, without special tokens; `ended` [B] bool says
+    which of them end with an end-of-sequence token.
     """
 
     rollout: Rollout
-    ref_logprobs: torch.Tensor
-    values: torch.Tensor
-    rewards: torch.Tensor
-    advantages: torch.Tensor
-    returns: torch.Tensor
+    prompts: Sequence[TokenizedPrompt]
+    texts: Sequence[str]
+    ended: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """What a reward says of B responses.
+
+    `scores` [B] float32; `per_token` [B, T] float32 is added to the rewards of single tokens, None for nothing;
+    `parts` are named scores [B] that it is made of, for the log.
+    """
+
     scores: torch.Tensor
+    per_token: torch.Tensor | None = None
+    parts: Mapping[str, torch.Tensor] = field(default_factory=dict)

@@ -13,75 +13,32 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rlhf.algorithms.sft import SFTTrainer
 from rlhf.checkpoint.export import export_causal_lm
 from rlhf.checkpoint.fingerprint import model_fingerprint
-from rlhf.data import load_stage_data
-from rlhf.distributed import world_size
-from rlhf.engine import BatchPlan, compute_dtype, training_engine, zero3_loading
-from rlhf.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
-from rlhf.models.lora import apply_lora
-from rlhf.pipeline.run_stage import Stage, stage_main
-from rlhf.pipeline.stages import resolve_base_model, run_stage
+from rlhf.engine import compute_dtype
+from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.pipeline import StageRun, run_as_script, stage_main
+from rlhf.pipeline.stages import SFTStageConfig
 
 
 @stage_main("sft")
-def main(stage: Stage) -> dict:
-    run, model_config, engine_config, optimizer_config, batch, data_config, config = stage.configs
-    directory = stage.directory
-    plan = BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size(), batch.micro_batch_tokens)
-    base_model = resolve_base_model(model_config.base_model, Path(run.cache_dir))
-
-    tokenizer = load_tokenizer(base_model, trust_remote_code=model_config.trust_remote_code)
-    data = load_stage_data(
-        "response",
-        data_config.sft_data,
-        data_config.sft_eval_data,
-        config=data_config,
-        stage="sft",
-        tokenizer=tokenizer,
-        seed=run.seed,
-        cache_dir=Path(run.cache_dir),
-        report_dir=directory,
+def main(stage: StageRun[SFTStageConfig]) -> dict:
+    config = stage.config
+    base_model = stage.base_model()
+    tokenizer = load_tokenizer(base_model, trust_remote_code=config.model.trust_remote_code)
+    data = stage.load_data("response", config.data.sft_data, config.data.sft_eval_data, tokenizer)
+    total_steps = stage.planned_steps(data)
+    dtype = compute_dtype(config.engine.precision)
+    engine = stage.training_engine(
+        lambda: load_causal_lm(base_model, config.model, dtype=dtype), tokenizer, total_steps=total_steps
     )
-    with zero3_loading(engine_config, plan):
-        model = load_causal_lm(
-            base_model,
-            dtype=compute_dtype(engine_config.precision),
-            attn_implementation=model_config.attn_implementation,
-            quantization=model_config.quantization,
-            trust_remote_code=model_config.trust_remote_code,
-            dropout=model_config.model_dropout,
-        )
-    check_vocabulary(model, tokenizer)
-    if model_config.lora_rank:
-        model = apply_lora(
-            model,
-            rank=model_config.lora_rank,
-            alpha=model_config.lora_alpha,
-            dropout=model_config.lora_dropout,
-            targets=model_config.lora_targets,
-            quantized=model_config.quantization != "none",
-            gradient_checkpointing=model_config.gradient_checkpointing,
-            seed=run.seed,
-        )
     trainer = SFTTrainer(
-        None,
-        data.train,
-        data.evaluation,
-        plan=plan,
-        batch=batch,
-        run=run,
-        directory=directory,
-        config=config,
+        engine,
+        data,
+        config.sft,
         pad_token_id=tokenizer.pad_token_id,
-        export=lambda: export_causal_lm(trainer.engine, tokenizer, directory / "model"),
-        states=stage.states(base=model_fingerprint(base_model), data=data.fingerprint),
-    )
-    trainer.engine = training_engine(
-        model,
-        engine=engine_config,
-        optimizer=optimizer_config,
-        plan=plan,
-        total_steps=trainer.total_steps,
-        gradient_checkpointing=model_config.gradient_checkpointing,
+        plan=stage.plan,
+        total_steps=total_steps,
+        export=lambda: export_causal_lm(engine, tokenizer, stage.directory / "model"),
+        context=stage.context(base=model_fingerprint(base_model), data=data.fingerprint),
     )
     outcome = trainer.fit()
     return {
@@ -95,4 +52,4 @@ def main(stage: Stage) -> dict:
 
 
 if __name__ == "__main__":
-    run_stage(main)
+    run_as_script(main)

@@ -49,8 +49,8 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/setup_env.sh" --
 
 # Importing libraries may print; the assignments are the last lines.
-settings="$("$RLHF_PYTHON" -m rlhf.pipeline.arguments "$@" | sed -n '/^STAGES=/,$p')"
-eval "$settings"  # STAGES RESUME_STAGES OUTPUT_DIR MAX_RESTARTS LAUNCHER_ARGS SFT_ARGS REWARD_ARGS PPO_ARGS
+settings="$("$RLHF_PYTHON" -m rlhf.pipeline.arguments "$@" | sed -n '/^ALL_STAGES=/,$p')"
+eval "$settings"  # ALL_STAGES STAGES RESUME_STAGES OUTPUT_DIR MAX_RESTARTS LAUNCHER_ARGS; SCRIPT_x TITLE_x ARGS_x of stage x
 
 cd "$here/.."
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
@@ -127,16 +127,16 @@ cause() {
 }
 
 run_stage() {
-    local stage="$1" title="$2" script="$3" directory="$OUTPUT_DIR/$1" result="$OUTPUT_DIR/$1/result.json" status=0
+    local number="$1" stage="$2" directory="$OUTPUT_DIR/$2" result="$OUTPUT_DIR/$2/result.json" status=0
     local again=()
-    shift 3
+    local -n script="SCRIPT_$stage" title="TITLE_$stage" arguments="ARGS_$stage"
     case " ${STAGES[*]} " in *" $stage "*) ;; *) return 0 ;; esac
     if [ -n "$stop_signal" ]; then
         say "stopped by $stop_signal before stage $stage; go on with --resume auto"
         exit 0
     fi
     echo
-    echo "=== $title"
+    echo "=== $number/${#ALL_STAGES[@]} $title"
     case " ${RESUME_STAGES[*]} " in
         *" $stage "*)
             if [ -z "$ran" ] && is_json "$result"; then
@@ -152,7 +152,7 @@ run_stage() {
         rm -f "$directory/stopped.json" "$directory/.cleared"
         # The stage removes an earlier run's result itself, once it has agreed to start; with `auto` it would stop there.
         case " ${RESUME_STAGES[*]} ${again[*]} " in *" $stage "* | *" auto "*) rm -f "$result" ;; esac
-        launch "$directory" "$script" "$@" "${again[@]}"
+        launch "$directory" "$script" "${arguments[@]}" "${again[@]}"
         # The launcher may return 0 when a signal killed it, so look for a new result too.
         if [ "$status" -eq 0 ] && [ "$result" -nt "$started" ]; then
             rm -f "$started"
@@ -183,12 +183,12 @@ if command -v flock >/dev/null; then
     }
 fi
 
-run_stage sft "1/3 supervised fine-tuning" step1_sft/main.py "${SFT_ARGS[@]}"
-run_stage reward "2/3 reward model" step2_reward/main.py "${REWARD_ARGS[@]}"
-run_stage ppo "3/3 PPO" step3_ppo/main.py "${PPO_ARGS[@]}"
+for index in "${!ALL_STAGES[@]}"; do
+    run_stage "$((index + 1))" "${ALL_STAGES[index]}"
+done
 
-if [ "${#STAGES[@]}" -eq 3 ]; then
+if [ "${#STAGES[@]}" -eq "${#ALL_STAGES[@]}" ]; then
     echo
     echo "=== what came out"
-    "$RLHF_PYTHON" -m rlhf.report.summary "$OUTPUT_DIR"
+    "$RLHF_PYTHON" -m rlhf.cli.summary "$OUTPUT_DIR"
 fi

@@ -77,7 +77,7 @@ def save_models(size: Any, tokenizer: Any, work: Path) -> None:
     model = GPTNeoXForCausalLM(config)
     model.save_pretrained(work / "base")
     tokenizer.save_pretrained(work / "base")
-    head = ScalarModel(model.gpt_neox, seed=1).head
+    head = ScalarModel(model.gpt_neox, seed=1).scalar_head
     torch.save({"weight": head.weight.detach(), "bias": head.bias.detach()}, work / "head.pt")
 
 

@@ -18,8 +18,8 @@ from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig, P
 from rlhf.config import EngineConfig, ModelConfig, RunConfig
 from rlhf.distributed import close_world, init_world, seed_everything
 from rlhf.engine import BatchPlan, RLHFEngine
+from rlhf.models.inner_model import eos_token_ids
 from rlhf.models.loading import load_tokenizer
-from rlhf.models.model_call import eos_token_ids
 from rlhf.rewards.reward_model import RewardScorer
 from rlhf.types import TokenizedPrompt
 
@@ -35,10 +35,11 @@ def build_trainer(job: dict[str, Any], directory: Path) -> PPOTrainer:
     tokenizer = load_tokenizer(job["actor"])
     engine = RLHFEngine.build(
         job["actor"],
-        job["reward"],
+        critic_model=job["reward"],
+        reward_model=job["reward"],
         model=ModelConfig(),
         engine=EngineConfig(precision=job["dtype"], max_grad_norm=0.0),  # TRL's PPO clips no gradient
-        actor_optimizer=optimizer,
+        optimizer=optimizer,
         critic_learning_rate=optimizer.critic_learning_rate,
         plan=plan,
         total_steps=total * workload["ppo_epochs"],

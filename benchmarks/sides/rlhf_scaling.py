@@ -24,8 +24,8 @@ from rlhf.checkpoint.export import export_scalar_model
 from rlhf.config import EngineConfig, ModelConfig, OptimizerConfig, RunConfig
 from rlhf.distributed import close_world, init_world, rank, seed_everything, world_size
 from rlhf.engine import BatchPlan, RLHFEngine, compute_dtype, training_engine
+from rlhf.models.inner_model import eos_token_ids
 from rlhf.models.loading import load_causal_lm, load_tokenizer
-from rlhf.models.model_call import eos_token_ids
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.tiny_base import train_tokenizer
 from rlhf.rewards.reward_model import RewardScorer
@@ -122,11 +122,11 @@ def run_ppo(point: Mapping[str, Any], work: Path, device: torch.device) -> tuple
     tokenizer = load_tokenizer(actor)
     engine = RLHFEngine.build(
         actor,
-        reward,
-        reward,
+        critic_model=reward,
+        reward_model=reward,
         model=ModelConfig(base_model=actor),
         engine=EngineConfig(precision=point["dtype"]),
-        actor_optimizer=PPOOptimizerConfig(),
+        optimizer=PPOOptimizerConfig(),
         critic_learning_rate=5e-6,
         plan=plan,
         total_steps=iterations,

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation for language models, with a critic.
+"""Proximal policy optimisation for language models.
 
 Schulman et al. (arXiv 1707.06347) as InstructGPT (arXiv 2203.02155) uses it; the details follow Huang et al.,
 "The N implementation details of RLHF with PPO". Per-token tensors [B, T] cover the response only.
@@ -6,34 +6,30 @@ Schulman et al. (arXiv 1707.06347) as InstructGPT (arXiv 2203.02155) uses it; th
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import cycle, islice
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from rlhf.config import BatchConfig, ConfigError, OptimizerConfig, RunConfig, require_at_least
-from rlhf.distributed import all_gather_rows, rank, world_size
-from rlhf.generation import Sampling, make_backend
-from rlhf.models.model_call import eos_token_ids
-from rlhf.numerics.cpu import WORKERS, can_run_side_by_side, side_by_side
+from rlhf.algorithms.advantages import ESTIMATORS, EstimatorInput
+from rlhf.config import BatchConfig, ConfigError, OptimizerConfig, require_at_least, setting
+from rlhf.data.collate import collate_responses
+from rlhf.data.stage_data import StageData
+from rlhf.distributed import all_gather_rows, rank
 from rlhf.numerics.logprobs import KLEstimator, estimate_kl
 from rlhf.numerics.statistics import last_true, masked_variance, masked_whiten
-from rlhf.training.data_order import DataOrder, Plan
+from rlhf.rewards.table import RewardSpec
+from rlhf.training.data_order import DataOrder, Plan, planned_steps
+from rlhf.training.loop import RunContext
 from rlhf.training.metrics import MeanMeter
 from rlhf.training.nonfinite import check_rollout
 from rlhf.training.on_policy import OnPolicyTrainer
-from rlhf.training.resume import TrainingStates
 from rlhf.training.rollouts import RolloutWorker
 from rlhf.training.scoring import label_loss, response_logprobs, response_logprobs_and_entropy, response_values
 from rlhf.training.step import accumulate_step, learning_rate
-from rlhf.types import IGNORE_INDEX, PPOExperience, Rollout, TokenBatch, TokenizedPrompt, TokenizedResponse
-
-logger = logging.getLogger("rlhf")
+from rlhf.types import IGNORE_INDEX, Rollout, TensorBatch, TokenBatch
 
 # ------------------------------------------------------------------------------------------------ mathematics
 
@@ -48,43 +44,24 @@ def shape_rewards(
     kl_estimator: KLEstimator = "k1",
     score_clip: float = 0.0,
     penalties: torch.Tensor | None = None,
+    token_rewards: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Per-token rewards [B, T]: -kl_coef * KL estimate on every response token, plus the score on the last one.
 
     Ziegler et al. (arXiv 1909.08593) eq. 2. `scores` [B] are clipped to +-score_clip (0: not at all) before the
-    KL penalty and `penalties` [B] (of a missing end) are taken off, so that no penalty is clipped away. 0 outside
-    `mask` [B, T].
+    KL penalty and `penalties` [B] (of a missing end) are taken off, so that no penalty is clipped away;
+    `token_rewards` [B, T] are added as they are. 0 outside `mask` [B, T].
     """
     kl = estimate_kl(logprobs, ref_logprobs, kl_estimator)
     rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
+    if token_rewards is not None:
+        rewards = torch.where(mask, rewards + token_rewards, rewards)
     clipped = scores.clamp(-score_clip, score_clip) if score_clip else scores
     if penalties is not None:
         clipped = clipped - penalties
     last = last_true(mask).unsqueeze(1)
     has_tokens = mask.any(dim=1)
     return rewards.scatter_add(1, last, (clipped * has_tokens).to(rewards.dtype).unsqueeze(1))
-
-
-def gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, *, gamma: float, lam: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438, eq. 16): advantages and returns, [B, T] each.
-
-    delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, with V and A equal to 0 after the
-    last response token. `mask` is True on a prefix of each row; both results are 0 outside it.
-    """
-    zero = torch.zeros_like(values)
-    rewards, values = torch.where(mask, rewards, zero), torch.where(mask, values, zero)
-    advantage = torch.zeros_like(values[:, 0])
-    next_value = torch.zeros_like(values[:, 0])
-    advantages = []
-    for t in reversed(range(rewards.shape[1])):
-        delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = (delta + gamma * lam * advantage) * mask[:, t]
-        next_value = values[:, t]
-        advantages.append(advantage)
-    stacked = torch.stack(advantages[::-1], dim=1)
-    return stacked, stacked + values
 
 
 def policy_loss(
@@ -150,10 +127,18 @@ class KLController:
         self.horizon = horizon
 
     def update(self, observed_kl: float, episodes: int) -> None:
-        """Take note of the mean KL per response over `episodes` new responses."""
+        """Steer by the mean KL per response over `episodes` new responses."""
         if self.target is not None:
             error = min(max(observed_kl / self.target - 1, -0.2), 0.2)
             self.value *= 1 + error * episodes / self.horizon
+
+    def state(self) -> dict[str, float]:
+        """What `load_state` restores."""
+        return {"kl_coef": self.value}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` gave."""
+        self.value = float(state["kl_coef"])
 
 
 # ---------------------------------------------------------------------------------------------- configuration
@@ -179,16 +164,18 @@ class PPOBatchConfig(BatchConfig):
 
     rollout_batch_size: int = 32
     """Prompts sampled in one iteration over all devices."""
-    generation_batch_size: int = 0
+    generation_batch_size: int = setting(0, may_change_on_resume=True)
     """Responses that one device samples side by side, waiting prompts taking freed places; 0 takes all of a rollout."""
-    scoring_batch_tokens: int = 0
+    scoring_batch_tokens: int = setting(0, may_change_on_resume=True)
     """Tokens of one scoring pass on one device, about; 0: those of a training pass, off the CPU four times those."""
+    samples_per_prompt: int = 1
+    """Responses sampled to each prompt of a rollout."""
     ppo_epochs: int = 1
     """Passes over each rollout (KULLM-RLHF, DeepSpeed-Chat: 1; Ziegler et al.: 4)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(self, 1, "rollout_batch_size", "ppo_epochs")
+        require_at_least(self, 1, "rollout_batch_size", "samples_per_prompt", "ppo_epochs")
         require_at_least(self, 0, "generation_batch_size", "scoring_batch_tokens")
 
 
@@ -196,12 +183,16 @@ class PPOBatchConfig(BatchConfig):
 class PPOConfig:
     """The constants of PPO and where its models come from."""
 
-    actor_model: str | None = None
+    actor_model: str | None = setting(None, may_change_on_resume=True, path="read", names_model=True)
     """The SFT model to align; unset takes `<output_dir>/sft/model`."""
-    reward_model: str | None = None
+    reward_model: str | None = setting(None, may_change_on_resume=True, path="read", names_model=True)
     """A directory saved by step 2; unset takes `<output_dir>/reward/model`."""
-    critic_model: str | None = None
+    critic_model: str | None = setting(None, may_change_on_resume=True, path="read", names_model=True)
     """A saved scalar model the critic starts from; unset copies the reward model (InstructGPT)."""
+    rewards: list[str] = setting(["reward_model"])
+    """What scores a response: names of `rlhf.rewards`, or mappings {name, weight, ...}; their weighted sum counts."""
+    advantage: str = "gae"
+    """How advantages are estimated from rewards: gae."""
     kl_coef: float = 0.1
     """Weight of the KL penalty (KULLM-RLHF, DeepSpeed-Chat: 0.1; InstructGPT: 0.02)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -226,10 +217,6 @@ class PPOConfig:
     """Scale rewards to variance 1, keeping their mean, before GAE (Ziegler et al.)."""
     temperature: float = 1.0
     """Sampling temperature; divides the logits of actor, old actor and reference alike."""
-    top_k: int = 0
-    """Must stay 0 in PPO: a filter makes the sampling distribution differ from the scored one (TRL#256)."""
-    top_p: float = 1.0
-    """Must stay 1 in PPO, for the same reason."""
     generation_backend: Literal["own", "deepspeed"] = "own"
     """What samples: `rlhf.generation`, or DeepSpeed's rollout engine, checked against a forward pass of ours first."""
     old_logprobs: Literal["auto", "sampled", "recomputed"] = "auto"
@@ -247,16 +234,13 @@ class PPOConfig:
     """Iterations between evaluations on held-out prompts; 0 evaluates before and after only."""
     eval_samples_per_prompt: int = 4
     """Responses sampled per held-out prompt in an evaluation."""
-    sample_table_rows: int = 4
+    sample_table_rows: int = setting(4, may_change_on_resume=True)
     """Prompts shown with their responses at each evaluation."""
 
     def __post_init__(self) -> None:
-        if self.top_k != 0 or self.top_p != 1.0:
-            raise ConfigError(
-                f"top_k={self.top_k}, top_p={self.top_p}: PPO must score the distribution it samples from. A filter "
-                "changes it, and the KL to the reference turns negative. Leave top_k at 0 and top_p at 1 and lower "
-                "`temperature` instead"
-            )
+        if self.advantage not in ESTIMATORS:
+            raise ConfigError(f"advantage={self.advantage!r} is not one of {', '.join(ESTIMATORS)}")
+        self.reward_specs()
         for name in ("clip_range", "value_clip_range", "temperature"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
@@ -270,6 +254,10 @@ class PPOConfig:
         if self.kl_target is not None and self.kl_target <= 0:
             raise ConfigError(f"kl_target={self.kl_target} must be above 0 nats, or unset for a fixed kl_coef")
 
+    def reward_specs(self) -> list[RewardSpec]:
+        """The entries of `rewards`, parsed."""
+        return [RewardSpec.parse(text) for text in self.rewards]
+
 
 # ---------------------------------------------------------------------------------------------------- trainer
 
@@ -278,153 +266,161 @@ class EmptyRolloutError(RuntimeError):
     """A rollout in which every response is empty: there is nothing to learn from."""
 
 
+@dataclass(frozen=True)
+class PPOExperience(TensorBatch):
+    """What PPO learns from. Per-token fields [B, T] cover the response only.
+
+    `rollout.logprobs` holds the old log-probabilities that the ratio is taken against. `scores` [B] are what the reward
+    says, `rewards` what is learnt from. `values` and `returns` are the critic's (unused where there is none).
+    """
+
+    rollout: Rollout
+    values: torch.Tensor
+    rewards: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+    scores: torch.Tensor
+
+    def trimmed(self) -> PPOExperience:
+        """Without the columns that are padding in every row."""
+        rollout, columns = self.rollout.trimmed()
+        per_token = {name: getattr(self, name)[:, columns] for name in ("values", "rewards", "advantages", "returns")}
+        return PPOExperience(rollout=rollout, scores=self.scores, **per_token)
+
+    def tokens(self) -> float:
+        """Response tokens."""
+        return float(self.rollout.response_mask.sum())
+
+
+class PtxMixture:
+    """Pretraining or SFT rows whose loss is mixed into the actor's (InstructGPT, eq. 2), as many as a minibatch has."""
+
+    def __init__(self, data: StageData, plan: Plan, *, coef: float, pad_token_id: int, seed: int) -> None:
+        self.rows = data.train
+        self.fingerprint = data.fingerprint
+        self.coef = coef
+        self.pad_token_id = pad_token_id
+        self.order = DataOrder([len(row.input_ids) for row in self.rows], plan, seed + 1)
+
+    def micro_batches(self, step: int, device: torch.device, *, sharers: int) -> list[TokenBatch]:
+        """This rank's micro-batches of optimizer step `step`."""
+        return [
+            collate_responses([self.rows[index] for index in part], self.pad_token_id).to(device)
+            for part in self.order.micro_batches(step, sharers=sharers)
+        ]
+
+
 class PPOTrainer(OnPolicyTrainer):
-    """Samples, scores and learns with the four engines of an `RLHFEngine`."""
+    """Samples, scores and learns with the engines of an `RLHFEngine` (those of `rollouts`)."""
 
     def __init__(
         self,
-        engine: Any,
-        prompts: Sequence[TokenizedPrompt],
-        eval_prompts: Sequence[TokenizedPrompt],
-        *,
-        tokenizer: Any,
-        scorer: Any,
-        plan: Plan,
-        batch: PPOBatchConfig,
+        rollouts: RolloutWorker,
+        prompts: StageData,
         config: PPOConfig,
-        run: RunConfig,
-        directory: Path,
-        max_response_tokens: int,
-        synchronised: bool,
-        export: Any,
-        concurrent: bool = True,
-        ptx: Sequence[TokenizedResponse] = (),
-        states: TrainingStates | None = None,
+        *,
+        batch: PPOBatchConfig,
+        export: Callable[[], None],
+        context: RunContext,
+        ptx: PtxMixture | None = None,
     ) -> None:
-        self.engine = engine
+        self.rollouts = rollouts
+        self.engine = rollouts.engine
+        self.plan = rollouts.plan
         self.prompts = prompts
-        self.eval_prompts = eval_prompts
-        self.tokenizer = tokenizer
-        self.plan = plan
-        self.batch = batch
         self.config = config
-        self._export = export
-        # ZeRO-3 keeps process-wide notes of the module that runs: two models at a time would mix them up
-        can_share = not synchronised and not any_quantized(engine.actor, engine.critic)
-        self.together = concurrent and can_share and can_run_side_by_side(self.device, ranks=world_size())
-        self.sharers = WORKERS if self.together else 1
-        self.rollouts = RolloutWorker(
-            engine,
-            scorer,
-            make_backend(
-                config.generation_backend,
-                engine.actor,
-                eos_ids=eos_token_ids(engine.actor, tokenizer),
-                pad_token_id=tokenizer.pad_token_id,
-                seed=run.seed,
-                slots=batch.generation_batch_size,
-            ),
-            Sampling(max_response_tokens, temperature=config.temperature, vocabulary_size=len(tokenizer)),
-            eos_ids=eos_token_ids(engine.actor, tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            plan=plan,
-            scoring_tokens=batch.scoring_batch_tokens,
-            old_logprobs=config.old_logprobs,
-            together=self.together,
-        )
-        self.kl = KLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
-        self.order = DataOrder([len(prompt.input_ids) for prompt in prompts], rollout_plan(batch, plan), run.seed)
+        self.batch = batch
         self.ptx = ptx
-        if config.ptx_coef > 0:
-            if not ptx:
-                raise ConfigError(f"ptx_coef={config.ptx_coef} needs data: name it in `ptx_data`, or set ptx_coef to 0")
-            self.ptx_order = DataOrder([len(row.input_ids) for row in ptx], plan, run.seed + 1)
+        self.estimator = ESTIMATORS[config.advantage]
+        self.kl = KLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
+        rollout = rollout_plan(batch, self.plan)
+        self.order = DataOrder([len(prompt.input_ids) for prompt in prompts.train], rollout, context.run.seed)
         self.optimizer_step = 0
         self.first_log_ratios: list[torch.Tensor] | None = None  # collected over the first minibatch of an update
-        iterations = batch.max_steps or self.order.steps(batch.epochs)
-        super().__init__(
-            eval_every_steps=config.eval_every_steps,
-            total_steps=iterations,
-            run=run,
-            directory=directory,
-            stage="ppo",
-            states=states,
-        )
+        self._export = export
+        iterations = planned_steps(len(prompts.train), batch, rollout)
+        super().__init__(context, total_steps=iterations, eval_every_steps=config.eval_every_steps)
 
     @property
     def device(self) -> torch.device:
         return torch.device(self.engine.actor.device)
 
     def engines(self) -> dict[str, Any]:
-        return {"actor": self.engine.actor, "critic": self.engine.critic}
+        critic = {} if self.engine.critic is None else {"critic": self.engine.critic}
+        return {"actor": self.engine.actor, **critic}
+
+    def export(self) -> None:
+        self._export()
 
     def state(self) -> dict[str, Any]:
-        mine = {
-            "kl_coef": self.kl.value,
-            "optimizer_step": self.optimizer_step,
-            "old_logprobs": self.rollouts.old_logprobs,
-            "captured_error": self.rollouts.captured_error,
-            "captured_error_mean": self.rollouts.captured_error_mean,
-        }
+        mine = {**self.kl.state(), "optimizer_step": self.optimizer_step, **self.rollouts.state()}
         return {**super().state(), "ppo": mine}
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return self.engine.ema_state_dict() if self.config.ema_decay > 0 else {}
+        averaged = self.engine.averaged_actor
+        return {} if averaged is None else averaged.state_dict()
 
     def load_state(
         self, state: dict[str, Any], rank_states: Sequence[dict[str, Any]], tensors: dict[str, torch.Tensor]
     ) -> None:
         super().load_state(state, rank_states, tensors)
-        mine = state["ppo"]
-        self.kl.value, self.optimizer_step = mine["kl_coef"], mine["optimizer_step"]
-        self.rollouts.old_logprobs, self.rollouts.captured_error = mine["old_logprobs"], mine["captured_error"]
-        self.rollouts.captured_error_mean = mine["captured_error_mean"]
-        if self.config.ema_decay > 0:
-            self.engine.load_ema_state_dict(tensors)
+        self.optimizer_step = state["ppo"]["optimizer_step"]
+        self.kl.load_state(state["ppo"])
+        self.rollouts.load_state(state["ppo"])
+        if self.engine.averaged_actor is not None:
+            self.engine.averaged_actor.load_state_dict(tensors)
 
     # -------------------------------------------------------------------------------------------- experience
 
     def make_experience(self, iteration: int) -> PPOExperience:
         """Prompts -> rollout -> scores, rewards, advantages and returns: computed once, over all ranks."""
         config = self.config
-        examples = [self.prompts[index] for index in self.order.indices(iteration - 1)]
-        rollout, scored = self.rollouts.run(examples, iteration)
-        check_rollout(rollout, scored, examples, iteration, self.directory)
-        mask = rollout.response_mask
-        if not bool((mask.sum(1) > self.rollouts.ended(rollout).long()).any()):
+        examples = [self.prompts.train[index] for index in self.order.indices(iteration - 1)]
+        examples = [example for example in examples for _ in range(self.batch.samples_per_prompt)]
+        scored = self.rollouts.run(examples, iteration)
+        check_rollout(scored, examples, iteration, self.directory)
+        rollout, mask = scored.rollout, scored.rollout.response_mask
+        if not bool((mask.sum(1) > scored.ended.long()).any()):
             raise EmptyRolloutError(
                 f"iteration {iteration}: all {len(examples)} responses are empty (end-of-sequence at once, or no token "
                 "at all); nothing can be learnt from them. Check the SFT data for empty responses, and kl_coef if the "
                 "actor came to this during PPO"
             )
         rewards = shape_rewards(
-            scored["scores"],
-            scored["logprobs"],
-            scored["ref_logprobs"],
+            scored.scores,
+            scored.logprobs,
+            scored.ref_logprobs,
             mask,
             kl_coef=self.kl.value,
             kl_estimator=config.kl_estimator,
             score_clip=config.score_clip,
-            penalties=config.missing_eos_penalty * (~self.rollouts.ended(rollout)).float(),
+            penalties=config.missing_eos_penalty * (~scored.ended).float(),
+            token_rewards=scored.token_rewards,
         )
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
-        advantages, returns = gae(rewards, scored["values"], mask, gamma=config.gamma, lam=config.lam)
+        groups = torch.arange(len(rollout), device=mask.device) // self.batch.samples_per_prompt
+        advantages, returns = self.estimator.compute(
+            EstimatorInput(rewards, scored.values, mask, groups, gamma=config.gamma, lam=config.lam)
+        )
         advantage_std = float(masked_variance(advantages, mask).sqrt())
         if config.whiten_advantages:
             advantages = masked_whiten(advantages, mask)
         self.experience_metrics = {
-            **self.rollouts.describe(rollout, scored),
+            **self.rollouts.describe(scored),
             "reward": float(rewards.sum(1).mean()),
             "advantage_std": advantage_std,
-            "explained_variance": explained_variance(scored["values"], returns, mask),
+            **self._critic_metrics(scored.values, returns, mask),
             "kl_coef": self.kl.value,
             **self.rollouts.measured,
         }
-        old = Rollout(rollout.prompt_ids, rollout.prompt_mask, rollout.response_ids, mask, scored["logprobs"])
-        return PPOExperience(
-            old, scored["ref_logprobs"], scored["values"], rewards, advantages, returns, scored["scores"]
-        )
+        old = replace(rollout, logprobs=scored.logprobs)
+        return PPOExperience(old, scored.values, rewards, advantages, returns, scored.scores)
+
+    def _critic_metrics(self, values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
+        if self.engine.critic is None:
+            return {}
+        return {"explained_variance": explained_variance(values, returns, mask)}
 
     # ------------------------------------------------------------------------------------------------ update
 
@@ -435,23 +431,21 @@ class PPOTrainer(OnPolicyTrainer):
         self.first_log_ratios = []
         for epoch in range(self.batch.ppo_epochs):
             for minibatch in self.minibatches(experience, iteration, epoch):
-                steps = (partial(self.actor_step, minibatch, meter), partial(self.critic_step, minibatch, critic_meter))
-                side_by_side(steps, together=self.together)
+                steps = [partial(self.actor_step, minibatch, meter)]
+                if self.engine.critic is not None:
+                    steps.append(partial(self.critic_step, minibatch, critic_meter))
+                self.engine.run_jobs(steps)
                 self.optimizer_step += 1
-                if self.config.ema_decay > 0:
-                    self.engine.update_ema()
+                if self.engine.averaged_actor is not None:
+                    self.engine.averaged_actor.update()
                 if self.first_log_ratios is not None:
                     first = {"ratio_first": meter.means(self.device, keep=True)["ratio"], **self.first_deviation()}
         observed = self.experience_metrics
         self.kl.update(observed["kl_per_response"], len(experience))
-        return {
-            **observed,
-            **meter.means(self.device),
-            **critic_meter.means(self.device),
-            **first,
-            "learning_rate": learning_rate(self.engine.actor),
-            "critic_learning_rate": learning_rate(self.engine.critic),
-        }
+        rates = {"learning_rate": learning_rate(self.engine.actor)}
+        if self.engine.critic is not None:
+            rates["critic_learning_rate"] = learning_rate(self.engine.critic)
+        return {**observed, **meter.means(self.device), **critic_meter.means(self.device), **first, **rates}
 
     def first_deviation(self) -> dict[str, float]:
         """How far new and old log-probabilities lie apart on the first minibatch, over all ranks; ends the collecting.
@@ -470,19 +464,14 @@ class PPOTrainer(OnPolicyTrainer):
         lengths = (experience.rollout.prompt_mask.sum(1) + experience.rollout.response_mask.sum(1)).cpu()
         result = []
         for chosen in permutation.split(self.plan.global_batch_size):
-            split = self.plan.micro_batches(lengths[chosen].tolist(), sharers=self.sharers)
+            split = self.plan.micro_batches(lengths[chosen].tolist(), sharers=self.engine.jobs_at_a_time)
             parts = split[rank() :: self.plan.world_size]
-            result.append([trim_experience(experience.rows(chosen[part].to(self.device))) for part in parts])
+            result.append([experience.rows(chosen[part].to(self.device)).trimmed() for part in parts])
         return result
 
     def actor_step(self, micro_batches: Sequence[PPOExperience], meter: MeanMeter) -> None:
         """One optimizer step of the actor, with the ptx mixture where it is on."""
-        ptx_parts = self.ptx_micro_batches() if self.config.ptx_coef > 0 else []
-        ptx_weight = 0.0
-        if ptx_parts:
-            counts = [sum(map(token_count, micro_batches)), sum(map(ptx_count, ptx_parts))]
-            tokens, ptx_tokens = all_gather_rows(torch.tensor([counts], device=self.device)).sum(0).tolist()
-            ptx_weight = self.config.ptx_coef * tokens / ptx_tokens
+        ptx_parts, ptx_weight = self._ptx_parts(micro_batches)
 
         def loss_sum(part: Any) -> torch.Tensor:
             if isinstance(part, PPOExperience):
@@ -495,7 +484,7 @@ class PPOTrainer(OnPolicyTrainer):
             accumulate_step(
                 self.engine.actor,
                 [*micro_batches, *ptx_parts],
-                count=lambda part: token_count(part) if isinstance(part, PPOExperience) else 0.0,
+                count=lambda part: part.tokens() if isinstance(part, PPOExperience) else 0.0,
                 loss_sum=loss_sum,
                 step=self.step + 1,
                 name="policy loss",
@@ -504,13 +493,23 @@ class PPOTrainer(OnPolicyTrainer):
                 meter=meter,
             )
 
+    def _ptx_parts(self, micro_batches: Sequence[PPOExperience]) -> tuple[list[TokenBatch], float]:
+        """The ptx micro-batches of the next step, and the weight that makes theirs a mean over their own tokens."""
+        if self.ptx is None:
+            return [], 0.0
+        parts = self.ptx.micro_batches(self.optimizer_step, self.device, sharers=self.engine.jobs_at_a_time)
+        counts = [sum(part.tokens() for part in micro_batches), sum(map(ptx_count, parts))]
+        tokens, ptx_tokens = all_gather_rows(torch.tensor([counts], device=self.device)).sum(0).tolist()
+        return parts, self.ptx.coef * tokens / ptx_tokens
+
     def actor_loss(self, part: PPOExperience, meter: MeanMeter) -> torch.Tensor:
         """Summed policy loss (less the entropy bonus) of a micro-batch."""
         config, rollout, mask = self.config, part.rollout, part.rollout.response_mask
+        entropy: torch.Tensor | None = None
         if config.entropy_coef > 0:
             logprobs, entropy = response_logprobs_and_entropy(self.engine.actor, rollout, self.rollouts.sampling)
         else:
-            logprobs, entropy = response_logprobs(self.engine.actor, rollout, self.rollouts.sampling), None
+            logprobs = response_logprobs(self.engine.actor, rollout, self.rollouts.sampling)
         if self.first_log_ratios is not None:
             self.first_log_ratios.append((logprobs.detach() - rollout.logprobs)[mask])
         loss, metrics = policy_loss(logprobs, rollout.logprobs, part.advantages, mask, clip_range=config.clip_range)
@@ -518,7 +517,7 @@ class PPOTrainer(OnPolicyTrainer):
             entropy_sum = (entropy * mask).sum()
             metrics["entropy"] = entropy_sum.detach()
             loss = loss - config.entropy_coef * entropy_sum
-        meter.add(metrics, token_count(part))
+        meter.add(metrics, part.tokens())
         return loss
 
     def critic_step(self, micro_batches: Sequence[PPOExperience], meter: MeanMeter) -> None:
@@ -529,14 +528,14 @@ class PPOTrainer(OnPolicyTrainer):
             loss, metrics = value_loss(
                 values, part.values, part.returns, part.rollout.response_mask, clip_range=self.config.value_clip_range
             )
-            meter.add(metrics, token_count(part))
+            meter.add(metrics, part.tokens())
             return loss
 
         with self.engine.updating(self.engine.critic):
             accumulate_step(
                 self.engine.critic,
                 micro_batches,
-                count=token_count,
+                count=PPOExperience.tokens,
                 loss_sum=loss_sum,
                 step=self.step + 1,
                 name="value loss",
@@ -546,50 +545,21 @@ class PPOTrainer(OnPolicyTrainer):
                 norm_name="critic_gradient_norm",
             )
 
-    def ptx_micro_batches(self) -> list[TokenBatch]:
-        """This rank's ptx micro-batches for the next optimizer step: as many rows as the minibatch has."""
-        from rlhf.data import collate_responses
-
-        return [
-            collate_responses([self.ptx[index] for index in part], self.tokenizer.pad_token_id).to(self.device)
-            for part in self.ptx_order.micro_batches(self.optimizer_step, sharers=self.sharers)
-        ]
-
     # -------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, iteration: int) -> dict[str, Any]:
         """Score the actor on the held-out prompts, with the same random numbers every time."""
-        if not self.eval_prompts:
-            return {}
-        copies = self.config.eval_samples_per_prompt
-        examples = [prompt for prompt in self.eval_prompts for _ in range(copies)]
-        counted = len(examples)
-        fill = (-counted) % world_size()  # every rank must have as many rows: collectives
-        filled = examples + list(islice(cycle(examples), fill))
-        rollout, scored = self.rollouts.run(filled, iteration=2**32 - 1)
-        rows = slice(0, counted)
-        rollout, scored = rollout.rows(rows), {name: tensor[rows] for name, tensor in scored.items()}
-        texts = [
-            self.tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True).strip()
-            for ids, mask in zip(
-                rollout.response_ids[::copies].cpu(), rollout.response_mask[::copies].cpu(), strict=True
-            )
-        ]
-        samples = [
-            {"id": prompt.id, "prompt": prompt.text, "response": text, "score": score}
-            for prompt, text, score in zip(self.eval_prompts, texts, scored["scores"][::copies].tolist(), strict=True)
-        ]
-        logger.info(sample_table(samples[: self.config.sample_table_rows]))
-        return {**self.rollouts.describe(rollout, scored), "samples": samples}
-
-    def export(self) -> None:
-        self._export()
+        config = self.config
+        return self.rollouts.evaluate(
+            self.prompts.evaluation, copies=config.eval_samples_per_prompt, shown=config.sample_table_rows
+        )
 
 
 def rollout_plan(batch: PPOBatchConfig, plan: Plan) -> Plan:
     """The plan whose global batch is a rollout; raises ConfigError where the arithmetic does not come out even."""
-    if batch.rollout_batch_size % plan.global_batch_size:
-        below = max(1, batch.rollout_batch_size // plan.global_batch_size) * plan.global_batch_size
+    responses = batch.rollout_batch_size * batch.samples_per_prompt
+    if responses % plan.global_batch_size:
+        below = max(1, responses // plan.global_batch_size) * plan.global_batch_size
         raise ConfigError(
             f"rollout_batch_size={batch.rollout_batch_size} must be a multiple of global_batch_size="
             f"{plan.global_batch_size} (a PPO minibatch); use {below} or {below + plan.global_batch_size}"
@@ -599,46 +569,10 @@ def rollout_plan(batch: PPOBatchConfig, plan: Plan) -> Plan:
 
 def ppo_optimizer_steps(batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:
     """Optimizer steps of the actor (and of the critic) in the whole run, for the learning-rate schedule."""
-    rollouts = rollout_plan(batch, plan)
-    iterations = batch.max_steps or DataOrder([1] * max(1, prompts), rollouts, 0).steps(batch.epochs)
-    return iterations * batch.ppo_epochs * (batch.rollout_batch_size // plan.global_batch_size)
-
-
-def any_quantized(*models: torch.nn.Module) -> bool:
-    """True when a weight is in 8 or 4 bits: bitsandbytes keeps scratch state beside it, which serves one thread."""
-    return any(not weight.is_floating_point() for model in models for weight in model.parameters())
-
-
-def token_count(part: PPOExperience) -> float:
-    """Response tokens of a micro-batch."""
-    return float(part.rollout.response_mask.sum())
+    minibatches = batch.rollout_batch_size * batch.samples_per_prompt // plan.global_batch_size
+    return planned_steps(max(1, prompts), batch, rollout_plan(batch, plan)) * batch.ppo_epochs * minibatches
 
 
 def ptx_count(batch: TokenBatch) -> float:
     """Label tokens of a ptx micro-batch."""
     return float((batch.labels[:, 1:] != IGNORE_INDEX).sum())
-
-
-def trim_experience(part: PPOExperience) -> PPOExperience:
-    """Drop the columns that are padding in every row."""
-    rollout, columns = part.rollout.trimmed()
-    return PPOExperience(
-        rollout=rollout,
-        ref_logprobs=part.ref_logprobs[:, columns],
-        values=part.values[:, columns],
-        rewards=part.rewards[:, columns],
-        advantages=part.advantages[:, columns],
-        returns=part.returns[:, columns],
-        scores=part.scores,
-    )
-
-
-def sample_table(samples: Sequence[dict[str, Any]]) -> str:
-    """Prompts, responses and scores as text."""
-    lines = []
-    for sample in samples:
-        prompt = " ".join(sample["prompt"].split())[-60:]
-        lines.append(
-            f"  [{sample['score']:+.2f}] ...{prompt}\n          -> {' '.join(sample['response'].split())[:110]}"
-        )
-    return "\n".join(lines)

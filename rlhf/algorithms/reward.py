@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from rlhf.config import ConfigError
+from rlhf.data.collate import collate_rankings
+from rlhf.data.stage_data import StageData
 from rlhf.distributed import all_gather_rows, rank, world_size
 from rlhf.numerics.statistics import score_last
-from rlhf.training.offline import Trainer
+from rlhf.training.offline import OfflineTrainer
 from rlhf.types import RankedBatch, TokenizedRanking
 
 
@@ -51,14 +53,6 @@ def ranking_loss(
         loss = loss + centering_coef * (scores[better] + scores[worse]) ** 2
     pairs_per_prompt = torch.bincount(groups[better], minlength=int(groups.max()) + 1)
     return (loss / pairs_per_prompt[groups[better]]).sum()
-
-
-def pairwise_loss(
-    chosen_scores: torch.Tensor, rejected_scores: torch.Tensor, margins: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Mean of -log sigmoid(chosen - rejected - margin) over pairs [B]: the case K = 2 of `ranking_loss`."""
-    margins = torch.zeros_like(chosen_scores) if margins is None else margins
-    return -F.logsigmoid(chosen_scores - rejected_scores - margins).mean()
 
 
 @dataclass
@@ -137,22 +131,19 @@ def histogram(chosen: torch.Tensor, rejected: torch.Tensor, bins: int = 20) -> d
     }
 
 
-class RewardTrainer(Trainer[RankedBatch]):
+class RewardTrainer(OfflineTrainer[RankedBatch]):
     """Trains a `ScalarModel` on rankings; all candidates of a prompt go through one forward."""
 
-    def __init__(self, *args: Any, config: RewardConfig, pad_token_id: int, **kwargs: Any) -> None:
+    def __init__(self, engine: Any, data: StageData, config: RewardConfig, *, pad_token_id: int, **loop: Any) -> None:
+        super().__init__(engine, data, eval_every_steps=config.eval_every_steps, **loop)
         self.config = config
         self.pad_token_id = pad_token_id
-        train, evaluation = args[1], args[2]
-        self.category_names = sorted({example.category for example in [*train, *evaluation]})
-        super().__init__(*args, eval_every_steps=config.eval_every_steps, stage="reward", **kwargs)
+        self.category_names = sorted({example.category for example in [*data.train, *data.evaluation]})
 
     def length(self, example: TokenizedRanking) -> int:
         return sum(len(candidate.input_ids) for candidate in example.candidates)
 
     def collate(self, examples: Sequence[TokenizedRanking]) -> RankedBatch:
-        from rlhf.data import collate_rankings
-
         index = {name: number for number, name in enumerate(self.category_names)}
         return collate_rankings(examples, self.pad_token_id, index)
 
@@ -170,12 +161,17 @@ class RewardTrainer(Trainer[RankedBatch]):
         return ranking_loss(scores, batch.groups, batch.ranks, margins, centering_coef=self.config.centering_coef)
 
     def scores(self, batch: RankedBatch) -> torch.Tensor:
-        """Raw scores [N]: the head's value at the last real token of each row."""
+        """Raw scores [N]: the scalar head's value at the last real token of each row."""
         values = self.engine(batch.input_ids, batch.attention_mask)
         return score_last(values, batch.attention_mask)
 
     def evaluate(self) -> dict[str, Any]:
         return ranking_metrics(self._score_all(self.evaluation), self.category_names)
+
+    def export(self) -> None:
+        """Export the model with the normalisation of its scores as they are now."""
+        self.engine.module.set_normalisation(*self.calibrate())
+        super().export()
 
     def calibrate(self) -> tuple[float, float]:
         """Mean and standard deviation of the scores of the best responses of `calibration_rows` random prompts.

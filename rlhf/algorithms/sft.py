@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import torch
 
+from rlhf.data.collate import collate_responses
+from rlhf.data.stage_data import StageData
 from rlhf.training.metrics import MeanMeter
-from rlhf.training.offline import Trainer
+from rlhf.training.offline import OfflineTrainer
 from rlhf.training.scoring import label_loss
 from rlhf.types import IGNORE_INDEX, TokenBatch, TokenizedResponse
 
@@ -25,20 +27,18 @@ class SFTConfig:
     """Optimizer steps between evaluations; 0 evaluates before and after only. The best model is kept."""
 
 
-class SFTTrainer(Trainer[TokenBatch]):
+class SFTTrainer(OfflineTrainer[TokenBatch]):
     """Cross-entropy of the response tokens, averaged over the tokens of the global batch."""
 
-    def __init__(self, *args: Any, config: SFTConfig, pad_token_id: int, **kwargs: Any) -> None:
+    def __init__(self, engine: Any, data: StageData, config: SFTConfig, *, pad_token_id: int, **loop: Any) -> None:
+        super().__init__(engine, data, eval_every_steps=config.eval_every_steps, **loop)
         self.config = config
         self.pad_token_id = pad_token_id
-        super().__init__(*args, eval_every_steps=config.eval_every_steps, stage="sft", **kwargs)
 
     def length(self, example: TokenizedResponse) -> int:
         return len(example.input_ids)
 
     def collate(self, examples: Sequence[TokenizedResponse]) -> TokenBatch:
-        from rlhf.data import collate_responses
-
         return collate_responses(examples, self.pad_token_id, whole_text=self.config.loss_on == "whole_text")
 
     def loss_count(self, batch: TokenBatch) -> float:

@@ -10,17 +10,17 @@ import dataclasses
 import inspect
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config import field_docstrings
-from rlhf.pipeline.stages import STAGE_CONFIGS
+from rlhf.pipeline import STAGES
 
 INTRODUCTION = """\
 # Configuration reference
 
-Written by `python -m rlhf.cli.config_reference > docs/configuration.md` from the dataclasses in `rlhf/config.py` and
+Written by `python -m rlhf.cli.config_reference > docs/configuration.md` from the dataclasses in `rlhf/config/` and
 `rlhf/algorithms/`; change it there.
 
 A field is given on the command line or in a YAML file. The command line wins over the file, a stage's section of the
@@ -99,7 +99,7 @@ def type_text(kind: Any) -> str:
     return text.removesuffix(" | None")
 
 
-def reference(stage_configs: Mapping[str, Sequence[type]]) -> str:
+def reference(stage_configs: Mapping[str, Iterable[type]]) -> str:
     """The whole page as Markdown: a table for each concern, the fields of all stages side by side."""
     families: dict[type, dict[str, type]] = {}
     for stage, classes in stage_configs.items():
@@ -125,7 +125,7 @@ def _section(members: Mapping[str, type]) -> str:
     for name, per_stage in fields.items():
         cells = [
             f"`{name}`",
-            "all" if len(per_stage) == len(STAGE_CONFIGS) else ", ".join(per_stage),
+            "all" if len(per_stage) == len(STAGES) else ", ".join(per_stage),
             *(_merged(per_stage, attribute) for attribute in ("type", "default", "text")),
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -160,7 +160,7 @@ def _plain(value: Any) -> str:
 
 def main() -> None:
     """Print the reference."""
-    sys.stdout.write(reference(STAGE_CONFIGS))
+    sys.stdout.write(reference({name: stage.config_classes().values() for name, stage in STAGES.items()}))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ fields of that stage and wins over the shared ones. The command line wins over b
 """
 
 from rlhf.config.errors import ConfigError, require_at_least
+from rlhf.config.facts import FieldFacts, facts_of, setting
 from rlhf.config.parsing import field_docstrings, load_config_file, parse_config, save_config
 from rlhf.config.settings import (
     EMBEDDED_BASE,
-    MODEL_OPTIONS,
-    STAGES,
+    REMOVED_FIELDS,
     BatchConfig,
     DataConfig,
     EngineConfig,
@@ -19,25 +19,29 @@ from rlhf.config.settings import (
     RewardDataConfig,
     RunConfig,
     SFTDataConfig,
+    check_together,
 )
 
 __all__ = [
     "EMBEDDED_BASE",
-    "MODEL_OPTIONS",
-    "STAGES",
+    "REMOVED_FIELDS",
     "BatchConfig",
     "ConfigError",
     "DataConfig",
     "EngineConfig",
+    "FieldFacts",
     "ModelConfig",
     "OptimizerConfig",
     "PPODataConfig",
     "RewardDataConfig",
     "RunConfig",
     "SFTDataConfig",
+    "check_together",
+    "facts_of",
     "field_docstrings",
     "load_config_file",
     "parse_config",
     "require_at_least",
     "save_config",
+    "setting",
 ]

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import difflib
 import inspect
 import json
+import logging
 import math
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
 from rlhf.config.errors import ConfigError
-from rlhf.config.settings import MODEL_OPTIONS, STAGES, logger
+from rlhf.config.facts import facts_of
+from rlhf.config.settings import REMOVED_FIELDS
 from rlhf.config.yaml_text import WrittenFloat, WrittenInt, read_yaml, write_yaml
 
+logger = logging.getLogger("rlhf")
+
 MAX_CONFIG_BYTES = 200_000
-
-
-T = TypeVar("T")
 
 
 def field_docstrings(config_class: type) -> dict[str, str]:
@@ -54,8 +56,10 @@ def field_docstrings(config_class: type) -> dict[str, str]:
     return found
 
 
-def load_config_file(path: str | Path, stage: str) -> dict[str, Any]:
+def load_config_file(path: str | Path, stage: str, *, sections: Collection[str]) -> dict[str, Any]:
     """Read a YAML file into the flat fields of one stage (shared fields, overlaid by the stage's section).
+
+    `sections` are the names of all stages.
 
     Raises ConfigError when the file is missing, cannot be read, is not YAML, repeats a key, or is not a mapping.
     """
@@ -74,7 +78,7 @@ def load_config_file(path: str | Path, stage: str) -> dict[str, Any]:
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a mapping of field names to values, not {type(content).__name__}")
-    shared = {name: value for name, value in content.items() if name not in STAGES}
+    shared = {name: value for name, value in content.items() if name not in sections}
     section = {} if content.get(stage) is None else content[stage]
     if not isinstance(section, dict):
         raise ConfigError(f"{path}: section `{stage}:` must hold a mapping of field names to values")
@@ -83,48 +87,41 @@ def load_config_file(path: str | Path, stage: str) -> dict[str, Any]:
 
 def parse_config(
     stage: str,
-    config_classes: Sequence[type],
+    config_classes: Mapping[str, type],
     argv: Sequence[str] | None = None,
     *,
-    default_config: str | Path | None = None,
+    sections: Collection[str],
     known_fields: AbstractSet[str] = frozenset(),
-) -> tuple[Any, ...]:
-    """Fill `config_classes` from the defaults, then `--config FILE`, then the command line.
+    default_config: str | Path | None = None,
+) -> dict[str, Any]:
+    """Fill `config_classes` (by name) from the defaults, then `--config FILE`, then the command line.
 
-    `default_config` is read when the command line names neither `--config` nor a model: it tunes the embedded
-    default and would not suit another one. `known_fields` are names of other stages that a shared file may hold and
-    this stage passes over. `--local_rank`, which launchers add, is dropped: the rank is read from the environment.
-    `--help` explains every field and exits. Returns one instance per class, in order.
+    `sections` are the names of all stages, `known_fields` those of their fields: a shared file may hold them and this
+    stage passes them over. `default_config` is read when the command line names neither `--config` nor a model: it
+    tunes the embedded default and would not suit another one. `--local_rank`, which launchers add, is dropped: the
+    rank is read from the environment. `--help` explains every field and exits. Returns an instance of each class.
     Raises ConfigError for an unknown field (with the nearest known names) or a value of the wrong type.
     """
-    from trl import TrlParser
-
-    class Parser(TrlParser):
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(f"command line: {message}")
-
+    classes = list(config_classes.values())
     arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
-    parser = Parser(list[Any](config_classes), prog=f"step {stage}", allow_abbrev=False)
-    if {"-h", "--help"} & set(arguments):
-        texts = {name: text for config in config_classes for name, text in field_docstrings(config).items()}
-        for action in parser._actions:
-            action.help = texts.get(action.dest, action.help or "").replace("%", "%%")
+    parser = _parser(stage, classes, explained=bool({"-h", "--help"} & set(arguments)))
     config_path, arguments = _take_config_option(arguments)
-    implicit = config_path is None and default_config is not None and not _given(arguments, *MODEL_OPTIONS)
+    given = _given(arguments)
+    models = {item.name for each in classes for item in dataclasses.fields(each) if facts_of(item).names_model}
+    implicit = config_path is None and default_config is not None and given.isdisjoint(models)
     if implicit:
         config_path = str(default_config)
+    own = {name: kind for config in classes for name, kind in get_type_hints(config).items()}
     if config_path is not None:
         logger.info("configuration: %s", config_path)
-    own = {name: kind for config in config_classes for name, kind in get_type_hints(config).items()}
-    if config_path is not None:
-        values = load_config_file(config_path, stage)
+        values = load_config_file(config_path, stage, sections=sections)
         _check_names(values, known_fields | own.keys(), config_path)
         values = {name: value for name, value in values.items() if name in own}
         if implicit:  # its held-out data belongs to its training data
             values = {
                 name: value
                 for name, value in values.items()
-                if not (name.endswith("_eval_data") and _given(arguments, name.replace("_eval_data", "_data")))
+                if not (name.endswith("_eval_data") and name.replace("_eval_data", "_data") in given)
             }
         parser.set_defaults_with_config(
             **{name: _checked(name, value, own[name], config_path) for name, value in values.items()}
@@ -137,18 +134,40 @@ def parse_config(
         raise ConfigError(f"command line: cannot read {unknown[0]!r}; fields are given as `--name value`")
     for config in configs:
         _check_values(config)
-    return tuple(configs)
+    return dict(zip(config_classes, configs, strict=True))
 
 
-def save_config(path: Path, configs: Sequence[Any]) -> None:
+def _parser(stage: str, classes: Sequence[type], *, explained: bool) -> Any:
+    """The command line of the fields of `classes`; `explained` gives each its docstring as help."""
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        @staticmethod
+        def _parse_dataclass_field(parser: Any, field: dataclasses.Field[Any]) -> None:
+            plain = copy.copy(field)
+            plain.metadata = MappingProxyType({})  # it would be handed on to argparse; ours is not for it
+            TrlParser._parse_dataclass_field(parser, plain)
+
+        def error(self, message: str) -> NoReturn:
+            raise ConfigError(f"command line: {message}")
+
+    parser = Parser(list[Any](classes), prog=f"step {stage}", allow_abbrev=False)
+    if explained:
+        texts = {name: text for config in classes for name, text in field_docstrings(config).items()}
+        for action in parser._actions:
+            action.help = texts.get(action.dest, action.help or "").replace("%", "%%")
+    return parser
+
+
+def save_config(path: Path, configs: Iterable[Any]) -> None:
     """Write the configuration in force as YAML that `--config` reads back."""
     merged = {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
     path.write_text(write_yaml(merged), encoding="utf-8")
 
 
-def _given(arguments: Sequence[str], *names: str) -> bool:
-    given = {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
-    return not given.isdisjoint(names)
+def _given(arguments: Sequence[str]) -> set[str]:
+    """The names of the options among `arguments`."""
+    return {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
 
 
 def _take_config_option(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -177,6 +196,8 @@ def _without_local_rank(arguments: list[str]) -> list[str]:
 
 def _check_names(names: Iterable[str], known: AbstractSet[str], source: str) -> None:
     for name in names:
+        if name in REMOVED_FIELDS and name not in known:
+            raise ConfigError(f"{source}: `{name}` is no field any more: {REMOVED_FIELDS[name]}")
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=3)
             hint = f"did you mean {', '.join(near)}?" if near else "see docs/configuration.md for every field"

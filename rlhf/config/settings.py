@@ -1,24 +1,16 @@
-"""One dataclass per concern with flat, unique field names, and the parser that fills them.
+"""One dataclass per concern with flat, unique field names.
 
-A configuration file is YAML. Its top level holds fields shared by the stages; the sections `sft:`, `reward:`
-and `ppo:` hold fields of one stage and win over the shared ones. The command line wins over both.
-The docstring under a field is its entry in `docs/configuration.md`.
+The docstring under a field is its entry in `docs/configuration.md`; facts about it stand in its `setting`.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
 from rlhf.config.errors import ConfigError, require_at_least
-
-logger = logging.getLogger("rlhf")
-
-
-STAGES = ("sft", "reward", "ppo")
-
+from rlhf.config.facts import setting
 
 EMBEDDED_BASE = "default"
 """`base_model` of the embedded tiny GPT-NeoX."""
@@ -28,28 +20,28 @@ EMBEDDED_BASE = "default"
 class RunConfig:
     """Where a run writes, its seed, and how often it logs."""
 
-    output_dir: str = "runs/default"
+    output_dir: str = setting("runs/default", may_change_on_resume=True, path="written")
     """Directory of the whole run; each stage writes into a subdirectory (`sft`, `reward`, `ppo`)."""
-    cache_dir: str = "runs/.cache"
+    cache_dir: str = setting("runs/.cache", may_change_on_resume=True, path="written")
     """Tokenised data and the embedded base model are kept here under content keys."""
     seed: int = 1
     """Seed of initialisation, data order and sampling."""
-    log_every_steps: int = 10
+    log_every_steps: int = setting(10, may_change_on_resume=True)
     """Optimizer steps (PPO: iterations) between two lines of `metrics.jsonl`."""
-    tensorboard: bool = True
+    tensorboard: bool = setting(True, may_change_on_resume=True)
     """Write TensorBoard event files beside `metrics.jsonl`."""
-    wandb_project: str | None = None
+    wandb_project: str | None = setting(None, may_change_on_resume=True)
     """Also log to this Weights & Biases project; needs the `wandb` package."""
-    resume: Literal["auto", "never"] | None = None
+    resume: Literal["auto", "never"] | None = setting(None, may_change_on_resume=True)
     """`auto` goes on from the newest whole training state of `output_dir`, or starts where there is none; `never`
     starts anew and removes what an unfinished run left. Unset starts, and refuses where an unfinished run lies."""
-    save_every_steps: int = 0
+    save_every_steps: int = setting(0, may_change_on_resume=True)
     """Optimizer steps (PPO: iterations) between two saved training states; 0 saves ten times in a run."""
-    keep_last: int = 2
+    keep_last: int = setting(2, may_change_on_resume=True)
     """Training states kept, the newest ones; 0 saves none, and a killed run is lost."""
-    keep_every: int = 0
+    keep_every: int = setting(0, may_change_on_resume=True)
     """Keep for good the training states whose step is a multiple of this, also after the run; 0 keeps none."""
-    rank_timeout_minutes: float = 30.0
+    rank_timeout_minutes: float = setting(30.0, may_change_on_resume=True)
     """End the whole job when no process has made progress in training for so long (a hang); 0 waits for ever."""
 
     def __post_init__(self) -> None:
@@ -66,11 +58,11 @@ class RunConfig:
 class ModelConfig:
     """Which base model, and which of its weights train."""
 
-    base_model: str = EMBEDDED_BASE
+    base_model: str = setting(EMBEDDED_BASE, may_change_on_resume=True, path="read", names_model=True)
     """Model directory or hub name to start from; `default` is the embedded tiny Korean GPT-NeoX."""
-    trust_remote_code: bool = False
+    trust_remote_code: bool = setting(False, may_change_on_resume=True)
     """Allow model code shipped with a hub repository to run."""
-    attn_implementation: str = "sdpa"
+    attn_implementation: str = setting("sdpa", may_change_on_resume=True)
     """Attention kernel by its `transformers` name: sdpa, eager, flash_attention_2."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Load the frozen base in 8-bit (LLM.int8) or 4-bit NF4 with double quantisation (QLoRA); needs LoRA."""
@@ -82,9 +74,9 @@ class ModelConfig:
     """Dropout on LoRA inputs (KULLM: 0.05)."""
     lora_targets: list[str] = field(default_factory=list)
     """Names of the linear modules to adapt; empty picks the attention projections of the architecture."""
-    share_base: bool = True
+    share_base: bool = setting(True, may_change_on_resume=True)
     """With LoRA, keep one copy of a base that several of PPO's models stand on; off loads each its own."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = setting(False, may_change_on_resume=True)
     """Recompute activations in the backward pass: less memory, about a third more time."""
     model_dropout: float = 0.0
     """Dropout probability set on the base model while it trains (KULLM-RLHF: none)."""
@@ -102,21 +94,27 @@ class ModelConfig:
 class EngineConfig:
     """DeepSpeed: how states are partitioned and in which precision they live."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Literal[0, 1, 2, 3] = setting(0, may_change_on_resume=True)
     """ZeRO stage (Rajbhandari et al. 2020): 1 partitions optimizer states, 2 gradients too, 3 weights too."""
-    offload: Literal["none", "optimizer", "all"] = "none"
+    offload: Literal["none", "optimizer", "all"] = setting("none", may_change_on_resume=True)
     """Keep optimizer states (`optimizer`) and, under ZeRO-3, the weights too (`all`) in CPU memory."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Compute precision; `auto` is bf16 where the accelerator has it, else fp32."""
     max_grad_norm: float = 1.0
     """Gradients are clipped to this global L2 norm; 0 turns clipping off."""
-    gather_for_generation: bool = True
-    """PPO under ZeRO-3: gather the actor's weights once for a rollout, as DeepSpeed-Chat's hybrid engine does; off
-    fetches them for every token, in the memory of one layer."""
-    side_by_side: bool = True
+    side_by_side: bool = setting(True, may_change_on_resume=True)
     """PPO on a CPU, one process, not ZeRO-3: run independent models at the same time, each on half of the threads."""
-    deepspeed_config: str | None = None
+    deepspeed_config: str | None = setting(None, may_change_on_resume=True, path="read")
     """A DeepSpeed json file merged into the generated settings; a contradiction is an error."""
+
+
+def check_together(model: ModelConfig, engine: EngineConfig) -> None:
+    """ConfigError for a model and an engine that each are right and do not go together."""
+    if model.quantization != "none" and engine.zero_stage == 3:
+        raise ConfigError(
+            f"quantization={model.quantization} does not go with zero_stage=3: quantised weights cannot be "
+            "partitioned; use zero_stage 0, 1 or 2, or quantization=none"
+        )
 
 
 @dataclass
@@ -152,9 +150,9 @@ class BatchConfig:
 
     global_batch_size: int = 32
     """Sequences (reward: prompts) of one optimizer step over all devices."""
-    micro_batch_size: int = 8
+    micro_batch_size: int = setting(8, may_change_on_resume=True)
     """Sequences (reward: prompts) of one forward pass on one device, were all as long as the longest of the step."""
-    micro_batch_tokens: int = 0
+    micro_batch_tokens: int = setting(0, may_change_on_resume=True)
     """Tokens of one forward pass on one device; 0 takes micro_batch_size times the longest sequence of the step."""
     epochs: float = 1.0
     """Passes over the training data."""
@@ -170,9 +168,9 @@ class BatchConfig:
 class DataConfig:
     """How rows become tokens; the data sets themselves are named by each stage's own field."""
 
-    template: str = "kullm"
+    template: str = setting("kullm", path="read")
     """Prompt template: kullm, alpaca, koalpaca, law_polyglot, chat (the tokenizer's own), none, or a file."""
-    on_bad_row: Literal["error", "skip"] = "error"
+    on_bad_row: Literal["error", "skip"] = setting("error", may_change_on_resume=True)
     """A row that cannot be used stops the run, or is counted and listed in `skipped_rows.jsonl`."""
     max_prompt_tokens: int = 256
     """Longer prompts lose their beginning (KULLM-RLHF: 256)."""
@@ -193,9 +191,9 @@ class DataConfig:
 class SFTDataConfig(DataConfig):
     """Data of supervised fine-tuning."""
 
-    sft_data: list[str] = field(default_factory=lambda: ["sample:sft_train"])
+    sft_data: list[str] = setting(["sample:sft_train"], may_change_on_resume=True, path="read")
     """Data sets: a path, a hub name, `sample:NAME`, or a mapping {path, columns, format, weight, split}."""
-    sft_eval_data: list[str] = field(default_factory=list)
+    sft_eval_data: list[str] = setting([], may_change_on_resume=True, path="read")
     """Held-out data sets; empty holds out `eval_fraction` of `sft_data`."""
 
 
@@ -203,9 +201,9 @@ class SFTDataConfig(DataConfig):
 class RewardDataConfig(DataConfig):
     """Data of the reward model."""
 
-    preference_data: list[str] = field(default_factory=lambda: ["sample:preference_train"])
+    preference_data: list[str] = setting(["sample:preference_train"], may_change_on_resume=True, path="read")
     """Data sets of pairs or rankings (the two may be blended); the same forms as `sft_data`."""
-    preference_eval_data: list[str] = field(default_factory=list)
+    preference_eval_data: list[str] = setting([], may_change_on_resume=True, path="read")
     """Held-out data sets; empty holds out `eval_fraction` of `preference_data`."""
 
 
@@ -213,12 +211,17 @@ class RewardDataConfig(DataConfig):
 class PPODataConfig(DataConfig):
     """Data of PPO."""
 
-    prompt_data: list[str] = field(default_factory=lambda: ["sample:prompts_train"])
+    prompt_data: list[str] = setting(["sample:prompts_train"], may_change_on_resume=True, path="read")
     """Data sets of prompts; the same forms as `sft_data`."""
-    prompt_eval_data: list[str] = field(default_factory=list)
+    prompt_eval_data: list[str] = setting([], may_change_on_resume=True, path="read")
     """Held-out prompts; empty holds out `eval_fraction` of `prompt_data`."""
-    ptx_data: list[str] = field(default_factory=list)
+    ptx_data: list[str] = setting([], may_change_on_resume=True, path="read")
     """Data sets of the ptx mixture (prompt and response); needed when `ptx_coef` is above 0."""
 
 
-MODEL_OPTIONS = ("base_model", "actor_model", "reward_model", "critic_model")
+REMOVED_FIELDS = {
+    "top_k": "PPO scores the distribution it samples from, which a filter would change; lower `temperature` instead",
+    "top_p": "PPO scores the distribution it samples from, which a filter would change; lower `temperature` instead",
+    "gather_for_generation": "under ZeRO-3 the actor's weights are always gathered once for a rollout; leave it out",
+}
+"""Names that were fields of an earlier release, and what to do instead."""

@@ -2,8 +2,8 @@
 
 from rlhf.data.collate import collate_prompts, collate_rankings, collate_responses
 from rlhf.data.embedded import embedded_corpus
-from rlhf.data.pipeline import StageData, load_stage_data
 from rlhf.data.spec import DataError, DatasetSpec
+from rlhf.data.stage_data import StageData, load_stage_data
 from rlhf.data.templates import load_template
 from rlhf.data.tokenize import TextEncoder, TokenReport, encode_prompt_and_response, tokenize_records
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import yaml
 
-from rlhf.config import STAGES
 from rlhf.doctor.checks import CHECKS, series, unchecked
 from rlhf.doctor.findings import Finding, finding
 from rlhf.doctor.monitor import HEALTH_FILE, HealthWatch
 
+STAGES = ("sft", "reward", "ppo")
 METRICS_FILE = "metrics.jsonl"
 FIGURES: Mapping[str, tuple[str, ...]] = {
     "sft": ("loss", "eval_loss", "gradient_norm"),

@@ -1,7 +1,8 @@
 """Training and inference engines over DeepSpeed ZeRO; works in a notebook and under the `deepspeed` launcher."""
 
+from rlhf.engine.averaged_weights import AveragedWeights
 from rlhf.engine.batch_plan import BatchPlan, partition
-from rlhf.engine.deepspeed_config import compute_dtype, zero_config
+from rlhf.engine.deepspeed_config import compute_dtype, deepspeed_settings
 from rlhf.engine.engine_state import load_engine_state, save_engine_state
 from rlhf.engine.factory import (
     build_optimizer,
@@ -12,21 +13,22 @@ from rlhf.engine.factory import (
     zero3_loading,
 )
 from rlhf.engine.rlhf_engine import RLHFEngine
-from rlhf.engine.whole_weights import gathered_weights
+from rlhf.engine.whole_weights import whole_weights_of
 
 __all__ = [
+    "AveragedWeights",
     "BatchPlan",
     "RLHFEngine",
     "build_optimizer",
     "build_schedule",
     "compute_dtype",
+    "deepspeed_settings",
     "device_of",
-    "gathered_weights",
     "inference_engine",
     "load_engine_state",
     "partition",
     "save_engine_state",
     "training_engine",
+    "whole_weights_of",
     "zero3_loading",
-    "zero_config",
 ]

@@ -30,7 +30,7 @@ REFUSED = {
     "zero_optimization.cpu_offload": "offload",
     "zero_optimization.cpu_offload_param": "offload",
 }
-"""DeepSpeed keys that would work against the engine, and what to set in their place."""
+"""DeepSpeed keys that contradict the engine, and what to set in their place."""
 ALIASES = {"bfloat16": "bf16", "zero_optimization.stage3_gather_fp16_weights_on_model_save":
            "zero_optimization.stage3_gather_16bit_weights_on_model_save"}  # fmt: skip
 AUTO = "auto"
@@ -64,7 +64,7 @@ def compute_dtype(precision: str) -> torch.dtype:
     return dtypes[precision]
 
 
-def zero_config(
+def deepspeed_settings(
     *,
     zero_stage: int,
     offload: str,

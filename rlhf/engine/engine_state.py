@@ -1,8 +1,8 @@
-"""A DeepSpeed engine's training state in files, to go on from on any number of ranks and under any ZeRO stage.
+"""A DeepSpeed engine's training state in files, to resume on any number of ranks and under any ZeRO stage.
 
 Files of an engine called `actor`: `actor-00000.safetensors` and so on hold float32 weights, the optimizer's moments and
-the module's buffers, each whole and under its parameter's name; `actor.json` says what they hold, with step counts,
-schedule and loss scale. Moments that are packed (8 bit) lie in `actor.rank00000.safetensors`, one file for each rank.
+the module's buffers, each whole and under its parameter's name; `actor.json` lists them, with step counts, schedule and
+loss scale. Packed moments (8 bit) are in `actor.rank00000.safetensors`, one file for each rank.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from rlhf.config import ConfigError
 from rlhf.distributed import any_rank, is_main, rank, world_size
 from rlhf.engine.master_weights import Weight, by_master, refresh_weights, trained_weights
 from rlhf.engine.optimizer_state import (
-    catch_up,
     layout_of,
     moments_of,
     optimizer_kind,
+    restore_beta_powers,
     set_moments,
     set_packed_moments,
     step_of,
@@ -36,18 +36,18 @@ SHARD_BYTES = 2**30
 """A file is closed when the next tensor would make it larger than this."""
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""Fields that change of the two classes by which DeepSpeed scales losses, under ZeRO and without it."""
+"""Fields that change in DeepSpeed's two loss scalers: the one of ZeRO, and the one without it."""
 
 Result = TypeVar("Result")
 
 
 @torch.no_grad()
 def save_engine_state(engine: Any, directory: Path, name: str, *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write what the engine's next steps depend on, but for frozen weights, into files named after `name`.
+    """Write all that the engine's next steps depend on, except frozen weights, into files named after `name`.
 
-    A collective, for between two optimizer steps: gradients that wait for more micro-batches are not kept. Tensors are
-    gathered one at a time and rank 0 writes each as it comes; packed moments are written by every rank. Raises OSError
-    on every rank, after the last gather, when one could not write; ConfigError for an engine that cannot be saved.
+    A collective. Call it between two optimizer steps: accumulated gradients are not saved. Tensors are gathered one at
+    a time and rank 0 writes each before the next; packed moments are written by every rank. Raises OSError on every
+    rank, after the last gather, when one could not write; ConfigError for an engine that cannot be saved.
     """
     directory = Path(directory)
     index = directory / f"{name}.json"
@@ -58,12 +58,12 @@ def save_engine_state(engine: Any, directory: Path, name: str, *, shard_bytes: i
     packed = list(_packed_sources(optimizer, weights))
     attempt = _Attempt(engine.device, f"write {index}")
     if is_main():
-        attempt.do(lambda: index.unlink(missing_ok=True))  # with it goes a state that this one replaces
+        attempt.do(lambda: index.unlink(missing_ok=True))  # an older state in these files ends here
     for file, group in files.items():
         values = (source.fetch() for source in group)
         if is_main():
             attempt.do(write_tensors, directory / file, group, values)
-        for _ in values:  # what a failure left and, on the other ranks, everything: all must gather equally often
+        for _ in values:  # after a failure, and on the other ranks: every rank must join every gather
             pass
     if packed:
         values = (source.fetch() for source in packed)
@@ -94,7 +94,7 @@ def save_engine_state(engine: Any, directory: Path, name: str, *, shard_bytes: i
 
 @torch.no_grad()
 def load_engine_state(engine: Any, directory: Path, name: str) -> None:
-    """Take up the state that `save_engine_state` wrote, in an engine that has taken no step. A collective.
+    """Load what `save_engine_state` wrote into an engine that has taken no step. A collective.
 
     Every rank reads rank 0's files (one machine or a shared disk), its own part of one tensor at a time. The learning
     rate is that of the engine's own schedule at the saved step. Raises ConfigError, with the first differences and
@@ -117,7 +117,7 @@ def load_engine_state(engine: Any, directory: Path, name: str) -> None:
 
 
 class _Attempt:
-    """Work that can fail on one rank: the first error is kept, what comes after it left undone, and all ranks raise."""
+    """Work that may fail on one rank: after the first error the rest is skipped, and all ranks raise together."""
 
     def __init__(self, device: torch.device, purpose: str) -> None:
         self.device = device
@@ -192,7 +192,7 @@ def _check(content: Mapping[str, Any], engine: Any, weights: Sequence[Weight], p
     """ConfigError where the state is not one of this engine."""
     kind = optimizer_kind(engine.basic_optimizer)
     if content["optimizer"] != kind:
-        raise ConfigError(f"{path} is the state of optimizer {content['optimizer']}, not of {kind}; go on with that")
+        raise ConfigError(f"{path} is the state of optimizer {content['optimizer']}, not of {kind}; resume with that")
     saved = {name: entry["shape"] for name, entry in content["weights"].items()}
     differences = [
         *_differences("trainable weight", saved, {weight.name: list(weight.shape) for weight in weights}),
@@ -205,15 +205,15 @@ def _check(content: Mapping[str, Any], engine: Any, weights: Sequence[Weight], p
     now = _sizes(engine.zero_optimization_stage(), world_size())
     if content["packed_moments"] and then != now:
         raise ConfigError(
-            f"{path} holds the packed moments of an 8-bit optimizer, which lie as the ranks had them: it was saved "
-            f"with {then} and cannot be loaded with {now}; go on with {then}"
+            f"{path} holds the packed moments of an 8-bit optimizer, which belong to one division over the ranks: it "
+            f"was saved with {then} and cannot be loaded with {now}; resume with {then}"
         )
     for members in by_master(weights):
         steps = {content["weights"][weight.name]["step"] for weight in members} - {None}
         if len(steps) > 1:
             raise ConfigError(
                 f"{path} has weights that took different numbers of steps ({sorted(steps)}), {members[0].name} among "
-                f"them, and with {now} they share one count; go on with {then}"
+                f"them, and with {now} they share one count; resume with {then}"
             )
 
 
@@ -249,7 +249,7 @@ def _fill(engine: Any, weights: Sequence[Weight], content: Mapping[str, Any], di
         set_moments(optimizer, weights, content["weights"], read)
         if content["packed_moments"]:
             set_packed_moments(optimizer, weights, _rank_file(directory, name))
-    catch_up(optimizer)
+    restore_beta_powers(optimizer)
 
 
 @contextmanager
@@ -263,11 +263,12 @@ def _disk_errors(directory: Path) -> Iterator[None]:
 
 def _progress(engine: Any) -> dict[str, Any]:
     """Counters of the engine, its schedule and its loss scale."""
+    schedule = engine.lr_scheduler.state_dict()
     return {
         **{name: getattr(engine, name) for name in COUNTERS},
         "micro_steps": engine.micro_steps,
         "accumulation_steps": engine.gradient_accumulation_steps(),
-        "schedule": {"last_epoch": engine.lr_scheduler.last_epoch, "_step_count": engine.lr_scheduler._step_count},
+        "schedule": {name: schedule[name] for name in ("last_epoch", "_step_count")},
         "loss_scale": {name: getattr(_loss_scaler(engine), name, None) for name in LOSS_SCALE},
     }
 
@@ -276,14 +277,13 @@ def _set_progress(engine: Any, saved: Mapping[str, Any]) -> None:
     for name in COUNTERS:
         setattr(engine, name, saved[name])
     steps, rest = divmod(saved["micro_steps"], saved["accumulation_steps"])
-    # left to itself DeepSpeed takes a step at multiples of a number that changes with the number of ranks
+    # DeepSpeed's own step boundaries are multiples of a number that changes with the number of ranks
     engine.micro_steps = steps * engine.gradient_accumulation_steps() + rest
-    schedule = engine.lr_scheduler
-    vars(schedule).update(saved["schedule"])
-    rates = [base * at(schedule.last_epoch) for base, at in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
+    schedule, last = engine.lr_scheduler, saved["schedule"]["last_epoch"]
+    rates = [base * factor(last) for base, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)]
     for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
-    schedule._last_lr = rates
+    schedule.load_state_dict({**saved["schedule"], "_last_lr": rates, "lr_lambdas": [None] * len(rates)})
     scaler = _loss_scaler(engine)
     for name, value in saved["loss_scale"].items():
         if value is not None and getattr(scaler, name, None) is not None:

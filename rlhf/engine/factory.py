@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from rlhf.config import ConfigError, EngineConfig, OptimizerConfig
 from rlhf.distributed import init_world, logger, world_size
 from rlhf.engine.batch_plan import BatchPlan
-from rlhf.engine.deepspeed_config import compute_dtype, zero_config
+from rlhf.engine.deepspeed_config import compute_dtype, deepspeed_settings
 from rlhf.numerics.cpu import speed_up_linears
 
 
@@ -58,7 +58,7 @@ def training_engine(
             model=model,
             optimizer=client,
             lr_scheduler=schedule,
-            config=_deepspeed_settings(engine, plan, getattr(model, "config", None)),
+            config=_settings(engine, plan, getattr(model, "config", None)),
         )
     wrapped.train()
     return wrapped
@@ -79,7 +79,7 @@ def inference_engine(model: nn.Module, *, engine: EngineConfig, plan: BatchPlan)
             speed_up_linears(model)
         return model.eval()
     wrapped, *_ = deepspeed.initialize(
-        model=model, config=_deepspeed_settings(engine, plan, getattr(model, "config", None), trains=False)
+        model=model, config=_settings(engine, plan, getattr(model, "config", None), trains=False)
     )
     wrapped.eval()  # an engine's eval() returns nothing
     return wrapped
@@ -98,7 +98,7 @@ def zero3_loading(engine: EngineConfig, plan: BatchPlan) -> Iterator[None]:
 
     init_world()
     # transformers keeps a weak reference: the name must stay until the block ends
-    settings = HfDeepSpeedConfig(_deepspeed_settings(engine, plan, None))
+    settings = HfDeepSpeedConfig(_settings(engine, plan, None))
     try:
         yield
     finally:
@@ -199,10 +199,8 @@ def read_deepspeed_config(path: str | None) -> dict[str, Any] | None:
     return content
 
 
-def _deepspeed_settings(
-    engine: EngineConfig, plan: BatchPlan, model_config: Any, *, trains: bool = True
-) -> dict[str, Any]:
-    settings = zero_config(
+def _settings(engine: EngineConfig, plan: BatchPlan, model_config: Any, *, trains: bool = True) -> dict[str, Any]:
+    settings = deepspeed_settings(
         zero_stage=engine.zero_stage,
         offload=engine.offload,
         dtype=compute_dtype(engine.precision),
@@ -244,14 +242,9 @@ def _no_step_taken(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
 
 def _check(model: nn.Module, engine: EngineConfig, plan: BatchPlan, *, trains: bool = True) -> None:
-    """ConfigError for a model, an engine and a batch plan that do not go together."""
+    """ConfigError for a batch plan of another number of processes, and for a model of another precision."""
     if plan.world_size != world_size():
         raise ConfigError(f"the batch plan is for {plan.world_size} processes and {world_size()} run")
-    if engine.zero_stage == 3 and _quantized(model):
-        raise ConfigError(
-            "a quantised base does not go with zero_stage=3: quantised weights cannot be partitioned; "
-            "use zero_stage 0, 1 or 2, or quantization=none"
-        )
     dtype = compute_dtype(engine.precision)
     if trains and dtype == torch.float32:
         for name, parameter in model.named_parameters():

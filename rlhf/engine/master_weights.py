@@ -1,8 +1,9 @@
-"""Where a DeepSpeed engine keeps the float32 weights that it trains, and which part of each is on which rank.
+"""Where a DeepSpeed engine keeps its float32 master weights, and which part of each is on which rank.
 
-Every wrapper that `deepspeed.initialize` puts around an optimizer keeps them in its own way. The optimizer's moments
-lie as the weights do. DeepSpeed's own `safe_get_full_*` sums fragments over the ranks (which turns -0.0 into 0.0) and
-its `safe_set_full_*` cannot set a ZeRO-3 weight whose size the ranks do not divide; neither knows engines without ZeRO.
+Every wrapper that `deepspeed.initialize` puts around an optimizer keeps them in its own way; the optimizer's moments
+are divided over the ranks in the same way. DeepSpeed's own `safe_get_full_*` sums fragments over the ranks (which turns
+-0.0 into 0.0) and its `safe_set_full_*` cannot set a ZeRO-3 weight whose size the ranks do not divide; neither knows
+engines without ZeRO.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ BROADCAST_ELEMENTS = 2**24
 """Elements that travel between ranks at a time: 64 MiB of float32 on each device."""
 
 Span = tuple[int, int]
-"""First element and the one after the last, of a weight read as one row."""
+"""First element and the one after the last, of a weight flattened to one row."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,14 @@ class Weight:
     spans: tuple[Span, ...] | None = None
 
     def part(self, like_master: torch.Tensor) -> torch.Tensor:
-        """This rank's part of the weight in `like_master`, the master or a moment that lies like it; shares memory."""
+        """This rank's part of the weight in `like_master`, the master or a moment of its layout; shares memory."""
         if self.spans is None:
             return like_master.detach()
         start, end = self.spans[rank()]
         return like_master.detach().view(-1)[self.offset : self.offset + end - start]
 
     def part_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """What belongs into `part`, of a tensor of the weight's shape."""
+        """This rank's part of `whole`, a tensor of the weight's shape."""
         return whole if self.spans is None else whole.reshape(-1)[slice(*self.spans[rank()])]
 
     def gather(self, like_master: torch.Tensor, device: torch.device) -> torch.Tensor | None:
@@ -90,7 +91,7 @@ def trained_weights(engine: Any) -> list[Weight]:
 
 
 def by_master(weights: Iterable[Weight]) -> list[list[Weight]]:
-    """Weights that lie in one master."""
+    """The weights grouped by the master that holds them."""
     groups: dict[int, list[Weight]] = {}
     for weight in weights:
         groups.setdefault(id(weight.master), []).append(weight)
@@ -98,18 +99,18 @@ def by_master(weights: Iterable[Weight]) -> list[list[Weight]]:
 
 
 def refresh_weights(engine: Any) -> None:
-    """Give the weights that the module computes with the values of their masters. A collective."""
+    """Copy the masters' values into the weights that the module computes with. A collective."""
     with torch.no_grad():
         _wrapper(engine).refresh(engine.optimizer)
 
 
-Lying = tuple[torch.Tensor, int, tuple[Span, ...] | None]
+Place = tuple[torch.Tensor, int, tuple[Span, ...] | None]
 """`Weight.master`, `offset` and `spans`."""
 
 
 @dataclass(frozen=True)
 class _Wrapper:
-    weights: Callable[[Any], Iterator[tuple[nn.Parameter, Lying]]]
+    weights: Callable[[Any], Iterator[tuple[nn.Parameter, Place]]]
     refresh: Callable[[Any], None]
 
 
@@ -128,14 +129,14 @@ def _wrapper(engine: Any) -> _Wrapper:
     return _WRAPPERS[kind]
 
 
-def _plain(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, Lying]]:
+def _plain(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, Place]]:
     """float32 without ZeRO: the weights are their own masters."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             yield parameter, (parameter, 0, None)
 
 
-def _copies(optimizer: Any) -> Iterator[tuple[nn.Parameter, Lying]]:
+def _copies(optimizer: Any) -> Iterator[tuple[nn.Parameter, Place]]:
     """16 bit without ZeRO: a float32 copy of each."""
     for parameter, master in zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True):
         yield parameter, (master, 0, None)
@@ -146,8 +147,8 @@ def _refresh_copies(optimizer: Any) -> None:
         parameter.copy_(master)
 
 
-def _flat_groups(optimizer: Any) -> Iterator[tuple[nn.Parameter, Lying]]:
-    """ZeRO 1 and 2: the weights of a group in one row, cut into equal parts for the ranks without regard to them."""
+def _flat_groups(optimizer: Any) -> Iterator[tuple[nn.Parameter, Place]]:
+    """ZeRO 1 and 2: the weights of a group form one row, which is cut into equal parts for the ranks."""
     for parameters, offsets, master in zip(
         optimizer.round_robin_bit16_groups,
         optimizer.round_robin_bit16_offsets,
@@ -157,7 +158,7 @@ def _flat_groups(optimizer: Any) -> Iterator[tuple[nn.Parameter, Lying]]:
         yield from _cut_row(parameters, offsets, master)
 
 
-def _flat_bf16_groups(optimizer: Any) -> Iterator[tuple[nn.Parameter, Lying]]:
+def _flat_bf16_groups(optimizer: Any) -> Iterator[tuple[nn.Parameter, Place]]:
     """bf16 with float32 gradients under ZeRO-1: the same under other names."""
     for parameters, master in zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True):
         offsets = [0, *accumulate(parameter.numel() for parameter in parameters)][:-1]
@@ -166,7 +167,7 @@ def _flat_bf16_groups(optimizer: Any) -> Iterator[tuple[nn.Parameter, Lying]]:
 
 def _cut_row(
     parameters: Sequence[nn.Parameter], offsets: Sequence[int], master: torch.Tensor
-) -> Iterator[tuple[nn.Parameter, Lying]]:
+) -> Iterator[tuple[nn.Parameter, Place]]:
     size = master.numel()  # of each rank's part, padding at the end of the row included
     for parameter, offset in zip(parameters, offsets, strict=True):
         count = parameter.numel()
@@ -179,8 +180,8 @@ def _refresh_flat(optimizer: Any) -> None:
     optimizer.update_lp_params()
 
 
-def _partitioned(optimizer: Any) -> Iterator[tuple[nn.Parameter, Lying]]:
-    """ZeRO-3: each weight is cut into equal parts for the ranks; a rank's parts stand in rows."""
+def _partitioned(optimizer: Any) -> Iterator[tuple[nn.Parameter, Place]]:
+    """ZeRO-3: each weight is cut into equal parts for the ranks; a rank's parts form one row for each group."""
     for parameters, master in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
         sizes = [parameter.partition_numel() for parameter in parameters]
         for parameter, size, offset in zip(parameters, sizes, [0, *accumulate(sizes)], strict=False):
@@ -189,7 +190,7 @@ def _partitioned(optimizer: Any) -> Iterator[tuple[nn.Parameter, Lying]]:
 
 
 def _refresh_partitioned(optimizer: Any) -> None:
-    """As DeepSpeed does in a step. Weights that are whole at the moment are dropped first, to be gathered anew."""
+    """As DeepSpeed does in a step. Weights that are gathered at the moment are released first."""
     optimizer._partition_all_parameters()
     for number in range(len(optimizer.fp16_groups)):
         optimizer._reassign_or_swap_out_partitioned_parameters(number)
@@ -202,4 +203,4 @@ _WRAPPERS = {
     "BF16_Optimizer": _Wrapper(_flat_bf16_groups, _refresh_flat),
     "DeepSpeedZeroOptimizer_Stage3": _Wrapper(_partitioned, _refresh_partitioned),
 }
-"""By the name of the class: a subclass keeps its weights elsewhere."""
+"""By the exact name of the class: a subclass may keep its weights elsewhere."""

@@ -1,4 +1,4 @@
-"""The optimizer's part of a training state: step counts and moments, read off and set again.
+"""The optimizer's part of a training state: step counts and moments, read and restored.
 
 An optimizer has one state for each master (see `rlhf.engine.master_weights`), which may hold many weights.
 """
@@ -35,14 +35,14 @@ def step_of(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> int | Non
 
 
 def moments_of(optimizer: torch.optim.Optimizer, master: torch.Tensor) -> tuple[Moments, Moments]:
-    """The moments of `master`, each as large as it is: those with a number for each weight, or else the packed ones."""
+    """The moments of `master`: those with one number for each of its weights, or else the packed ones."""
     moments = {key: value for key, value in optimizer.state.get(master, {}).items() if key != "step"}
     plain = all(value.is_floating_point() and value.numel() == master.numel() for value in moments.values())
     return (moments, {}) if plain else ({}, moments)
 
 
 def layout_of(weights: Sequence[Weight]) -> str:
-    """How the weights lie in this rank's masters; packed moments fit no other layout."""
+    """Where the weights are in this rank's masters; packed moments fit no other layout."""
     return json.dumps([(weight.name, weight.offset, weight.spans) for weight in weights])
 
 
@@ -52,7 +52,7 @@ def set_moments(
     saved: Mapping[str, Mapping[str, Any]],
     read: Callable[[str], torch.Tensor],
 ) -> None:
-    """Give each master the state that `saved` ("step" and "moments" by weight) and `read` ("moment/weight") tell."""
+    """Restore each master's state from `saved` ("step" and "moments" by weight) and `read` ("moment/weight")."""
     optimizer.state.clear()
     for members in by_master(weights):
         master = members[0].master
@@ -64,7 +64,7 @@ def set_moments(
             for key in saved[weight.name]["moments"]:
                 whole = read(f"{key}/{weight.name}")
                 if key not in state:
-                    state[key] = _room(optimizer, master, whole.dtype)
+                    state[key] = _zeros_for(optimizer, master, whole.dtype)
                 weight.part(state[key]).copy_(weight.part_of(whole))
         optimizer.state[master] = state
 
@@ -75,7 +75,7 @@ def set_packed_moments(optimizer: torch.optim.Optimizer, weights: Sequence[Weigh
     with safe_open(path, "pt") as file:
         if file.metadata().get("layout") != layout_of(weights):
             raise ConfigError(
-                f"{path} holds packed moments of weights that lie in another order here; go on with the "
+                f"{path} holds packed moments of weights that have another order here; resume with the "
                 "deepspeed_config that they were saved with"
             )
         for name in file.keys():  # noqa: SIM118 - not a dictionary
@@ -83,15 +83,17 @@ def set_packed_moments(optimizer: torch.optim.Optimizer, weights: Sequence[Weigh
             master, value = masters[int(number)], file.get_tensor(name)
             like_master = value.shape == master.shape
             room = (
-                _room(optimizer, master, value.dtype) if like_master else torch.empty_like(value, device=master.device)
+                _zeros_for(optimizer, master, value.dtype)
+                if like_master
+                else torch.empty_like(value, device=master.device)
             )
             optimizer.state[master][key] = room.copy_(value)
 
 
-def catch_up(optimizer: Any) -> None:
-    """Bring the powers of the betas that DeepSpeedCPUAdam keeps to itself to where the saved run has them.
+def restore_beta_powers(optimizer: Any) -> None:
+    """Restore the powers of the betas that DeepSpeedCPUAdam keeps internally.
 
-    It multiplies them up step by step in float32; set anew they are a rounding away, and the weights with them.
+    It multiplies them step by step in float32; computed at once they differ by a rounding, and so would the weights.
     """
     if not hasattr(optimizer, "ds_opt_adam"):
         return
@@ -112,8 +114,8 @@ def _step_count(optimizer: torch.optim.Optimizer, master: torch.Tensor, step: in
     return torch.tensor(float(step), device=master.device if on_device else "cpu")
 
 
-def _room(optimizer: torch.optim.Optimizer, master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Zeros for a moment of `master`, in the memory where the optimizer wants it."""
+def _zeros_for(optimizer: torch.optim.Optimizer, master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros for a moment of `master`, in the memory where the optimizer keeps it."""
     paged: Any = getattr(optimizer, "get_state_buffer", None)  # bitsandbytes
     if paged is None:
         return torch.zeros_like(master, dtype=dtype)

@@ -1,8 +1,8 @@
-"""The four models of PPO in one object: actor and critic that train, reference and reward model that do not."""
+"""The models of PPO in one object: an actor, and beside it what the algorithm needs of critic, reference and reward."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -12,125 +12,128 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from rlhf.config import ConfigError, EngineConfig, ModelConfig, OptimizerConfig
-from rlhf.distributed import is_main, logger
+from rlhf.config import ConfigError, EngineConfig, ModelConfig, OptimizerConfig, check_together
+from rlhf.distributed import logger, world_size
+from rlhf.engine.averaged_weights import AveragedWeights
 from rlhf.engine.batch_plan import BatchPlan
 from rlhf.engine.deepspeed_config import compute_dtype
-from rlhf.engine.factory import inference_engine, training_engine, zero3_loading
+from rlhf.engine.factory import device_of, inference_engine, training_engine, zero3_loading
+from rlhf.models.directories import check_scalar_directory, is_scalar_directory
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import adapter_disabled, has_adapter
-from rlhf.models.scalar import ScalarModel, check_scalar_directory, is_scalar_directory
+from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared import Roles, adapted_roles
+from rlhf.numerics.cpu import WORKERS, can_run_side_by_side, side_by_side
 
 
 class RLHFEngine:
-    """Holds `actor`, `critic` (training engines), `reference`, `reward` (frozen), and knows which share weights.
+    """Holds `actor` and `critic` (training engines), `reference` and `reward` (frozen), and `averaged_actor`.
 
-    With `reference` None the actor carries a LoRA adapter and the reference is the actor with its adapter off.
+    All but the actor may be None: an algorithm without a critic or a reference has none in memory. With
+    `reference_is_actor_without_adapter` the actor carries a LoRA adapter, and is the reference while that is off.
     """
 
     def __init__(
-        self, actor: Any, critic: Any, reference: nn.Module | None, reward: nn.Module, *, ema_decay: float = 0.0
+        self,
+        actor: Any,
+        *,
+        critic: Any = None,
+        reference: nn.Module | None = None,
+        reward: nn.Module | None = None,
+        reference_is_actor_without_adapter: bool = False,
+        ema_decay: float = 0.0,
+        side_by_side: bool = False,
     ) -> None:
-        if reference is None and not has_adapter(actor):
-            raise ConfigError("a reference is needed: only an actor with a LoRA adapter can be its own")
-        if not 0.0 <= ema_decay < 1.0:
-            raise ConfigError(f"ema_decay={ema_decay} must be at least 0 (off) and below 1")
+        if reference_is_actor_without_adapter and reference is not None:
+            raise ConfigError("one reference is enough: a model, or the actor without its adapter")
+        if reference_is_actor_without_adapter and not has_adapter(actor):
+            raise ConfigError("the actor has no LoRA adapter to switch off: give a model as its reference")
         self.actor = actor
         self.critic = critic
         self.reference = reference
         self.reward = reward
-        self.ema_decay = ema_decay
-        self._ema: dict[str, torch.Tensor] = {}
-        if ema_decay > 0:
-            self._visit_trainable(self._start_ema)
+        self.reference_is_actor_without_adapter = reference_is_actor_without_adapter
+        self.averaged_actor = AveragedWeights(actor, ema_decay) if ema_decay != 0.0 else None
+        pays = side_by_side and can_run_side_by_side(device_of(actor), ranks=world_size())
+        self.jobs_at_a_time = WORKERS if pays and not _quantized(actor, critic) else 1
+        """Models that compute at the same time and share the memory of a training pass; see `run_jobs`."""
 
     @classmethod
     def build(
         cls,
         actor_model: str | Path,
-        reward_model: str | Path,
-        critic_model: str | Path | None = None,
         *,
+        critic_model: str | Path | None = None,
+        reward_model: str | Path | None = None,
+        with_reference: bool = True,
         model: ModelConfig,
         engine: EngineConfig,
-        actor_optimizer: OptimizerConfig,
-        critic_learning_rate: float,
+        optimizer: OptimizerConfig,
+        critic_learning_rate: float | None = None,
         plan: BatchPlan,
         total_steps: int,
         ema_decay: float = 0.0,
         seed: int = 0,
     ) -> Self:
-        """All four from directories.
+        """The models that are named, from their directories; the reference is the actor as it starts.
 
-        The critic starts as a copy of the reward model, head included, or from `critic_model`: another reward model
-        or critic, or a causal LM, which gets a new head drawn with `seed`. The reference is the actor as it starts.
-        With LoRA, models that stand on one base share it: see `rlhf.models.shared.adapted_roles`.
+        The critic starts from another critic or a reward model, head included, or from a causal LM, which gets a new
+        head drawn with `seed`. It learns at `critic_learning_rate`, None: at that of `optimizer`, the actor's.
+        With LoRA, models on one base share it: see `rlhf.models.shared.adapted_roles`. Raises ConfigError for what
+        cannot be loaded or does not go together.
         """
-        if model.quantization != "none":
-            if model.lora_rank < 1:
-                raise ConfigError(f"quantization={model.quantization} needs lora_rank above 0: its base is frozen")
-            if engine.zero_stage == 3:
-                raise ConfigError(
-                    f"quantization={model.quantization} does not go with zero_stage=3: quantised weights cannot be "
-                    f"partitioned; use zero_stage 0, 1 or 2, or quantization=none"
-                )
-        options: dict[str, Any] = {
-            "dtype": compute_dtype(engine.precision),
-            "attn_implementation": model.attn_implementation,
-            "trust_remote_code": model.trust_remote_code,
-        }
+        check_together(model, engine)
+        if reward_model is not None:
+            check_scalar_directory(reward_model)
         if model.model_dropout or model.lora_dropout:
             logger.info("PPO: dropout is off (with it the ratio would not start at 1), whatever the configuration says")
-        options["dropout"] = 0.0
-        critic_path = reward_model if critic_model is None else critic_model
-        check_scalar_directory(reward_model)
+        model = replace(model, model_dropout=0.0, lora_dropout=0.0)
+        dtype = compute_dtype(engine.precision)
         loading = partial(zero3_loading, engine, plan)
         if model.lora_rank:
             roles = adapted_roles(
-                actor_model, reward_model, critic_path, model=model, options=options, seed=seed, loading=loading
-            )
+                actor_model, reward_model, critic_model, with_reference=with_reference, config=model, dtype=dtype,
+                seed=seed, loading=loading,
+            )  # fmt: skip
         else:
             with loading():
-                critic_class = (
-                    ScalarModel.from_pretrained
-                    if is_scalar_directory(critic_path)
-                    else partial(ScalarModel.from_base, seed=seed)
-                )
-                roles = Roles(
-                    actor=load_causal_lm(actor_model, **options),
-                    critic=critic_class(critic_path, **options),
-                    reference=load_causal_lm(actor_model, **options),
-                    reward=ScalarModel.from_pretrained(reward_model, **options),
-                )
-        critic_optimizer = replace(actor_optimizer, learning_rate=critic_learning_rate)
-        shared: dict[str, Any] = {
-            "engine": engine,
-            "plan": plan,
-            "total_steps": total_steps,
-            "gradient_checkpointing": model.gradient_checkpointing,
-        }
+                roles = _whole_models(actor_model, reward_model, critic_model, with_reference, model, dtype, seed)
+        training = partial(
+            training_engine, engine=engine, optimizer=optimizer, plan=plan, total_steps=total_steps,
+            gradient_checkpointing=model.gradient_checkpointing,
+        )  # fmt: skip
+        frozen = partial(inference_engine, engine=engine, plan=plan)
         return cls(
-            training_engine(roles.actor, optimizer=actor_optimizer, **shared),
-            training_engine(roles.critic, optimizer=critic_optimizer, **shared),
-            None if roles.reference is None else inference_engine(roles.reference, engine=engine, plan=plan),
-            inference_engine(roles.reward, engine=engine, plan=plan),
+            training(roles.actor),
+            critic=None if roles.critic is None else training(roles.critic, learning_rate=critic_learning_rate),
+            reference=None if roles.reference is None else frozen(roles.reference),
+            reward=None if roles.reward is None else frozen(roles.reward),
+            reference_is_actor_without_adapter=with_reference and roles.reference is None,
             ema_decay=ema_decay,
+            # ZeRO-3 keeps process-wide notes of the module that runs: two models at a time would mix them up
+            side_by_side=engine.side_by_side and engine.zero_stage != 3,
         )
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is a model to take the KL divergence to."""
+        return self.reference is not None or self.reference_is_actor_without_adapter
 
     @contextmanager
     def reference_model(self) -> Iterator[Any]:
-        """Yield the model that reference log-probabilities are computed with; it must not train in the block."""
+        """Yield the model that reference log-probabilities are computed with; it must not train in the block.
+
+        Raises ConfigError when the engine was built without a reference.
+        """
         if self.reference is not None:
             yield self.reference
-            return
-        with adapter_disabled(self.actor):
-            yield self.actor
-
-    def train(self) -> None:
-        """Actor and critic in training mode (dropout on where there is any)."""
-        self.actor.train()
-        self.critic.train()
+        elif self.reference_is_actor_without_adapter:
+            with adapter_disabled(self.actor):
+                yield self.actor
+        else:
+            raise ConfigError(
+                "this engine has no reference model, and a KL penalty needs one: build it with with_reference=True"
+            )
 
     def eval(self) -> None:
         """Every model in evaluation mode."""
@@ -148,6 +151,10 @@ class RLHFEngine:
             for part, training in modes:
                 part.training = training
 
+    def run_jobs(self, jobs: Sequence[Callable[[], None]]) -> None:
+        """Run jobs that do not depend on one another: in order, or side by side where the hardware gains by it."""
+        side_by_side(jobs, together=self.jobs_at_a_time > 1)
+
     @contextmanager
     def updating(self, engine: Any) -> Iterator[None]:
         """`engine` in training mode within the block (gradient checkpointing needs it), as it was after it."""
@@ -159,41 +166,34 @@ class RLHFEngine:
             for part, training in modes:
                 part.training = training
 
-    def update_ema(self) -> None:
-        """Move the averaged actor: average = decay * average + (1 - decay) * weights. A collective under ZeRO-3."""
-        if self.ema_decay <= 0:
-            raise ConfigError("update_ema needs ema_decay above 0")
-        self._visit_trainable(self._average)
-
-    def ema_state_dict(self) -> dict[str, torch.Tensor]:
-        """The averaged trainable weights in float32 by name, on rank 0 ({} on the others)."""
-        return dict(self._ema)
-
-    def load_ema_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take up an average again (rank 0; the others pass {}). Raises ValueError when the names differ."""
-        if is_main() and state.keys() != self._ema.keys():
-            raise ValueError(
-                f"the averaged actor has {len(self._ema)} weights and the state {len(state)}; "
-                f"differing: {', '.join(sorted(state.keys() ^ self._ema.keys())[:4])}"
-            )
-        self._ema = {name: tensor.float().clone() for name, tensor in state.items()} if is_main() else {}
-
     def _modules(self) -> list[nn.Module]:
         return [module for module in (self.actor, self.critic, self.reference, self.reward) if module is not None]
 
-    def _start_ema(self, name: str, weight: torch.Tensor) -> None:
-        self._ema[name] = weight.clone()
 
-    def _average(self, name: str, weight: torch.Tensor) -> None:
-        self._ema[name].lerp_(weight, 1.0 - self.ema_decay)
+def _whole_models(
+    actor_model: str | Path,
+    reward_model: str | Path | None,
+    critic_model: str | Path | None,
+    with_reference: bool,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    seed: int,
+) -> Roles:
+    """The models without adapters, a copy of its weights for each."""
+    actor = load_causal_lm(actor_model, config, dtype=dtype)
+    critic: nn.Module | None = None
+    if critic_model is not None and is_scalar_directory(critic_model):
+        critic = ScalarModel.from_pretrained(critic_model, config, dtype=dtype)
+    elif critic_model is not None:
+        critic = ScalarModel.from_base(critic_model, config, dtype=dtype, seed=seed)
+    return Roles(
+        actor=actor,
+        critic=critic,
+        reference=load_causal_lm(actor_model, config, dtype=dtype) if with_reference else None,
+        reward=None if reward_model is None else ScalarModel.from_pretrained(reward_model, config, dtype=dtype),
+    )
 
-    @torch.no_grad()
-    def _visit_trainable(self, visit: Any) -> None:
-        """Call `visit(name, float32 copy on the CPU)` on rank 0 for each trainable weight of the actor."""
-        import deepspeed
 
-        for name, parameter in self.actor.module.named_parameters():
-            if parameter.requires_grad:
-                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
-                    if is_main():
-                        visit(name, parameter.detach().to("cpu", torch.float32))
+def _quantized(*models: nn.Module | None) -> bool:
+    """True when a weight is in 8 or 4 bits: bitsandbytes keeps scratch state beside it, which serves one thread."""
+    return any(not weight.is_floating_point() for model in models if model is not None for weight in model.parameters())

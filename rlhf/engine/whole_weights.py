@@ -1,4 +1,4 @@
-"""Whole weights for a while: a ZeRO-3 engine's parameters gathered once instead of at every forward pass."""
+"""A ZeRO-3 engine's weights, gathered once for a block instead of at every forward pass."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 
 @contextmanager
-def gathered_weights(engine: nn.Module) -> Iterator[None]:
-    """Within the block every rank holds all of the engine's weights, and calls of its modules are no collectives.
+def whole_weights_of(engine: nn.Module) -> Iterator[None]:
+    """Within the block every rank holds all of the engine's weights, and calling its modules is no collective.
 
-    For sampling under ZeRO-3: a token then costs no all-gather, and ranks may take different numbers of steps. Weights
-    are for reading, without gradients. Entering and leaving are collectives: every rank must do both. It takes the
-    memory of one whole copy of the weights on each device. For any other engine or module nothing changes.
+    For sampling under ZeRO-3: a token then needs no all-gather, and ranks may take different numbers of steps. Weights
+    are for reading, without gradients. Entering and leaving are collectives. Takes the memory of one whole copy of the
+    weights on each device. For any other engine or module nothing changes.
     """
     offload = _partitioner(engine)
     if offload is None:
@@ -33,14 +33,14 @@ def gathered_weights(engine: nn.Module) -> Iterator[None]:
 
 
 def _partitioner(engine: nn.Module) -> Any | None:
-    """What hooks fetching and releasing of weights into an engine's modules: with an optimizer its part, else alone."""
+    """The part of DeepSpeed that fetches and releases an engine's weights by hooks; None without ZeRO-3."""
     optimizer = getattr(engine, "optimizer", None)
     offload = getattr(optimizer, "parameter_offload", optimizer)
     return offload if hasattr(offload, "partition_all_parameters") else None
 
 
 Hooks = list[tuple[dict[int, Any], dict[int, Any]]]
-"""For each dictionary of hooks that was changed: the dictionary, and all it held before."""
+"""Each dictionary of hooks that was changed, and a copy of it from before."""
 
 
 def _take_hooks_off(offload: Any) -> Hooks:

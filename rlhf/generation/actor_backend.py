@@ -34,9 +34,9 @@ class ActorBackend:
 
     def generate(self, prompts: PromptBatch, sampling: Sampling, *, iteration: int) -> Rollout:
         """See `Backend.generate`. Raises ValueError for a prompt without a token."""
-        from rlhf.engine import gathered_weights  # loads transformers, which the mathematics of PPO must not
+        from rlhf.engine import whole_weights_of  # loads transformers, which the mathematics of PPO must not
 
-        with gathered_weights(self.actor):
+        with whole_weights_of(self.actor):
             return generate(
                 self.actor,
                 prompts,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlhf.models.model_call import innermost
+from rlhf.models.inner_model import innermost
 from rlhf.numerics.cpu import LinearCall
 from rlhf.numerics.packed_rows import PACKED_SDPA
 

@@ -36,7 +36,7 @@ def generate(
     ends with an end-of-sequence token (inside its mask) or at `max_new_tokens`. T is the longest response.
     Rows that have ended leave the batch and waiting prompts take their slots; a row's response depends on neither.
     Dropout must be off. The number of forward passes depends on the responses: where a forward is a collective
-    (ZeRO-3), call this within `rlhf.engine.gathered_weights`.
+    (ZeRO-3), call this within `rlhf.engine.whole_weights_of`.
     Raises ValueError for a negative `slots` and for a prompt without a token.
     """
     lengths = [int(length) for length in prompts.attention_mask.bool().sum(1).tolist()]

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from rlhf.generation.fast_decoder import make_fast_decoder
-from rlhf.models.model_call import innermost, model_arguments
+from rlhf.models.forward import model_arguments
+from rlhf.models.inner_model import innermost
 
 
 class Decoder(Protocol):

@@ -11,7 +11,8 @@ import torch
 
 from rlhf.config import ConfigError
 from rlhf.generation.token_sampling import Sampling
-from rlhf.models.model_call import forward_logits, innermost
+from rlhf.models.forward import forward_logits
+from rlhf.models.inner_model import innermost
 from rlhf.types import PromptBatch, Rollout
 
 CHECKED_PROMPTS, CHECKED_TOKENS = 4, 16
@@ -58,9 +59,9 @@ class DeepSpeedBackend:
 
         Raises ConfigError when the engine's greedy tokens are not the likeliest ones of a plain forward pass.
         """
-        from rlhf.engine import gathered_weights  # loads transformers, which the mathematics of PPO must not
+        from rlhf.engine import whole_weights_of  # loads transformers, which the mathematics of PPO must not
 
-        with gathered_weights(self.actor):
+        with whole_weights_of(self.actor):
             if not self.trusted:
                 self._check(prompts.rows(slice(0, CHECKED_PROMPTS)), sampling)
                 self.trusted = True

@@ -1,14 +1,7 @@
-"""LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023) adapters through `peft`: add, switch off, merge.
-
-python -m rlhf.models.lora merge ADAPTER_DIR OUT_DIR [--dtype float32]
-"""
+"""LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023) adapters through `peft`: add, load, switch off."""
 
 from __future__ import annotations
 
-import argparse
-import shutil
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,12 +9,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config import ConfigError
-from rlhf.models.loading import ADAPTER_CONFIG_FILE, SCALAR_HEAD_FILE, load_pretrained
+from rlhf.config import ConfigError, ModelConfig
+from rlhf.models.directories import ADAPTER_CONFIG_FILE
 from rlhf.models.scalar import ScalarModel
 
 ATTENTION_PROJECTIONS: dict[str, tuple[str, ...]] = {
@@ -41,31 +32,19 @@ ATTENTION_PROJECTIONS: dict[str, tuple[str, ...]] = {
 """Modules adapted by default, by `model_type` (KULLM-RLHF: query_key_value of GPT-NeoX)."""
 
 
-def apply_lora(
-    model: nn.Module,
-    *,
-    rank: int,
-    alpha: int,
-    dropout: float,
-    targets: Sequence[str],
-    quantized: bool,
-    gradient_checkpointing: bool,
-    seed: int | None = None,
-) -> nn.Module:
-    """The model with its base frozen and a trainable adapter on the linear modules named in `targets`.
+def apply_lora(model: nn.Module, config: ModelConfig, *, seed: int | None = None) -> nn.Module:
+    """The model with its base frozen and a trainable adapter on the linear modules of `config.lora_targets`.
 
     A causal LM becomes a PeftModel; a ScalarModel keeps its class, its backbone is wrapped and its head trains in
-    full. Empty `targets` picks the attention projections. With a `seed` the adapter starts alike whatever was drawn
-    from the global generator before (by a merge on first use, for one); without one it is drawn from that. Raises
-    ConfigError when a target matches no linear module.
+    full. No targets: the attention projections. With a `seed` the adapter starts alike whatever was drawn from the
+    global generator before (by a merge on first use, for one); without one it is drawn from that. Raises ConfigError
+    when a target matches no linear module or `lora_rank` is 0.
     """
     with nullcontext() if seed is None else _seeded(seed):
         if isinstance(model, ScalarModel):
-            model.backbone = _adapted(
-                model.backbone, "FEATURE_EXTRACTION", rank, alpha, dropout, targets, quantized, gradient_checkpointing
-            )
+            model.backbone = _adapted(model.backbone, "FEATURE_EXTRACTION", config)
             return model
-        return _adapted(model, "CAUSAL_LM", rank, alpha, dropout, targets, quantized, gradient_checkpointing)
+        return _adapted(model, "CAUSAL_LM", config)
 
 
 @contextmanager
@@ -76,30 +55,26 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _adapted(
-    base: Any,
-    task: str,
-    rank: int,
-    alpha: int,
-    dropout: float,
-    targets: Sequence[str],
-    quantized: bool,
-    gradient_checkpointing: bool,
-) -> nn.Module:
+def _adapted(base: Any, task: str, config: ModelConfig) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    if rank < 1:
-        raise ConfigError(f"lora_rank={rank} must be at least 1")
-    chosen = resolve_targets(base, targets)
-    if quantized:
+    if config.lora_rank < 1:
+        raise ConfigError(f"lora_rank={config.lora_rank} must be at least 1")
+    targets = resolve_targets(base, config.lora_targets)
+    if config.quantization != "none":
         base = prepare_quantized(base)
-    if gradient_checkpointing:
+    if config.gradient_checkpointing:
         # with a frozen embedding no input of a checkpointed block would need a gradient, and the adapters get none
         base.enable_input_require_grads()
-    config = LoraConfig(
-        task_type=task, r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=chosen, bias="none"
+    settings = LoraConfig(
+        task_type=task,
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        target_modules=targets,
+        bias="none",
     )
-    adapted: Any = get_peft_model(base, config)
+    adapted: Any = get_peft_model(base, settings)
     _name_base(adapted, base)
     return adapted
 
@@ -208,75 +183,3 @@ def _peft_model(model: nn.Module) -> Any:
         if hasattr(candidate, "peft_config") and hasattr(candidate, "disable_adapter"):
             return candidate
     return None
-
-
-def merge_adapter(
-    adapter_dir: str | Path, out_dir: str | Path, dtype: torch.dtype, *, trust_remote_code: bool = False
-) -> None:
-    """Add an adapter to its base in float32 and write the sum as a plain Hugging Face directory in `dtype`.
-
-    A scalar head and the tokenizer beside the adapter go along. The directory appears complete or not at all.
-    Raises ConfigError when `adapter_dir` is no adapter, its base cannot be found, or `out_dir` is not new.
-    """
-    from peft import PeftConfig, PeftModel
-
-    adapter_dir, out_dir = Path(adapter_dir), Path(out_dir)
-    if not (adapter_dir / ADAPTER_CONFIG_FILE).is_file():
-        raise ConfigError(f"{adapter_dir} is not an adapter directory: {ADAPTER_CONFIG_FILE} is not there")
-    if out_dir.is_file() or (out_dir.is_dir() and any(out_dir.iterdir())):
-        raise ConfigError(f"{out_dir} is there already; name a new directory or remove it first")
-    config = PeftConfig.from_pretrained(str(adapter_dir))
-    base_path = config.base_model_name_or_path
-    if not base_path:
-        raise ConfigError(f"{adapter_dir / ADAPTER_CONFIG_FILE} names no base model; set base_model_name_or_path")
-    auto_class = AutoModel if config.task_type == "FEATURE_EXTRACTION" else AutoModelForCausalLM
-    with _whole_weights():
-        base = load_pretrained(auto_class, base_path, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        merged = PeftModel.from_pretrained(base, str(adapter_dir), is_trainable=False).merge_and_unload()
-    for parameter in merged.parameters():  # buffers such as rotary frequencies stay in float32
-        parameter.data = parameter.data.to(dtype)
-    merged.config.dtype = dtype
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as beside:
-        part = Path(beside) / "merged"
-        merged.save_pretrained(part)
-        if (adapter_dir / SCALAR_HEAD_FILE).is_file():
-            shutil.copy2(adapter_dir / SCALAR_HEAD_FILE, part / SCALAR_HEAD_FILE)
-        source = adapter_dir if (adapter_dir / "tokenizer_config.json").is_file() else base_path
-        AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code).save_pretrained(part)
-        part.rename(out_dir)  # takes the name at once; over an empty directory too
-
-
-@contextmanager
-def _whole_weights() -> Iterator[None]:
-    """Inside a ZeRO-3 loading context, load whole weights on this rank alone."""
-    reference = hf_deepspeed._hf_deepspeed_config_weak_ref
-    active = reference() if reference is not None else None
-    hf_deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if active is not None:
-            hf_deepspeed.set_hf_deepspeed_config(active)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Command line: merge an adapter into a plain model directory."""
-    parser = argparse.ArgumentParser(prog="python -m rlhf.models.lora", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    merge = commands.add_parser("merge", help="merge an adapter into its base")
-    merge.add_argument("adapter_dir")
-    merge.add_argument("out_dir")
-    merge.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
-    merge.add_argument("--trust_remote_code", action="store_true")
-    arguments = parser.parse_args(argv)
-    dtype = getattr(torch, arguments.dtype)
-    try:
-        merge_adapter(arguments.adapter_dir, arguments.out_dir, dtype, trust_remote_code=arguments.trust_remote_code)
-    except ConfigError as error:
-        sys.exit(f"error: {error}")
-    print(f"merged {arguments.adapter_dir} into {arguments.out_dir} ({dtype})")
-
-
-if __name__ == "__main__":
-    main()

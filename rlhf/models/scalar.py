@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rlhf.config import ConfigError
-from rlhf.models.loading import SCALAR_HEAD_FILE, load_backbone
-from rlhf.models.model_call import hidden_states
+from rlhf.config import ConfigError, ModelConfig
+from rlhf.models.directories import SCALAR_HEAD_FILE, check_scalar_directory
+from rlhf.models.forward import hidden_states
+from rlhf.models.loading import load_backbone
+from rlhf.models.pretrained import PLAIN
 
 SCORE_RANGE_FILE = "score_range.json"
 """Beside the head of a reward model: how far the scores reached in its training."""
@@ -38,7 +40,7 @@ class ScalarHead(nn.Linear):
 
 
 class ScalarModel(nn.Module):
-    """`backbone` (no language-modelling head) and a scalar `head`; a reward model normalises what the head says."""
+    """`backbone` (no language-modelling head) and a `scalar_head`; a reward model normalises what the head says."""
 
     score_mean: torch.Tensor
     score_std: torch.Tensor
@@ -46,25 +48,27 @@ class ScalarModel(nn.Module):
     def __init__(self, backbone: Any, *, seed: int = 0) -> None:
         super().__init__()
         self.backbone = backbone
-        self.head = ScalarHead(_hidden_size(backbone.config), seed=seed).to(backbone.device)
+        self.scalar_head = ScalarHead(_hidden_size(backbone.config), seed=seed).to(backbone.device)
         for name, value in (("score_mean", 0.0), ("score_std", 1.0)):
             self.register_buffer(name, torch.tensor(value, device=backbone.device))
         self.score_range: dict[str, Any] | None = None
         self._scores_measured = False
 
     @classmethod
-    def from_base(cls, path: str | Path, *, dtype: torch.dtype, seed: int = 0, **options: Any) -> ScalarModel:
-        """A new head on the base of a causal LM directory (or adapter directory); `options` as `load_causal_lm`."""
-        return cls(load_backbone(path, dtype=dtype, **options), seed=seed)
+    def from_base(
+        cls, path: str | Path, config: ModelConfig = PLAIN, *, dtype: torch.dtype, seed: int = 0
+    ) -> ScalarModel:
+        """A new head on the base of a causal LM directory or adapter directory; `config` as in `load_causal_lm`."""
+        return cls(load_backbone(path, config, dtype=dtype), seed=seed)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, *, dtype: torch.dtype, **options: Any) -> ScalarModel:
+    def from_pretrained(cls, path: str | Path, config: ModelConfig = PLAIN, *, dtype: torch.dtype) -> ScalarModel:
         """A saved reward model or critic: the same scores, bit for bit, as when it was saved.
 
-        `options` as `load_causal_lm`. Raises ConfigError when `path` holds no scalar head.
+        `config` as in `load_causal_lm`. Raises ConfigError when `path` holds no scalar head.
         """
         check_scalar_directory(path)
-        return cls.on_backbone(load_backbone(path, dtype=dtype, **options), path)
+        return cls.on_backbone(load_backbone(path, config, dtype=dtype), path)
 
     @classmethod
     def on_backbone(cls, backbone: Any, path: str | Path) -> ScalarModel:
@@ -80,7 +84,7 @@ class ScalarModel(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Values [B, L] float32 of rows padded on either side; at padding they mean nothing."""
         hidden, padded = hidden_states(self.backbone, input_ids, attention_mask)
-        values: torch.Tensor = padded(self.head(hidden).squeeze(-1))
+        values: torch.Tensor = padded(self.scalar_head(hidden).squeeze(-1))
         return values
 
     def normalise(self, scores: torch.Tensor) -> torch.Tensor:
@@ -106,14 +110,14 @@ class ScalarModel(nn.Module):
 
     def load_head(self, tensors: dict[str, torch.Tensor]) -> None:
         """Set head and normalisation from the tensors of a scalar head file."""
-        if tensors["weight"].shape != self.head.weight.shape:
+        if tensors["weight"].shape != self.scalar_head.weight.shape:
             raise ConfigError(
                 f"{SCALAR_HEAD_FILE} has a head for hidden size {tensors['weight'].shape[1]} and the backbone has "
-                f"{self.head.weight.shape[1]}; the directory mixes two models"
+                f"{self.scalar_head.weight.shape[1]}; the directory mixes two models"
             )
         with torch.no_grad():
-            self.head.weight.copy_(tensors["weight"])
-            self.head.bias.copy_(tensors["bias"])
+            self.scalar_head.weight.copy_(tensors["weight"])
+            self.scalar_head.bias.copy_(tensors["bias"])
         self.score_mean.copy_(tensors["score_mean"])
         self.score_std.copy_(tensors["score_std"])
 
@@ -123,8 +127,8 @@ class ScalarModel(nn.Module):
         A range that was loaded is not written: the critic that grows from a reward model no longer has its scores.
         """
         tensors = {
-            "weight": state["head.weight"],
-            "bias": state["head.bias"],
+            "weight": state["scalar_head.weight"],
+            "bias": state["scalar_head.bias"],
             "score_mean": self.score_mean.float(),
             "score_std": self.score_std.float(),
         }
@@ -145,17 +149,6 @@ class ScalarModel(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         """Keep the backbone's activations again."""
         self.backbone.gradient_checkpointing_disable()
-
-
-def is_scalar_directory(path: str | Path) -> bool:
-    """True for the directory of a saved reward model or critic."""
-    return (Path(path) / SCALAR_HEAD_FILE).is_file()
-
-
-def check_scalar_directory(path: str | Path) -> None:
-    """ConfigError when `path` is no saved reward model or critic."""
-    if not is_scalar_directory(path):
-        raise ConfigError(f"{path} is not a reward model: {SCALAR_HEAD_FILE} is not there; make one with step2_reward")
 
 
 def _hidden_size(config: Any) -> int:

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import nn
 
 from rlhf.config import ModelConfig
 from rlhf.distributed import logger
-from rlhf.models.loading import (
-    adapter_base,
-    backbone_of,
-    base_key,
-    check_causal_directory,
-    load_backbone,
-    load_causal_lm,
-    merged_path,
-)
+from rlhf.models.directories import adapter_base, base_key, check_causal_directory, is_scalar_directory
+from rlhf.models.loading import backbone_of, load_backbone, load_causal_lm
 from rlhf.models.lora import apply_lora, load_adapter, prepare_quantized
-from rlhf.models.scalar import ScalarModel, is_scalar_directory
+from rlhf.models.merge import merged_path
+from rlhf.models.scalar import ScalarModel
+
+Quantization = Literal["none", "8bit", "4bit"]
 
 
 def share_modules(module: nn.Module) -> Any:
@@ -65,69 +62,72 @@ def _twin(module: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
 
 
 class Roles(NamedTuple):
-    """The four models before they go into engines; `reference` None means the actor with its adapter off."""
+    """The models before they go into engines; None is not wanted, or (`reference`) the actor with its adapter off."""
 
     actor: nn.Module
-    critic: nn.Module
+    critic: nn.Module | None
     reference: nn.Module | None
-    reward: nn.Module
+    reward: nn.Module | None
 
 
 def adapted_roles(
     actor_model: str | Path,
-    reward_model: str | Path,
-    critic_model: str | Path,
+    reward_model: str | Path | None,
+    critic_model: str | Path | None,
     *,
-    model: ModelConfig,
-    options: dict[str, Any],
+    with_reference: bool = True,
+    config: ModelConfig,
+    dtype: torch.dtype,
     seed: int,
     loading: Callable[[], AbstractContextManager[None]],
 ) -> Roles:
-    """Actor and critic with trainable adapters, the reward model frozen, over shared bases.
+    """Actor and critic with trainable adapters, the reward model frozen, over shared bases; None is not loaded.
 
     A reward model or critic that was saved as an adapter keeps it, unmerged, on the base it names; the critic goes on
     training its copy. Anything else gets a new adapter. Roles whose bases hold the same weights share one, quantised
     as the configuration says; only a reward model that is no adapter stays in full precision and scores as it was
     saved. With `share_base` off every role loads its own copy and computes the same, up to the dtype a merged base was
-    written in. `options` are those of `load_causal_lm`; `loading` gives the context that weights are loaded in.
+    written in. `loading` gives the context that weights are loaded in.
     """
     check_causal_directory(actor_model)
-    bases = _Bases(options, loading, share=model.share_base)
+    bases = _Bases(config, dtype, loading)
     stands = {
-        name: _standing(path, options)
+        name: _standing(path, config, dtype)
         for name, path in (("actor", actor_model), ("critic", critic_model), ("reward", reward_model))
+        if path is not None
     }
-    quantization: dict[str, str] = dict.fromkeys(stands, model.quantization)
-    if stands["reward"].adapter is None:
+    quantization: dict[str, Quantization] = dict.fromkeys(stands, config.quantization)
+    if "reward" in stands and stands["reward"].adapter is None:
         quantization["reward"] = "none"
-    actor = bases.causal_lm(stands["actor"].base, model.quantization)
-    reference = None if model.share_base else bases.causal_lm(stands["actor"].base, model.quantization)
-    backbones = {name: bases.backbone(stands[name].base, quantization[name]) for name in ("critic", "reward")}
-    same_architecture = actor.config.model_type == backbones["critic"].config.model_type
-    _report(stands, quantization, model.share_base)
+    actor = bases.causal_lm(stands["actor"].base, config.quantization)
+    own_reference = with_reference and not config.share_base
+    reference = bases.causal_lm(stands["actor"].base, config.quantization) if own_reference else None
+    backbones = {
+        name: bases.backbone(stand.base, quantization[name]) for name, stand in stands.items() if name != "actor"
+    }
+    _report(stands, quantization, config.share_base, with_reference)
 
     def with_new_adapter(module: nn.Module, targets: list[str]) -> nn.Module:
-        return apply_lora(
-            module, rank=model.lora_rank, alpha=model.lora_alpha, dropout=0.0, targets=targets, quantized=False,
-            gradient_checkpointing=model.gradient_checkpointing, seed=seed,
-        )  # fmt: skip
+        # bases are prepared for training as they are loaded: here none counts as quantised
+        return apply_lora(module, replace(config, lora_targets=targets, quantization="none"), seed=seed)
 
     def scalar(name: str, *, trainable: bool) -> nn.Module:
         backbone, stand = backbones[name], stands[name]
         if stand.adapter is not None:
-            checkpointing = trainable and model.gradient_checkpointing
+            checkpointing = trainable and config.gradient_checkpointing
             backbone = load_adapter(backbone, stand.adapter, trainable=trainable, gradient_checkpointing=checkpointing)
         head = stand.head
         found = ScalarModel(backbone, seed=seed) if head is None else ScalarModel.on_backbone(backbone, head)
         if trainable and stand.adapter is None:  # another architecture has other names than lora_targets
-            return with_new_adapter(found, model.lora_targets if same_architecture else [])
+            same_architecture = actor.config.model_type == backbone.config.model_type
+            return with_new_adapter(found, config.lora_targets if same_architecture else [])
         return found
 
     return Roles(
-        actor=with_new_adapter(actor, model.lora_targets),
-        critic=scalar("critic", trainable=True),
+        actor=with_new_adapter(actor, config.lora_targets),
+        critic=scalar("critic", trainable=True) if "critic" in stands else None,
         reference=reference,
-        reward=scalar("reward", trainable=False),
+        reward=scalar("reward", trainable=False) if "reward" in stands else None,
     )
 
 
@@ -140,8 +140,8 @@ class _Standing:
     head: str | None = None
 
 
-def _standing(path: str | Path, options: dict[str, Any]) -> _Standing:
-    chosen = {"dtype": options["dtype"], "trust_remote_code": options.get("trust_remote_code", False)}
+def _standing(path: str | Path, config: ModelConfig, dtype: torch.dtype) -> _Standing:
+    chosen: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
     if not is_scalar_directory(path):
         return _Standing(merged_path(path, **chosen))
     base = adapter_base(path)
@@ -154,19 +154,19 @@ class _Bases:
     """Bases as they were loaded; every taker gets a tree of its own."""
 
     def __init__(
-        self, options: dict[str, Any], loading: Callable[[], AbstractContextManager[None]], *, share: bool
+        self, config: ModelConfig, dtype: torch.dtype, loading: Callable[[], AbstractContextManager[None]]
     ) -> None:
-        self.options = options
+        self.config = config
+        self.dtype = dtype
         self.loading = loading
-        self.share = share
         self.causal: dict[tuple[str, str], Any] = {}
         self.inner: dict[tuple[str, str], Any] = {}
 
-    def causal_lm(self, path: str, quantization: str) -> Any:
+    def causal_lm(self, path: str, quantization: Quantization) -> Any:
         """The base with its language-modelling head."""
         return self._take(self.causal, load_causal_lm, path, quantization)
 
-    def backbone(self, path: str, quantization: str) -> Any:
+    def backbone(self, path: str, quantization: Quantization) -> Any:
         """The base without it: that of the actor where it is the same."""
         causal = self.causal.get((base_key(path), quantization))
         inner = None if causal is None else backbone_of(causal)
@@ -174,30 +174,32 @@ class _Bases:
             return share_modules(inner)
         return self._take(self.inner, load_backbone, path, quantization)
 
-    def _take(self, kept: dict[tuple[str, str], Any], load: Any, path: str, quantization: str) -> Any:
+    def _take(self, kept: dict[tuple[str, str], Any], load: Any, path: str, quantization: Quantization) -> Any:
         key = (base_key(path), quantization)
         if key in kept:
             return share_modules(kept[key])
         with self.loading():
-            base = load(path, quantization=quantization, **self.options)
+            base = load(path, replace(self.config, quantization=quantization), dtype=self.dtype)
         if quantization != "none":
             base = prepare_quantized(base)
-        if not self.share:
+        if not self.config.share_base:
             return base
         kept[key] = base
         return share_modules(base)
 
 
-def _report(stands: dict[str, _Standing], quantization: dict[str, str], share: bool) -> None:
+def _report(
+    stands: dict[str, _Standing], quantization: dict[str, Quantization], share: bool, with_reference: bool
+) -> None:
     if not share:
         logger.info("share_base is off: actor, critic, reference and reward model load a copy of their base each")
         return
     roles: dict[tuple[str, str], list[str]] = {}
     for name, stand in stands.items():
         held = roles.setdefault((base_key(stand.base), quantization[name]), [])
-        held += ["actor", "reference"] if name == "actor" else [name]
+        held += ["actor", "reference"] if name == "actor" and with_reference else [name]
     for (base, kind), names in roles.items():
         logger.info("one base for %s: %s%s", ", ".join(names), base, "" if kind == "none" else f" in {kind}")
-    adapter = stands["critic"].adapter
-    if adapter is not None:
-        logger.info("the critic trains the adapter it starts from, with its rank and targets: %s", adapter)
+    critic = stands.get("critic")
+    if critic is not None and critic.adapter is not None:
+        logger.info("the critic trains the adapter it starts from, with its rank and targets: %s", critic.adapter)

@@ -1,8 +1,8 @@
 """Sort a pipeline's command line into the arguments of its launcher and of each stage, checked before any stage starts.
 
 `python -m rlhf.pipeline.arguments [--stages sft,reward,ppo] ARGS...` prints bash assignments that
-`training_scripts/run_all.sh` evaluates: STAGES, RESUME_STAGES (those with `resume: auto`), OUTPUT_DIR, MAX_RESTARTS,
-LAUNCHER_ARGS, SFT_ARGS, REWARD_ARGS, PPO_ARGS.
+`training_scripts/run_all.sh` evaluates: ALL_STAGES, STAGES (those that run), RESUME_STAGES (those with `resume: auto`),
+OUTPUT_DIR, MAX_RESTARTS, LAUNCHER_ARGS, and by stage SCRIPT_sft, TITLE_sft, ARGS_sft and so on.
 A field goes to every stage that has it; `--reward.learning_rate 1e-4` goes to that stage alone.
 """
 
@@ -19,11 +19,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
-from rlhf.config import STAGES, ConfigError, RunConfig
+from rlhf.config import REMOVED_FIELDS, ConfigError, RunConfig, facts_of
 from rlhf.distributed import free_port
-from rlhf.pipeline.stages import STAGE_CONFIGS, parse_stage
-
-PROJECT = Path(__file__).resolve().parents[2]
+from rlhf.pipeline.stages import PROJECT, STAGES, parse_stage
 
 LAUNCHER_OPTIONS = {
     "num_devices": "--num_gpus",
@@ -33,13 +31,6 @@ LAUNCHER_OPTIONS = {
     "master_port": "--master_port",
 }
 """Options of the pipeline and what the `deepspeed` launcher calls them."""
-
-SHORT_RUN: Mapping[str, Mapping[str, str]] = {
-    "sft": {"max_steps": "4"},
-    "reward": {"max_steps": "4"},
-    "ppo": {"max_steps": "2"},
-}
-"""What `--short` sets where the command line says nothing else: every part of a stage runs, nothing is learnt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +54,7 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
     option that no stage has (naming the nearest ones), or one that only a stage has that does not run.
     """
     launcher: dict[str, str] = {}
-    stages: tuple[str, ...] = STAGES
+    stages = tuple(STAGES)
     short = False
     max_restarts = 0
     shared: list[tuple[str, list[str]]] = []
@@ -85,7 +76,7 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
             own[section].append((field_name, values))
         else:
             shared.append((name, values))
-    fields = {stage: _option_names(stage) for stage in STAGES}
+    fields = {name: _option_names(name) for name in STAGES}
     for name, _ in shared:
         _check_known(name, stages, fields)
     for stage, options in own.items():
@@ -99,7 +90,7 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
         given = [option for option in shared if option[0] in fields[stage]] + own[stage]
         names = {name for name, _ in given}
         if short:
-            given += [(name, [value]) for name, value in SHORT_RUN[stage].items() if name not in names]
+            given += [(name, [value]) for name, value in STAGES[stage].short_run.items() if name not in names]
         per_stage[stage] = [part for name, values in given for part in (f"--{name}", *values)]
     runs = {stage: _run_config(stage, values) for stage, values in per_stage.items()}
     for stage, run in runs.items():
@@ -117,14 +108,19 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
 def bash_assignments(pipeline: PipelineArguments) -> str:
     """The sorted arguments as bash assignments, quoted for `eval`."""
     lines = [
+        f"ALL_STAGES=({' '.join(STAGES)})",
         f"STAGES=({' '.join(pipeline.stages)})",
         f"RESUME_STAGES=({' '.join(pipeline.resume_stages)})",
         f"OUTPUT_DIR={shlex.quote(pipeline.output_dir)}",
         f"MAX_RESTARTS={pipeline.max_restarts}",
         f"LAUNCHER_ARGS=({shlex.join(pipeline.launcher_arguments)})",
     ]
-    for stage in STAGES:  # a stage that does not run gets an empty list: bash's `set -u` wants every name set
-        lines.append(f"{stage.upper()}_ARGS=({shlex.join(pipeline.stage_arguments.get(stage, []))})")
+    for name, stage in STAGES.items():  # one that does not run gets an empty list: bash's `set -u` wants every name
+        lines += [
+            f"SCRIPT_{name}={shlex.quote(stage.script)}",
+            f"TITLE_{name}={shlex.quote(stage.title)}",
+            f"ARGS_{name}=({shlex.join(pipeline.stage_arguments.get(name, []))})",
+        ]
     return "\n".join(lines)
 
 
@@ -160,8 +156,8 @@ def _stages(values: Sequence[str]) -> tuple[str, ...]:
 
 def _option_names(stage: str) -> set[str]:
     names = {"config"}
-    for config in STAGE_CONFIGS[stage]:
-        for item in dataclasses.fields(config):
+    for kind in STAGES[stage].config_classes().values():
+        for item in dataclasses.fields(kind):
             names.add(item.name)
             if item.type in (bool, "bool"):  # TrlParser replaces a field's annotation by the type once it has run
                 names.add(f"no_{item.name}")
@@ -176,6 +172,8 @@ def _check_known(name: str, stages: Sequence[str], fields: Mapping[str, set[str]
         raise ConfigError(
             f"--{name} is a field of {', '.join(owners)}, which this run ({', '.join(stages)}) leaves out"
         )
+    if name in REMOVED_FIELDS:
+        raise ConfigError(f"--{name} is no field any more: {REMOVED_FIELDS[name]}")
     known = set().union(*fields.values(), LAUNCHER_OPTIONS, ("short", "stages", "max_restarts"))
     raise ConfigError(f"unknown option --{name}{_nearest(name, known)}")
 
@@ -187,11 +185,21 @@ def _nearest(name: str, known: Set[str]) -> str:
 
 def _from_user_dir(name: str, values: Sequence[str], user_dir: Path) -> list[str]:
     """The values of an option, with relative paths made absolute where the option names files."""
-    if name == "output_dir" or name == "cache_dir":
+    kind = _paths().get(name)
+    if kind == "written":
         return [str((user_dir / Path(value).expanduser()).absolute()) for value in values]
-    if not (name in ("config", "hostfile", "deepspeed_config", "template") or name.endswith(("_data", "_model"))):
-        return list(values)
-    return [_existing(value, user_dir) for value in values]
+    return [_existing(value, user_dir) for value in values] if kind == "read" else list(values)
+
+
+def _paths() -> dict[str, str | None]:
+    """Every option that names files, and whether they are read or written."""
+    fields = (
+        item
+        for stage in STAGES.values()
+        for kind in stage.config_classes().values()
+        for item in dataclasses.fields(kind)
+    )
+    return {"config": "read", "hostfile": "read", **{item.name: facts_of(item).path for item in fields}}
 
 
 def _existing(value: str, user_dir: Path) -> str:
@@ -210,12 +218,12 @@ def _run_config(stage: str, values: Sequence[str]) -> RunConfig:
     usage = io.StringIO()
     try:
         with contextlib.redirect_stderr(usage):
-            configs = parse_stage(stage, values)
+            run: RunConfig = parse_stage(stage, values).run
     except ConfigError as error:
         raise ConfigError(f"stage {stage}: {error}") from error
     except SystemExit as error:  # argparse prints pages of usage before the line that matters
         raise ConfigError(f"stage {stage}: {usage.getvalue().strip().splitlines()[-1]}") from error
-    return next(config for config in configs if isinstance(config, RunConfig))
+    return run
 
 
 def _check_nothing_is_lost(stage: str, run: RunConfig) -> None:

@@ -1,19 +1,20 @@
-"""Which configuration dataclasses each stage is made of, and how a stage's command line is parsed."""
+"""The stages as one table: whatever runs, summarises, diagnoses or documents stages reads `STAGES`."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.algorithms.ppo import EmptyRolloutError, PPOBatchConfig, PPOConfig, PPOOptimizerConfig
+from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
 from rlhf.algorithms.reward import RewardConfig
 from rlhf.algorithms.sft import SFTConfig
 from rlhf.config import (
-    EMBEDDED_BASE,
     BatchConfig,
     ConfigError,
+    DataConfig,
     EngineConfig,
     ModelConfig,
     OptimizerConfig,
@@ -21,75 +22,197 @@ from rlhf.config import (
     RewardDataConfig,
     RunConfig,
     SFTDataConfig,
+    check_together,
     parse_config,
 )
-from rlhf.distributed import close_world, setup_logging
-from rlhf.distributed.job_exit import run_to_end
-from rlhf.training.nonfinite import NonFiniteError
+from rlhf.report.figures import Figure
 
-STAGE_CONFIGS: dict[str, tuple[type, ...]] = {
-    "sft": (RunConfig, ModelConfig, EngineConfig, OptimizerConfig, BatchConfig, SFTDataConfig, SFTConfig),
-    "reward": (RunConfig, ModelConfig, EngineConfig, OptimizerConfig, BatchConfig, RewardDataConfig, RewardConfig),
-    "ppo": (RunConfig, ModelConfig, EngineConfig, PPOOptimizerConfig, PPOBatchConfig, PPODataConfig, PPOConfig),
-}
-DEFAULT_CONFIG = Path(__file__).parents[2] / "training_scripts" / "configs" / "default.yaml"
+PROJECT = Path(__file__).resolve().parents[2]
+DEFAULT_CONFIG = PROJECT / "training_scripts" / "configs" / "default.yaml"
 """Hyper-parameters that suit the embedded tiny model."""
 
 
-def parse_stage(stage: str, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """The configuration of `stage` ("sft", "reward", "ppo"), one instance per class of `STAGE_CONFIGS[stage]`."""
-    known = {
-        item.name for configs in STAGE_CONFIGS.values() for config in configs for item in dataclasses.fields(config)
-    }
-    default = DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None
-    return parse_config(stage, STAGE_CONFIGS[stage], argv, default_config=default, known_fields=known)
+@dataclass(frozen=True)
+class StageConfig:
+    """The configuration of one run of a stage, a part for each concern. Field names are unique over the parts."""
+
+    run: RunConfig
+    model: ModelConfig
+    engine: EngineConfig
+    optimizer: OptimizerConfig
+    batch: BatchConfig
+    data: DataConfig
+
+    def check(self) -> None:
+        """ConfigError for parts that are right each and do not go together."""
+        check_together(self.model, self.engine)
+
+    def parts(self) -> list[Any]:
+        """The dataclasses it is made of."""
+        return [getattr(self, item.name) for item in dataclasses.fields(self)]
 
 
-def run_stage(main: Callable[[], Any]) -> None:
-    """Run a stage's `main`; what a user can mend ends it with a sentence, not with a traceback."""
-    from rlhf.data import DataError
+@dataclass(frozen=True)
+class SFTStageConfig(StageConfig):
+    """Supervised fine-tuning."""
 
-    setup_logging()
-    run_to_end(main, (ConfigError, DataError, NonFiniteError, EmptyRolloutError))
-    close_world()
-
-
-def resolve_base_model(base_model: str, cache_dir: Path) -> str:
-    """The model to load: `default` is built from the embedded corpus on first use (about a minute) and kept."""
-    if base_model != EMBEDDED_BASE:
-        return base_model
-    from rlhf.data import embedded_corpus
-    from rlhf.models.tiny_base import build_tiny_base
-
-    return str(build_tiny_base(embedded_corpus(), cache_dir))
+    data: SFTDataConfig
+    sft: SFTConfig
 
 
-def find_stage_model(given: str | None, field: str, output_dir: str, stage: str) -> str:
-    """The directory an earlier stage saved: the one named, or that of `output_dir`.
+@dataclass(frozen=True)
+class RewardStageConfig(StageConfig):
+    """The reward model."""
+
+    data: RewardDataConfig
+    reward: RewardConfig
+
+
+@dataclass(frozen=True)
+class PPOStageConfig(StageConfig):
+    """PPO and its relatives."""
+
+    optimizer: PPOOptimizerConfig
+    batch: PPOBatchConfig
+    data: PPODataConfig
+    ppo: PPOConfig
+
+    def check(self) -> None:
+        super().check()
+        coef, data = self.ppo.ptx_coef, self.data.ptx_data
+        if coef > 0 and not data:
+            raise ConfigError(f"ptx_coef={coef} needs data: name it in `ptx_data`, or set ptx_coef to 0")
+        if coef == 0 and data:
+            raise ConfigError(
+                "ptx_data is given and ptx_coef is 0: set ptx_coef (InstructGPT: 27.8) or leave ptx_data out"
+            )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. A new one is a row in `STAGES` and a script.
+
+    `takes`: configuration field -> the stage whose saved model it is where it is unset. `short_run`: what
+    `run_all.sh --short` sets. `unit`: what its metrics are numbered by. `figures`: its lines in the summary;
+    `result_keys`: further entries of its `result.json` that `summary.json` holds. `curves`: metrics that the doctor
+    shows as first -> last value.
+    """
+
+    name: str
+    script: str
+    title: str
+    config: type[StageConfig]
+    short_run: Mapping[str, str]
+    figures: Sequence[Figure]
+    curves: Sequence[str]
+    takes: Mapping[str, str] = field(default_factory=dict)
+    result_keys: Sequence[str] = ()
+    unit: str = "step"
+
+    def config_classes(self) -> dict[str, type]:
+        """The configuration dataclasses by the name of their part."""
+        return {name: kind for name, kind in _type_hints(self.config).items()}
+
+    def field_names(self) -> set[str]:
+        """The names of all configuration fields."""
+        return {item.name for kind in self.config_classes().values() for item in dataclasses.fields(kind)}
+
+
+def _length_baseline(result: Mapping[str, Any]) -> str:
+    accuracy = result["length_baseline_accuracy"]
+    return "" if accuracy is None else f"choosing the longer response: {accuracy:.3f}"
+
+
+def _gain(result: Mapping[str, Any]) -> str:
+    gain = (result["score_after"] or 0.0) - (result["score_before"] or 0.0)  # null where nothing was held out
+    spread = result["score_std_before"] or 0.0
+    in_spreads = f" = {gain / spread:+.2f} standard deviations of the SFT model's scores" if spread > 0 else ""
+    return f"{gain:+.3f}{in_spreads}"
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            name="sft",
+            script="step1_sft/main.py",
+            title="supervised fine-tuning",
+            config=SFTStageConfig,
+            short_run={"max_steps": "4"},
+            figures=(Figure("held-out loss", before="eval_loss_before", after="eval_loss_after"),),
+            curves=("loss", "eval_loss", "gradient_norm"),
+        ),
+        Stage(
+            name="reward",
+            script="step2_reward/main.py",
+            title="reward model",
+            config=RewardStageConfig,
+            short_run={"max_steps": "4"},
+            figures=(
+                Figure("held-out accuracy", after="accuracy", note=_length_baseline),
+                Figure("mean margin", after="mean_margin"),
+                Figure("", each="accuracy_by_category"),
+            ),
+            result_keys=("length_baseline_accuracy",),
+            curves=("loss", "accuracy", "margin", "eval_accuracy"),
+        ),
+        Stage(
+            name="ppo",
+            script="step3_ppo/main.py",
+            title="PPO",
+            config=PPOStageConfig,
+            takes={"actor_model": "sft", "reward_model": "reward"},
+            short_run={"max_steps": "2"},
+            unit="iteration",
+            figures=(
+                Figure("held-out score", before="score_before", after="score_after", note=_gain),
+                Figure("KL per token (nats)", after="kl_per_token", note=lambda _: "to the SFT model"),
+                Figure("eos rate", before="eos_rate_before", after="eos_rate_after"),
+                Figure("response tokens", before="mean_response_tokens_before", after="mean_response_tokens_after"),
+            ),
+            result_keys=("score_std_before", "samples"),
+            curves=("score", "kl_per_token", "eos_rate", "response_tokens", "entropy_estimate", "explained_variance"),
+        ),
+    )
+}
+"""Every stage by name, in the order of a whole run."""
+
+
+def parse_stage(name: str, argv: Sequence[str] | None = None) -> Any:
+    """The configuration of stage `name` (an instance of its `config` class) from a command line; see `parse_config`."""
+    stage = STAGES[name]
+    parts = parse_config(
+        name,
+        stage.config_classes(),
+        argv,
+        sections=STAGES.keys(),
+        known_fields=set().union(*(other.field_names() for other in STAGES.values())),
+        default_config=DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None,
+    )
+    config = stage.config(**parts)
+    config.check()
+    return config
+
+
+def find_stage_model(stage: Stage, config_field: str, given: str | None, output_dir: str) -> str:
+    """The model directory of a field that a stage `takes` from an earlier one: the one given, or that of `output_dir`.
 
     Raises ConfigError that says how to make it when it is not there.
     """
     if given is not None:
         return given
-    path = Path(output_dir) / stage / "model"
+    earlier = STAGES[stage.takes[config_field]]
+    path = Path(output_dir) / earlier.name / "model"
     if not path.is_dir():
-        script = {"sft": "step1_sft", "reward": "step2_reward"}[stage]
         raise ConfigError(
-            f"{path} not found: PPO needs the model that {script} saves. Run `deepspeed {script}/main.py "
-            f"--output_dir {output_dir}` first, or name a directory with --{field}"
+            f"{path} not found: {stage.title} needs the model that {earlier.script} saves. Run `deepspeed "
+            f"{earlier.script} --output_dir {output_dir}` first, or name a directory with --{config_field}"
         )
     return str(path)
 
 
-def paired_samples(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Responses of the SFT and the PPO actor to the same prompts, with their scores."""
-    return [
-        {
-            "prompt": first["prompt"],
-            "sft": first["response"],
-            "ppo": second["response"],
-            "score_sft": first["score"],
-            "score_ppo": second["score"],
-        }
-        for first, second in zip(before, after, strict=True)
-    ]
+def _type_hints(config_class: type) -> dict[str, type]:
+    from typing import get_type_hints
+
+    hints = get_type_hints(config_class)
+    return {item.name: hints[item.name] for item in dataclasses.fields(config_class)}

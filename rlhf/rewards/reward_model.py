@@ -1,9 +1,8 @@
-"""A learned reward model as a reward."""
+"""A learned reward model as a reward, also one with another tokenizer than the actor's."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,55 +10,52 @@ import torch
 from rlhf.data.token_cache import tokenizer_fingerprint
 from rlhf.data.tokenize import TextEncoder
 from rlhf.numerics.statistics import score_last
-from rlhf.types import Rollout
+from rlhf.rewards.reward import RewardSources
+from rlhf.types import Responses, RewardOutput
 
 
-class RewardScorer:
-    """Normalised reward-model scores of rollouts, also where the reward model has another tokenizer.
+class RewardModel:
+    """The normalised scores of a reward model: mean 0 and variance 1 on its reference responses.
 
-    With the actor's tokenizer the ids go in as they are. With another one the text is decoded and encoded again,
-    the reward model's own end-of-sequence token stands for the actor's, and a prompt too long for the reward model's
-    positions loses its beginning. `eos_ids` are the ids that end the actor's responses (default: its tokenizer's).
+    With the actor's tokenizer the ids go in as they are. With another one the text is encoded again, the reward
+    model's own end-of-sequence token stands for the actor's, and a prompt too long for the reward model's positions
+    loses its beginning.
     """
 
-    def __init__(
-        self, reward: Any, reward_tokenizer: Any, actor_tokenizer: Any, *, eos_ids: Sequence[int] | None = None
-    ) -> None:
-        self.reward = reward
-        self.reward_tokenizer = reward_tokenizer
-        self.actor_tokenizer = actor_tokenizer
-        self.eos_ids = frozenset([actor_tokenizer.eos_token_id] if eos_ids is None else eos_ids)
-        self.same_tokenizer = same_tokenizer(reward_tokenizer, actor_tokenizer)
-        self.encoder = TextEncoder(reward_tokenizer)
-        module = getattr(reward, "module", reward)
-        self.max_tokens = getattr(getattr(module, "config", None), "max_position_embeddings", None)
-        self.score_range: dict[str, Any] | None = getattr(module, "score_range", None)
+    def __init__(self, sources: RewardSources) -> None:
+        self.engine = sources.engine
+        self.tokenizer = sources.reward_tokenizer
+        self.same_tokenizer = same_tokenizer(sources.reward_tokenizer, sources.tokenizer)
+        self.encoder = TextEncoder(sources.reward_tokenizer)
+        self.max_tokens = getattr(getattr(self._module, "config", None), "max_position_embeddings", None)
+
+    @property
+    def _module(self) -> Any:
+        return getattr(self.engine, "module", self.engine)
+
+    @property
+    def training_range(self) -> dict[str, Any] | None:
+        """How far normalised scores reached in the training of the reward model, where it was saved with that."""
+        found: dict[str, Any] | None = getattr(self._module, "score_range", None)
+        return found
 
     @torch.no_grad()
-    def __call__(self, rollout: Rollout, prompt_texts: list[str]) -> torch.Tensor:
-        """Scores [B] float32, mean 0 and variance 1 on the reward model's reference responses.
+    def score(self, responses: Responses) -> RewardOutput:
+        """See `rlhf.rewards.reward.Reward`."""
+        ids, mask = responses.rollout.sequences() if self.same_tokenizer else self._encode_again(responses)
+        scores = score_last(self.engine(ids, mask), mask)
+        return RewardOutput(self._module.normalise(scores).float())
 
-        `prompt_texts` are the prompts as they were before tokenisation.
-        """
-        ids, mask = rollout.sequences() if self.same_tokenizer else self._encode_again(rollout, prompt_texts)
-        scores = score_last(self.reward(ids, mask), mask)
-        module = getattr(self.reward, "module", self.reward)
-        return module.normalise(scores).float()
-
-    def _encode_again(self, rollout: Rollout, prompt_texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = []
-        prompts = self.encoder.prompts(prompt_texts)
-        for prompt, ids, mask in zip(prompts, rollout.response_ids, rollout.response_mask, strict=True):
-            tokens = ids[mask.bool()].tolist()
-            ended = bool(tokens) and tokens[-1] in self.eos_ids
-            text = self.actor_tokenizer.decode(tokens, skip_special_tokens=True)
+    def _encode_again(self, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
+        prompts = self.encoder.prompts([prompt.text for prompt in responses.prompts])
+        start, rows = self.encoder.start_ids, []
+        for prompt, text, ended in zip(prompts, responses.texts, responses.ended.tolist(), strict=True):
             response = self.encoder.responses([text], append_eos=ended)[0].ids
-            start = self.encoder.start_ids
             room = (self.max_tokens or sys.maxsize) - len(start) - len(response)
             rows.append([*start, *prompt.ids[len(start) :][-max(room, 1) :], *response])
         longest = max(len(row) for row in rows)
-        device = rollout.response_ids.device
-        ids = torch.full((len(rows), longest), self.reward_tokenizer.pad_token_id, device=device)
+        device = responses.rollout.response_ids.device
+        ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id, device=device)
         mask = torch.zeros(len(rows), longest, dtype=torch.bool, device=device)
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.tensor(row, device=device)

@@ -8,8 +8,8 @@ from typing import Protocol
 
 import torch
 
+from rlhf.config import BatchConfig
 from rlhf.distributed import rank
-from rlhf.training.nonfinite import NonFiniteError as NonFiniteError
 
 
 class Plan(Protocol):
@@ -37,10 +37,6 @@ class DataOrder:
         self._plan = plan
         self._seed = seed
 
-    def steps(self, epochs: float) -> int:
-        """Optimizer steps that `epochs` passes take (the last one runs on into the next pass)."""
-        return max(1, math.ceil(round(epochs * len(self._lengths), 6) / self._plan.global_batch_size))
-
     def indices(self, step: int) -> list[int]:
         """Examples of the global batch of `step`, longest first."""
         size, total = self._plan.global_batch_size, len(self._lengths)
@@ -62,3 +58,11 @@ class DataOrder:
             self._order = torch.randperm(len(self._lengths), generator=generator)
             self._epoch = epoch
         return self._order
+
+
+def planned_steps(examples: int, batch: BatchConfig, plan: Plan) -> int:
+    """Optimizer steps of a run: `max_steps`, or as many as `epochs` passes take.
+
+    The last step runs on into the next pass. PPO: iterations, where `plan` has a rollout as its global batch.
+    """
+    return batch.max_steps or max(1, math.ceil(round(batch.epochs * examples, 6) / plan.global_batch_size))

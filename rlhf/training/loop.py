@@ -1,10 +1,11 @@
-"""What every training loop has: metrics, the doctor's eye on them, and a place that can be saved and taken up again."""
+"""What every training loop has: metrics, the doctor's eye on them, and a state that is saved and restored."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,31 @@ from rlhf.training.metrics import MeanMeter, MetricsWriter
 from rlhf.training.resume import TrainingStates
 
 
+@dataclass(frozen=True)
+class RunContext:
+    """What a stage gives its loop: names, the directory it writes to, and its training states (None saves nothing)."""
+
+    stage: str
+    run: RunConfig
+    directory: Path
+    states: TrainingStates | None = None
+
+
 class Loop(ABC):
-    """Steps 1 to `total_steps` (PPO: iterations), each followed by `end_step`; `states` None saves nothing.
+    """Steps 1 to `total_steps` (PPO: iterations), each followed by `end_step`.
 
     A subclass's `fit` calls `begin`, then takes the steps after the one it returns.
     """
 
-    def __init__(
-        self, *, total_steps: int, run: RunConfig, directory: Path, stage: str, states: TrainingStates | None = None
-    ) -> None:
+    def __init__(self, context: RunContext, *, total_steps: int) -> None:
         self.total_steps = total_steps
-        self.run = run
-        self.directory = directory
-        self.stage = stage
-        self.states = states
+        self.run = context.run
+        self.directory = context.directory
+        self.stage = context.stage
+        self.states = context.states
         self.meter = MeanMeter()
-        self.writer = MetricsWriter(directory, run, stage=stage)
-        self.health = HealthMonitor(directory, stage)
+        self.writer = MetricsWriter(self.directory, self.run, stage=self.stage)
+        self.health = HealthMonitor(self.directory, self.stage)
         self.step = 0
         self.outcome: dict[str, Any] = {}
         """What `fit` returns in the end, as far as it is known: evaluations before and after."""
@@ -60,7 +69,7 @@ class Loop(ABC):
         return self._seconds_before + time.perf_counter() - self._started
 
     def begin(self) -> int:
-        """Take up a saved state or start; the step that is done."""
+        """Restore the newest saved state, or start; the number of steps that are done already."""
         self._started = time.perf_counter()
         if self.states is None or not self.states.restore(self):
             self.writer.open()
@@ -101,9 +110,10 @@ class Loop(ABC):
 
     def ended(self) -> dict[str, Any]:
         """What `fit` returns: the evaluations, seconds over all processes of the run, and what the doctor found."""
+        self.writer.close()
         return {**self.outcome, "seconds": self.seconds, "health": self.health.summary()}
 
-    # ------------------------------------------------------------------------------ see rlhf.training.resume.Resumable
+    # ------------------------------------------------------------------------- see rlhf.training.resume.Resumable
 
     def state(self) -> dict[str, Any]:
         """Everything alike on every rank that the next step or the end of the run depends on."""
@@ -125,7 +135,7 @@ class Loop(ABC):
     def load_state(
         self, state: dict[str, Any], rank_states: Sequence[dict[str, Any]], tensors: dict[str, torch.Tensor]
     ) -> None:
-        """Take up what `state`, `rank_state` and `tensors` gave; metrics written after the save are cut off."""
+        """Restore what `state`, `rank_state` and `tensors` gave; metrics written after the save are cut off."""
         self.step = state["step"]
         self.outcome = state["outcome"]
         self._seconds_before = state["seconds"]

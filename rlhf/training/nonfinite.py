@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,15 @@ from safetensors.torch import save_file
 
 from rlhf.distributed import all_gather_rows, is_main, rank, world_size
 from rlhf.doctor import finding, record_stop
-from rlhf.types import Rollout, TensorBatch, TokenizedPrompt
+from rlhf.types import TensorBatch, TokenizedPrompt
 
-ROLLOUT_ENGINES = {"scores": "reward", "values": "critic", "ref_logprobs": "reference", "logprobs": "actor"}
+ROLLOUT_ENGINES = {
+    "scores": "reward",
+    "token_rewards": "reward",
+    "values": "critic",
+    "ref_logprobs": "reference",
+    "logprobs": "actor",
+}
 """Which engine says what of a rollout, in the order they are looked at."""
 
 
@@ -64,25 +70,23 @@ def gradient_error(
     )
 
 
-def check_rollout(
-    rollout: Rollout, scored: Mapping[str, torch.Tensor], examples: Sequence[TokenizedPrompt], iteration: int,
-    directory: Path,
-) -> None:  # fmt: skip
+def check_rollout(scored: Any, examples: Sequence[TokenizedPrompt], iteration: int, directory: Path) -> None:
     """NonFiniteError when a model says something that is not finite of a rollout; names the row and its prompt.
 
-    `rollout` and `scored` hold all rows on every rank.
+    `scored` is a `rlhf.training.rollouts.ScoredRollout` with all rows, the same on every rank.
     """
     for name, engine_name in ROLLOUT_ENGINES.items():
-        finite = torch.isfinite(scored[name]).flatten(1).all(1) if scored[name].dim() > 1 else scored[name].isfinite()
+        found = getattr(scored, name)
+        finite = torch.isfinite(found.reshape(len(found), -1)).all(1)
         if bool(finite.all()):
             continue
         rows = (~finite).nonzero().squeeze(1)
         first = int(rows[0])
-        kept = _dump(directory, [rollout.rows(rows)], iteration, engine_name)
+        kept = _dump(directory, [scored.rollout.rows(rows)], iteration, engine_name)
         prompt = " ".join(examples[first].text.split())[-80:]
         raise _stopped(
             directory, engine_name, iteration,
-            f"{name} of the rollout are not finite at iteration {iteration}: {len(rows)} of {len(rollout)} rows, first "
+            f"{name} of the rollout are not finite at iteration {iteration}: {len(rows)} of {len(finite)} rows, first "
             f"row {first}, prompt {examples[first].id!r} (...{prompt}){kept}",
         )  # fmt: skip
 

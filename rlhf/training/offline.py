@@ -1,28 +1,25 @@
-"""The two loops there are: offline (batches -> updates) and on-policy (prompts -> experience -> updates)."""
+"""The offline loop: batches -> updates, with evaluation, and the best model kept."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from tqdm import tqdm
 
-from rlhf.config import BatchConfig, RunConfig
+from rlhf.data.stage_data import StageData
 from rlhf.distributed import is_main, logger, rank
 from rlhf.training.data_order import DataOrder, Plan
-from rlhf.training.loop import Loop
-from rlhf.training.nonfinite import NonFiniteError as NonFiniteError
-from rlhf.training.resume import TrainingStates
+from rlhf.training.loop import Loop, RunContext
 from rlhf.training.step import accumulate_step, learning_rate
 
 Batch = TypeVar("Batch")
 
 
-class Trainer(Loop, Generic[Batch]):
-    """The offline loop: epochs, accumulation, evaluation, logging, saving the best model.
+class OfflineTrainer(Loop, Generic[Batch]):
+    """The loop owns epochs, accumulation, evaluation, logging, saving, and keeps the best model.
 
     An algorithm writes `collate`, `length`, `loss_count`, `loss_sum` and `evaluate`. `export` writes the model;
     `best_metric` (lower is better) decides which evaluation's model is kept. Without evaluation data the last
@@ -34,27 +31,22 @@ class Trainer(Loop, Generic[Batch]):
     def __init__(
         self,
         engine: Any,
-        train: Sequence[Any],
-        evaluation: Sequence[Any],
+        data: StageData,
         *,
         plan: Plan,
-        batch: BatchConfig,
-        run: RunConfig,
-        directory: Path,
-        stage: str,
+        total_steps: int,
         eval_every_steps: int,
         export: Callable[[], None],
-        states: TrainingStates | None = None,
+        context: RunContext,
     ) -> None:
+        super().__init__(context, total_steps=total_steps)
         self.engine = engine
-        self.train = train
-        self.evaluation = evaluation
+        self.train = data.train
+        self.evaluation = data.evaluation
         self.plan = plan
         self.eval_every_steps = eval_every_steps
+        self.order = DataOrder([self.length(example) for example in data.train], plan, self.run.seed)
         self._export = export
-        self.order = DataOrder([self.length(example) for example in train], plan, run.seed)
-        total = batch.max_steps or self.order.steps(batch.epochs)
-        super().__init__(total_steps=total, run=run, directory=directory, stage=stage, states=states)
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +81,7 @@ class Trainer(Loop, Generic[Batch]):
     def fit(self) -> dict[str, Any]:
         """Train; returns {"before": metrics, "after": metrics of the exported model, "best_step", "seconds"}.
 
-        Goes on from a saved state where `states` has one. Raises Stopped when the run was asked to stop.
+        Resumes from a saved state where there is one. Raises Stopped when the run was asked to stop.
         """
         torch.manual_seed(self.run.seed * 1_000_003 + rank())  # dropout masks differ between ranks
         if not self.evaluation:
@@ -115,7 +107,6 @@ class Trainer(Loop, Generic[Batch]):
         if not self.evaluation:
             self.outcome["best_step"] = self.total_steps
             self.export()
-        self.writer.close()
         return self.ended()
 
     def _step(self, step: int) -> float:

@@ -1,4 +1,4 @@
-"""The on-policy loop: prompts -> experience -> inner epochs of updates."""
+"""The on-policy loop: prompts -> experience -> updates."""
 
 from __future__ import annotations
 
@@ -9,18 +9,17 @@ from typing import Any
 from tqdm import tqdm
 
 from rlhf.distributed import is_main, logger
-from rlhf.training.loop import Loop
-from rlhf.training.nonfinite import NonFiniteError as NonFiniteError
+from rlhf.training.loop import Loop, RunContext
 
 
 class OnPolicyTrainer(Loop):
-    """The on-policy loop: prompts -> experience -> inner epochs of updates.
+    """The loop owns iterations, evaluation, logging and saving.
 
-    An algorithm writes `make_experience(iteration)`, `update(experience, iteration)` and `evaluate(label)`.
+    An algorithm writes `make_experience(iteration)`, `update(experience, iteration)` and `evaluate(iteration)`.
     """
 
-    def __init__(self, *, eval_every_steps: int, **loop: Any) -> None:
-        super().__init__(**loop)
+    def __init__(self, context: RunContext, *, total_steps: int, eval_every_steps: int) -> None:
+        super().__init__(context, total_steps=total_steps)
         self.eval_every_steps = eval_every_steps
 
     @abstractmethod
@@ -38,7 +37,7 @@ class OnPolicyTrainer(Loop):
     def fit(self) -> dict[str, Any]:
         """Train; returns {"before", "after", "seconds"} with the evaluations of the first and the last actor.
 
-        Goes on from a saved state where `states` has one. Raises Stopped when the run was asked to stop.
+        Resumes from a saved state where there is one. Raises Stopped when the run was asked to stop.
         """
         done = self.begin()
         if done == 0:
@@ -48,12 +47,7 @@ class OnPolicyTrainer(Loop):
             total=self.total_steps, initial=done, desc=self.stage, unit="iteration", disable=not is_main()
         ) as progress:
             for iteration in range(done + 1, self.total_steps + 1):
-                experience_started = time.perf_counter()
-                experience = self.make_experience(iteration)
-                update_started = time.perf_counter()
-                metrics = self.update(experience, iteration)
-                metrics["seconds_experience"] = update_started - experience_started
-                metrics["seconds_update"] = time.perf_counter() - update_started
+                metrics = self._iterate(iteration)
                 progress.update()
                 progress.set_postfix(score=f"{metrics['score']:.3f}", kl=f"{metrics['kl_per_token']:.3f}")
                 if iteration % self.run.log_every_steps == 0 or iteration in (1, self.total_steps):
@@ -63,8 +57,16 @@ class OnPolicyTrainer(Loop):
                     self.outcome["after"] = self._evaluate_and_log(iteration)
                     self.exported(last=iteration == self.total_steps)
                 self.end_step(iteration)
-        self.writer.close()
         return self.ended()
+
+    def _iterate(self, iteration: int) -> dict[str, float]:
+        started = time.perf_counter()
+        experience = self.make_experience(iteration)
+        update_started = time.perf_counter()
+        metrics = self.update(experience, iteration)
+        metrics["seconds_experience"] = update_started - started
+        metrics["seconds_update"] = time.perf_counter() - update_started
+        return metrics
 
     def _evaluate_and_log(self, iteration: int) -> dict[str, Any]:
         metrics = self.evaluate(iteration)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,29 +15,12 @@ from safetensors.torch import load_file, save_file
 from rlhf.checkpoint.fingerprint import check_identity
 from rlhf.checkpoint.random_state import load_rng, save_rng
 from rlhf.checkpoint.state_store import SavedState, TrainingStateStore
-from rlhf.config import ConfigError, RunConfig
+from rlhf.config import REMOVED_FIELDS, ConfigError, RunConfig, facts_of
 from rlhf.distributed import init_world, is_main, logger, raise_on_all, rank, world_size
 
 TENSORS = "loop.safetensors"
 SAVES_PER_RUN = 10
 """How often a run saves its state where `save_every_steps` is 0."""
-
-FREE_TO_CHANGE = frozenset(
-    {
-        # where and how often
-        "output_dir", "cache_dir", "resume", "save_every_steps", "keep_last", "keep_every", "log_every_steps",
-        "tensorboard", "wandb_project", "rank_timeout_minutes", "sample_table_rows", "on_bad_row",
-        # compared by content
-        "base_model", "actor_model", "reward_model", "critic_model", "sft_data", "sft_eval_data", "preference_data",
-        "preference_eval_data", "prompt_data", "prompt_eval_data", "ptx_data",
-        # how fast, and in which memory
-        "trust_remote_code", "attn_implementation", "share_base", "gradient_checkpointing", "zero_stage", "offload",
-        "deepspeed_config", "gather_for_generation", "side_by_side", "micro_batch_size", "micro_batch_tokens",
-        "generation_batch_size", "scoring_batch_tokens",
-    }
-)  # fmt: skip
-"""Fields that may differ when a run goes on: they do not change what is learnt. Models and data are compared by their
-content, so that they may have been moved."""
 
 
 class Resumable(Protocol):
@@ -108,7 +91,8 @@ class TrainingStates:
         refused: ConfigError | None = None
         if is_main():  # as rank 0 saved it: a node's copy of a model may hold one file more
             try:
-                check_identity(saved.content["identity"], self.identity, saved.path)
+                was = {name: value for name, value in saved.content["identity"].items() if name not in REMOVED_FIELDS}
+                check_identity(was, self.identity, saved.path)
             except ConfigError as error:
                 refused = error
         raise_on_all(refused)
@@ -124,11 +108,16 @@ class TrainingStates:
         return True
 
 
-def run_identity(configs: Sequence[Any], **content: Any) -> dict[str, Any]:
-    """What must be the same for a run to go on: its configuration but for FREE_TO_CHANGE, and `content` (fingerprints
-    of models, tokenizer and data)."""
-    fields = {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
-    return {**{name: value for name, value in fields.items() if name not in FREE_TO_CHANGE}, **content}
+def run_identity(configs: Iterable[Any], **content: Any) -> dict[str, Any]:
+    """What must be the same for a run to be resumed: the fields that do not say `may_change_on_resume`, and `content`
+    (fingerprints of models, tokenizer and data)."""
+    fixed = {
+        item.name: getattr(config, item.name)
+        for config in configs
+        for item in dataclasses.fields(config)
+        if not facts_of(item).may_change_on_resume
+    }
+    return {**fixed, **content}
 
 
 def refusal(directory: Path, run: RunConfig) -> ConfigError | None:

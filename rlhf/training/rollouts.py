@@ -1,4 +1,4 @@
-"""Sample prompts and score the responses, over all ranks: everything PPO needs before its mathematics."""
+"""Sample responses and score them, over all ranks: everything an on-policy algorithm needs before its mathematics."""
 
 from __future__ import annotations
 
@@ -6,19 +6,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle, islice
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 from rlhf.config import ConfigError
+from rlhf.data.collate import collate_prompts
 from rlhf.distributed import all_gather_rows, all_reduce_max, logger, rank, world_size
-from rlhf.generation import Backend, Sampling
-from rlhf.numerics.cpu import side_by_side
+from rlhf.generation.backend import Backend
+from rlhf.generation.token_sampling import Sampling
 from rlhf.numerics.statistics import correlation, last_true, masked_mean, repeated_share
+from rlhf.rewards.reward import Reward
 from rlhf.training.data_order import Plan
 from rlhf.training.scoring import response_logprobs, response_values
-from rlhf.types import PromptBatch, Rollout, TokenizedPrompt
+from rlhf.types import Responses, Rollout, TensorBatch, TokenizedPrompt
 
 OldLogprobs = Literal["auto", "sampled", "recomputed"]
 CAPTURED_IS_EXACT = 1e-4
@@ -30,10 +33,32 @@ RANGE_RESPONSES = 100
 FORWARD_ONLY = 4
 """A scoring pass holds so many times the tokens of a training pass on an accelerator: it keeps no activations. On a
 CPU it holds as many: larger passes are slower there, since they leave the cache."""
+EVALUATION = 2**32 - 1
+"""The iteration number of evaluations: they draw the same random numbers every time, and no iteration's."""
 
 
 @dataclass(frozen=True)
-class _Part:
+class ScoredRollout(TensorBatch):
+    """A rollout and what is said of it, all rows on every rank in the order of the prompts.
+
+    `logprobs` (of the sampling policy), `ref_logprobs`, `values`, `token_rewards` [B, T] float32, 0 outside the
+    response; values are 0 without a critic, reference log-probabilities those of the actor without a reference.
+    `scores` [B] of the reward, `part_scores` [B, N] of the N parts it is made of, `ended` [B] bool: the response ends
+    with an end-of-sequence token.
+    """
+
+    rollout: Rollout
+    logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor
+    values: torch.Tensor
+    token_rewards: torch.Tensor
+    scores: torch.Tensor
+    part_scores: torch.Tensor
+    ended: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _Pass:
     """Rows of a rollout that are scored in one pass: their numbers, the same as a tensor, and themselves."""
 
     indices: Sequence[int]
@@ -42,48 +67,48 @@ class _Part:
 
 
 class RolloutWorker:
-    """Samples with a `backend` and scores with all four models of an `RLHFEngine`, in its evaluation mode.
+    """Samples with a backend and scores with the models of an `RLHFEngine`, in evaluation mode, and with a reward.
 
     A scoring pass holds `scoring_tokens` tokens (0: by the training pass of `plan`, see FORWARD_ONLY).
-    `old_logprobs` says where the log-probabilities of the sampling policy come from: the backend, a forward pass of
-    the actor, or (`auto`) the backend once a rollout computed both ways has shown them equal to CAPTURED_IS_EXACT.
-    `together` scores with several models side by side (see `rlhf.numerics.cpu`).
+    `old_logprobs` says where the log-probabilities of the sampling policy come from: the sampler, a forward pass of
+    the actor, or (`auto`) the sampler once a rollout computed both ways has shown them equal to CAPTURED_IS_EXACT.
     """
 
     def __init__(
         self,
         engine: Any,
-        scorer: Any,
         backend: Backend,
+        reward: Reward,
         sampling: Sampling,
         *,
+        tokenizer: Any,
         eos_ids: Sequence[int],
-        pad_token_id: int,
         plan: Plan,
         scoring_tokens: int = 0,
         old_logprobs: OldLogprobs = "auto",
-        together: bool = False,
     ) -> None:
+        if not backend.captures_logprobs and old_logprobs == "sampled":
+            raise ConfigError(
+                "old_logprobs=sampled needs generation_backend=own: the other backend captures no "
+                "log-probabilities; use old_logprobs=auto or recomputed"
+            )
         self.engine = engine
-        self.scorer = scorer
         self.backend = backend
+        self.reward = reward
         self.sampling = sampling
+        self.tokenizer = tokenizer
         self.eos_ids = list(eos_ids)
-        self.pad_token_id = pad_token_id
         self.plan = plan
         self.scoring_tokens = scoring_tokens
-        self.old_logprobs = old_logprobs
-        self.together = together
-        if not backend.captures_logprobs:
-            if old_logprobs == "sampled":
-                raise ConfigError(
-                    "old_logprobs=sampled needs generation_backend=own: the other backend captures no "
-                    "log-probabilities; use old_logprobs=auto or recomputed"
-                )
-            self.old_logprobs = "recomputed"
+        self.old_logprobs: OldLogprobs = old_logprobs if backend.captures_logprobs else "recomputed"
+        self.part_names: tuple[str, ...] = ()
         self.seconds = {"seconds_generation": 0.0, "seconds_scoring": 0.0}
         self.captured_error: float | None = None
         self.captured_error_mean: float | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.engine.actor.device)
 
     @property
     def measured(self) -> dict[str, float]:
@@ -94,88 +119,121 @@ class RolloutWorker:
         }
         return {**self.seconds, **{name: error for name, error in errors.items() if error is not None}}
 
-    @property
-    def device(self) -> torch.device:
-        return self.engine.actor.device
+    def state(self) -> dict[str, Any]:
+        """What later rollouts depend on."""
+        return {
+            "old_logprobs": self.old_logprobs,
+            "captured_error": self.captured_error,
+            "captured_error_mean": self.captured_error_mean,
+        }
 
-    def run(self, examples: Sequence[TokenizedPrompt], iteration: int) -> tuple[Rollout, dict[str, torch.Tensor]]:
-        """Sample and score `examples` over all ranks; every rank gets all rows, in the order of `examples`.
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restore what `state` gave."""
+        self.old_logprobs = state["old_logprobs"]
+        self.captured_error, self.captured_error_mean = state["captured_error"], state["captured_error_mean"]
 
-        Every rank must have equally many: len(examples) is a multiple of the number of ranks. Beside the rollout come
-        `logprobs`, `ref_logprobs`, `values` [B, T] and `scores` [B]; seconds go to `self.seconds`.
-        """
+    def run(self, examples: Sequence[TokenizedPrompt], iteration: int) -> ScoredRollout:
+        """Sample and score `examples` over all ranks; every rank gets all rows, in the order of `examples`."""
         with self.engine.scoring():
             started = time.perf_counter()
             mine, share = self.sample(examples, iteration)
             sampled = time.perf_counter()
-            scored = self.score(mine, [examples[index].text for index in share])
+            scored = self.score(mine, [examples[index] for index in share])
         order = torch.argsort(all_gather_rows(torch.tensor(share, device=self.device)))
-        rollout = mine._map(lambda tensor: gather_in_order(tensor, order))
-        gathered = {name: gather_in_order(tensor, order) for name, tensor in scored.items()}
+        gathered = scored._map(lambda tensor: gather_in_order(tensor, order))
         self.seconds = {
             "seconds_generation": sampled - started,
             "seconds_scoring": time.perf_counter() - sampled,
         }
-        return rollout, gathered
+        return gathered
 
     def sample(self, examples: Sequence[TokenizedPrompt], iteration: int) -> tuple[Rollout, list[int]]:
         """This rank's share of the rollout (every world_size-th prompt) and which examples it is."""
-        from rlhf.data import collate_prompts
-
-        everything = collate_prompts(examples, self.pad_token_id, row_ids=list(range(len(examples))))
+        pad_token_id = self.tokenizer.pad_token_id
+        everything = collate_prompts(examples, pad_token_id, row_ids=list(range(len(examples))))
         share = list(range(rank(), len(examples), world_size()))
-        mine: PromptBatch = everything.rows(torch.tensor(share)).to(self.device)
         self.backend.sync()
-        rollout = self.backend.generate(mine, self.sampling, iteration=iteration)
+        rollout = self.backend.generate(
+            everything.rows(torch.tensor(share)).to(self.device), self.sampling, iteration=iteration
+        )
         longest = all_reduce_max(rollout.response_ids.shape[1], self.device)
-        return rollout.widened(longest, self.pad_token_id), share
+        return rollout.widened(longest, pad_token_id), share
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, texts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Log-probabilities of actor and reference, values [B, T] and scores [B] of this rank's rollout."""
-        from rlhf.engine import partition
-
+    def score(self, rollout: Rollout, examples: Sequence[TokenizedPrompt]) -> ScoredRollout:
+        """This rank's rollout with what actor, reference, critic and reward say of it."""
+        passes = self._passes(rollout)
+        columns = {name: torch.zeros_like(rollout.logprobs) for name in ("logprobs", "ref_logprobs", "values")}
         width = rollout.response_ids.shape[1]
-        lengths = (rollout.prompt_mask.sum(1) + rollout.response_mask.sum(1)).tolist()
-        # as many passes on every rank: under ZeRO-3 each one gathers weights
-        factor = 1 if self.device.type == "cpu" else FORWARD_ONLY
-        budget = self.scoring_tokens or factor * self.plan.token_budget(lengths)
-        passes = all_reduce_max(min(len(lengths), -(-sum(lengths) // budget)), self.device)
-        parts = [
-            _Part(indices, rows, rollout.rows(rows).trimmed()[0])
-            for indices in partition(lengths, passes)
-            for rows in [torch.tensor(indices, device=self.device)]
-        ]
-        recompute = self.old_logprobs != "sampled"
-        names = ["ref_logprobs", "values", *(["logprobs"] if recompute else [])]
-        columns = {name: torch.zeros_like(rollout.logprobs) for name in names}
-        scores = torch.zeros(len(rollout), device=self.device)
 
-        def keep(name: str, part: _Part, found: torch.Tensor) -> None:
+        def keep(name: str, part: _Pass, found: torch.Tensor) -> None:
             inside = torch.where(part.rollout.response_mask, found.float(), 0.0)
             columns[name][part.rows] = F.pad(inside, (0, width - found.shape[1]))
 
+        recompute = self.old_logprobs != "sampled"
+
         def policies() -> None:  # one job: the two may be one model, with its adapter on and off
-            for part in parts:
-                with self.engine.reference_model() as reference:
-                    keep("ref_logprobs", part, self._logprobs(reference, part.rollout))
+            for part in passes:
+                if self.engine.has_reference:
+                    with self.engine.reference_model() as reference:
+                        keep("ref_logprobs", part, self._logprobs(reference, part.rollout))
                 if recompute:
                     keep("logprobs", part, self._logprobs(self.engine.actor, part.rollout))
 
-        def rewards() -> None:  # one job: a tokenizer serves one thread at a time
-            for part in parts:
-                scores[part.rows] = self.scorer(part.rollout, [texts[index] for index in part.indices])
-
-        def values(part: _Part) -> None:
+        def values(part: _Pass) -> None:
             keep("values", part, response_values(self.engine.critic, part.rollout))
 
-        jobs: list[Callable[[], None]] = [policies, rewards, *(partial(values, part) for part in parts)]
-        side_by_side(jobs, together=self.together)
+        ended = self.ended(rollout)
+        rewards = _Rewards(rollout)
+        jobs: list[Callable[[], None]] = [policies, partial(self._reward, rewards, passes, examples, ended)]
+        if self.engine.critic is not None:
+            jobs += [partial(values, part) for part in passes]
+        self.engine.run_jobs(jobs)
         if recompute and self.backend.captures_logprobs:
             self._compare(rollout, columns["logprobs"])
         if self.old_logprobs == "sampled":
             columns["logprobs"] = rollout.logprobs
-        return {**columns, "scores": scores}
+        if not self.engine.has_reference:
+            columns["ref_logprobs"] = columns["logprobs"]
+        self.part_names = tuple(rewards.parts)
+        parts = [rewards.scores.new_zeros(len(rollout), 0), *(part.unsqueeze(1) for part in rewards.parts.values())]
+        return ScoredRollout(
+            rollout,
+            **columns,
+            token_rewards=rewards.per_token,
+            scores=rewards.scores,
+            part_scores=torch.cat(parts, dim=1),
+            ended=ended,
+        )
+
+    def _passes(self, rollout: Rollout) -> list[_Pass]:
+        from rlhf.engine import partition
+
+        lengths = (rollout.prompt_mask.sum(1) + rollout.response_mask.sum(1)).tolist()
+        factor = 1 if self.device.type == "cpu" else FORWARD_ONLY
+        budget = self.scoring_tokens or factor * self.plan.token_budget(lengths)
+        # as many passes on every rank: under ZeRO-3 each one gathers weights
+        count = all_reduce_max(min(len(lengths), -(-sum(lengths) // budget)), self.device)
+        return [
+            _Pass(indices, rows, rollout.rows(rows).trimmed()[0])
+            for indices in partition(lengths, count)
+            for rows in [torch.tensor(indices, device=self.device)]
+        ]
+
+    def _reward(
+        self, found: _Rewards, passes: Sequence[_Pass], examples: Sequence[TokenizedPrompt], ended: torch.Tensor
+    ) -> None:
+        """Let the reward score every pass; one job, because a tokenizer serves one thread at a time."""
+        for part in passes:
+            texts = self.texts(part.rollout)
+            prompts = [examples[index] for index in part.indices]
+            found.keep(part, self.reward.score(Responses(part.rollout, prompts, texts, ended[part.rows])))
+
+    def texts(self, rollout: Rollout) -> list[str]:
+        """The responses as text, without special tokens."""
+        rows = [ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+        texts: list[str] = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return texts
 
     def _logprobs(self, model: Any, part: Rollout) -> torch.Tensor:
         return response_logprobs(model, part, self.sampling)
@@ -200,40 +258,78 @@ class RolloutWorker:
         final = rollout.response_ids.gather(1, last).squeeze(1)
         return torch.isin(final, torch.tensor(self.eos_ids, device=final.device)) & rollout.response_mask.any(1)
 
-    def describe(self, rollout: Rollout, scored: dict[str, torch.Tensor]) -> dict[str, float]:
+    def describe(self, scored: ScoredRollout) -> dict[str, float]:
         """Metrics of a rollout: scores, KL to the reference, entropy, share that ended, length, repetition.
 
         `kl_error` is the standard error of `kl_per_token`, by response. `entropy_estimate` is the mean of -log pi of
         the sampled tokens: an unbiased estimate of the entropy per token of the distribution that was sampled from (at
         the sampling temperature), without another pass over the logits.
         """
-        mask, scores = rollout.response_mask, scored["scores"]
-        log_ratio = scored["logprobs"] - scored["ref_logprobs"]
+        mask, scores = scored.rollout.response_mask, scored.scores
+        log_ratio = scored.logprobs - scored.ref_logprobs
         lengths = mask.sum(1).float()
         return {
             "score": float(scores.mean()),
             "score_std": float(scores.std(unbiased=False)),
             "score_min": float(scores.min()),
             "score_max": float(scores.max()),
+            **dict(
+                zip((f"score/{name}" for name in self.part_names), scored.part_scores.mean(0).tolist(), strict=True)
+            ),
             **({"score_length_correlation": correlation(scores, lengths)} if len(scores) >= CORRELATED_ROWS else {}),
             **self._outside_range(scores),
             "kl_per_token": float(masked_mean(log_ratio, mask)),
             "kl_per_response": float((log_ratio * mask).sum(1).mean()),
             "kl_error": float(((log_ratio * mask).sum(1) / lengths.mean()).std(unbiased=False)) / len(scores) ** 0.5,
-            "entropy_estimate": -float(masked_mean(scored["logprobs"], mask)),
-            "eos_rate": float(self.ended(rollout).float().mean()),
+            "entropy_estimate": -float(masked_mean(scored.logprobs, mask)),
+            "eos_rate": float(scored.ended.float().mean()),
             "response_tokens": float(lengths.mean()),
-            "empty_responses": float(((lengths == 1) & self.ended(rollout)).float().mean()),
-            "repeated_4grams": repeated_share(rollout.response_ids, mask),
+            "empty_responses": float(((lengths == 1) & scored.ended).float().mean()),
+            "repeated_4grams": repeated_share(scored.rollout.response_ids, mask),
         }
 
     def _outside_range(self, scores: torch.Tensor) -> dict[str, float]:
-        """The share of scores that the reward model never gave in its training, where it was saved with that range."""
-        known = getattr(self.scorer, "score_range", None)
+        """The share of scores that the reward never gave in its training, where it knows that range."""
+        known = self.reward.training_range
         if known is None or known.get("responses", RANGE_RESPONSES) < RANGE_RESPONSES:
             return {}
         outside = (scores < known["minimum"]) | (scores > known["maximum"])
         return {"scores_outside_range": float(outside.float().mean())}
+
+    def evaluate(self, prompts: Sequence[TokenizedPrompt], *, copies: int, shown: int) -> dict[str, Any]:
+        """Metrics of `copies` responses to each prompt and, as "samples", the first response to each.
+
+        Drawn with the same random numbers every time. `shown` samples go to the log. {} without prompts.
+        """
+        if not prompts:
+            return {}
+        examples = [prompt for prompt in prompts for _ in range(copies)]
+        counted = len(examples)
+        fill = (-counted) % world_size()  # every rank must have as many rows: collectives
+        scored = self.run(examples + list(islice(cycle(examples), fill)), EVALUATION).rows(slice(0, counted))
+        texts = [text.strip() for text in self.texts(scored.rollout.rows(slice(None, None, copies)))]
+        samples = [
+            {"id": prompt.id, "prompt": prompt.text, "response": text, "score": score}
+            for prompt, text, score in zip(prompts, texts, scored.scores[::copies].tolist(), strict=True)
+        ]
+        logger.info(sample_table(samples[:shown]))
+        return {**self.describe(scored), "samples": samples}
+
+
+class _Rewards:
+    """What the reward says of a rollout, filled in pass by pass."""
+
+    def __init__(self, rollout: Rollout) -> None:
+        self.scores = torch.zeros(len(rollout), device=rollout.response_ids.device)
+        self.per_token = torch.zeros_like(rollout.logprobs)
+        self.parts: dict[str, torch.Tensor] = {}
+
+    def keep(self, part: _Pass, output: Any) -> None:
+        self.scores[part.rows] = output.scores
+        if output.per_token is not None:
+            self.per_token[part.rows, : output.per_token.shape[1]] = output.per_token
+        for name, scores in output.parts.items():
+            self.parts.setdefault(name, torch.zeros_like(self.scores))[part.rows] = scores
 
 
 def gather_in_order(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -241,3 +337,14 @@ def gather_in_order(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     if tensor.dtype == torch.bool:
         return all_gather_rows(tensor.to(torch.uint8)).bool()[order]
     return all_gather_rows(tensor)[order]
+
+
+def sample_table(samples: Sequence[dict[str, Any]]) -> str:
+    """Prompts, responses and scores as text."""
+    lines = []
+    for sample in samples:
+        prompt = " ".join(sample["prompt"].split())[-60:]
+        lines.append(
+            f"  [{sample['score']:+.2f}] ...{prompt}\n          -> {' '.join(sample['response'].split())[:110]}"
+        )
+    return "\n".join(lines)

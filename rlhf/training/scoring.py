@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rlhf.generation import Sampling
-from rlhf.models.model_call import token_logprobs
+from rlhf.generation.token_sampling import Sampling
+from rlhf.models.token_logprobs import token_logprobs
 from rlhf.types import IGNORE_INDEX, Rollout, TokenBatch
 
 

@@ -19,10 +19,10 @@ from rlhf.checkpoint.export import (
     full_state_dict,
     replaced_directory,
 )
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, ModelConfig
+from rlhf.models.forward import forward_logits
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.models.lora import apply_lora
-from rlhf.models.model_call import forward_logits
 from rlhf.models.scalar import ScalarModel
 from tests.support.tiny_models import ARCHITECTURES, ROWS
 
@@ -30,7 +30,7 @@ FP32 = torch.float32
 
 
 def lora(model: nn.Module) -> nn.Module:
-    return apply_lora(model, rank=2, alpha=4, dropout=0.0, targets=[], quantized=False, gradient_checkpointing=False)
+    return apply_lora(model, ModelConfig(lora_rank=2, lora_alpha=4))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,8 +89,8 @@ def test_state_dict_has_tied_weights_once_and_only_trainable_ones_on_request(tin
     assert trainable.keys() == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {"score_mean", "score_std"} <= full_state_dict(model).keys()  # buffers that are saved
     assert not any("inv_freq" in name for name in full_state_dict(model))  # and those that are not
-    trainable["head.bias"].add_(1.0)
-    assert model.head.bias.item() == 0.0  # copies
+    trainable["scalar_head.bias"].add_(1.0)
+    assert model.scalar_head.bias.item() == 0.0  # copies
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -7,9 +7,9 @@ import pytest
 
 from rlhf.config import DataConfig
 from rlhf.data.embedded import embedded_corpus
-from rlhf.data.pipeline import load_stage_data, reads_special_tokens
 from rlhf.data.sources import read_rows
 from rlhf.data.spec import DataError, DatasetSpec
+from rlhf.data.stage_data import load_stage_data, reads_special_tokens
 from rlhf.data.templates import load_template
 from rlhf.models.tiny_base import train_tokenizer
 from rlhf.types import TokenizedPrompt, TokenizedRanking, TokenizedResponse
@@ -168,7 +168,7 @@ def test_tokens_come_from_the_cache_until_something_changes(load, tmp_path, monk
         raise AssertionError("tokenised again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("rlhf.data.pipeline.tokenize_records", never)
+        patch.setattr("rlhf.data.stage_data.tokenize_records", never)
         assert load("response", [path]).train == first.train
         for changed in ({"max_response_tokens": 9}, {"template": "alpaca"}):
             with pytest.raises(AssertionError, match="tokenised again"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf.config import ConfigError, EngineConfig
-from rlhf.engine import BatchPlan, compute_dtype, zero_config
+from rlhf.engine import BatchPlan, compute_dtype, deepspeed_settings
 from rlhf.engine.factory import read_deepspeed_config
 
 PLAN = BatchPlan(96, 8, 4)
@@ -16,7 +16,7 @@ PLAN = BatchPlan(96, 8, 4)
 
 def config(**changes):
     arguments = {"zero_stage": 2, "offload": "none", "dtype": torch.bfloat16, "plan": PLAN, "max_grad_norm": 1.0}
-    return zero_config(**{**arguments, **changes})
+    return deepspeed_settings(**{**arguments, **changes})
 
 
 def test_batch_plan_arithmetic():

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
@@ -25,10 +26,11 @@ from rlhf.engine import (
     training_engine,
     zero3_loading,
 )
+from rlhf.models.forward import forward_logits
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import apply_lora
-from rlhf.models.model_call import forward_logits
 from rlhf.models.scalar import ScalarModel
+from rlhf.pipeline.stages import parse_stage
 from tests.support.launch import run_ranks
 from tests.support.tiny_models import save_tiny_model
 
@@ -129,8 +131,8 @@ for stage in (0, 1, 2, 3):
     results[stage] = (gradients, state)
 for stage, rank_of_lora in ((3, 0), (3, 2), (1, 2)):
     four = RLHFEngine.build(
-        path, reward, model=ModelConfig(lora_rank=rank_of_lora),
-        engine=EngineConfig(zero_stage=stage, precision="fp32"), actor_optimizer=OPTIMIZER,
+        path, critic_model=reward, reward_model=reward, model=ModelConfig(lora_rank=rank_of_lora),
+        engine=EngineConfig(zero_stage=stage, precision="fp32"), optimizer=OPTIMIZER,
         critic_learning_rate=1e-2, plan=plan, total_steps=4, ema_decay=0.5)
     four.eval()
     with torch.no_grad():
@@ -143,7 +145,7 @@ for stage, rank_of_lora in ((3, 0), (3, 2), (1, 2)):
     for _ in range(plan.accumulation_steps):
         four.critic.backward(four.critic(ids, mask).pow(2).mean())
         four.critic.step()
-    four.update_ema()
+    four.averaged_actor.update()
     with torch.no_grad(), four.reference_model() as reference:
         torch.testing.assert_close(forward_logits(reference, ids, mask), before)
     with torch.no_grad():
@@ -152,10 +154,10 @@ for stage, rank_of_lora in ((3, 0), (3, 2), (1, 2)):
         assert (values - start).abs().max() > 1e-3
     name = f"rlhf{stage}-{rank_of_lora}"
     export_causal_lm(four.actor, tokenizer, Path(out) / name / "actor")
-    export_causal_lm(four.actor, tokenizer, Path(out) / name / "ema", state_dict=four.ema_state_dict())
+    export_causal_lm(four.actor, tokenizer, Path(out) / name / "ema", state_dict=four.averaged_actor.state_dict())
     export_scalar_model(four.critic, tokenizer, Path(out) / name / "critic")
     with torch.no_grad():
-        results[name] = (forward_logits(four.actor, ids, mask), values, four.ema_state_dict(), before)
+        results[name] = (forward_logits(four.actor, ids, mask), values, four.averaged_actor.state_dict(), before)
 refused = False
 try:
     export_causal_lm(four.actor, tokenizer, Path(path) / "config.json" / "below-a-file")
@@ -467,15 +469,14 @@ def test_what_does_not_go_together(tiny_models, tmp_path):
 
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_a_quantised_base_with_zero_3_is_refused(quantization, tiny_models, reward_model):
-    pytest.importorskip("bitsandbytes")
-    config = EngineConfig(zero_stage=3, precision="fp32")
-    with zero3_loading(config, PLAN), pytest.raises(ConfigError, match="does not go with zero_stage=3"):
-        load_causal_lm(tiny_models["gpt_neox"], dtype=FP32, quantization=quantization)
-    model = load_causal_lm(tiny_models["gpt_neox"], dtype=FP32, quantization=quantization)
-    with pytest.raises(ConfigError, match="does not go with zero_stage=3"):
-        inference_engine(model, engine=config, plan=PLAN)
-    with pytest.raises(ConfigError, match="does not go with zero_stage=3"):
+    """Where the models are built, and already where a stage's configuration is read."""
+    with pytest.raises(ConfigError, match=f"quantization={quantization} does not go with zero_stage=3"):
         build_four(tiny_models, reward_model, 3, lora_rank=2, quantization=quantization)
+    for stage in ("sft", "reward", "ppo"):
+        options = ["--quantization", quantization, "--lora_rank", "2", "--zero_stage"]
+        assert parse_stage(stage, [*options, "2"])
+        with pytest.raises(ConfigError, match=f"quantization={quantization} does not go with zero_stage=3"):
+            parse_stage(stage, [*options, "3"])
     with pytest.raises(ConfigError, match="needs lora_rank above 0"):
         build_four(tiny_models, reward_model, 0, quantization=quantization)
 
@@ -483,9 +484,10 @@ def test_a_quantised_base_with_zero_3_is_refused(quantization, tiny_models, rewa
 def build_four(tiny_models, reward_model: Path, zero_stage: int, *, ema_decay: float = 0.0, precision: str = "fp32",
                critic_model: Path | None = None, **model: Any) -> RLHFEngine:  # fmt: skip
     return RLHFEngine.build(
-        tiny_models["gpt_neox"], reward_model, critic_model, model=ModelConfig(**model),
+        tiny_models["gpt_neox"], critic_model=critic_model or reward_model, reward_model=reward_model,
+        model=ModelConfig(**model),
         engine=EngineConfig(zero_stage=zero_stage, precision=precision),  # type: ignore[arg-type]
-        actor_optimizer=OPTIMIZER, critic_learning_rate=5e-3, plan=BatchPlan(6, 6, 1), total_steps=4,
+        optimizer=OPTIMIZER, critic_learning_rate=5e-3, plan=BatchPlan(6, 6, 1), total_steps=4,
         ema_decay=ema_decay,
     )  # fmt: skip
 
@@ -506,7 +508,7 @@ def test_four_models_in_one_process(zero_stage, changes, tiny_models, reward_mod
     four = build_four(tiny_models, reward_model, zero_stage, **changes)
     ids, mask = batch()
     lora = "lora_rank" in changes
-    assert (four.reference is None) == lora
+    assert (four.reference is None) == four.reference_is_actor_without_adapter == lora
 
     def look() -> tuple[torch.Tensor, ...]:
         with torch.no_grad(), four.scoring():
@@ -518,7 +520,6 @@ def test_four_models_in_one_process(zero_stage, changes, tiny_models, reward_mod
     assert torch.equal(actor, reference)
     if "quantization" not in changes:
         assert torch.equal(values, scores)  # the critic starts as the reward model, head included
-    four.train()
     four.actor.backward(token_sum(four.actor, ids, mask) / mask.sum())
     four.actor.step()
     after_actor = look()
@@ -539,9 +540,53 @@ def test_four_models_in_one_process(zero_stage, changes, tiny_models, reward_mod
     torch.testing.assert_close(module.normalise(scores), (scores - 0.5) / 2.0)
 
 
+@pytest.mark.parametrize(("zero_stage", "lora_rank"), [(0, 0), (3, 0), (0, 2), (2, 2)])
+def test_what_is_not_named_is_not_loaded(zero_stage, lora_rank, tiny_models, reward_model, monkeypatch):
+    """An algorithm without a critic, a reward model or a reference pays for none of them, and cannot use one."""
+    loaded: list[str] = []
+    real = transformers.PreTrainedModel.from_pretrained.__func__
+
+    def counted(cls, path, *arguments, **options):
+        loaded.append(str(path))
+        return real(cls, path, *arguments, **options)
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(counted))
+    arguments: dict[str, Any] = {
+        "model": ModelConfig(lora_rank=lora_rank), "optimizer": OPTIMIZER, "plan": PLAN, "total_steps": 4,
+        "engine": EngineConfig(zero_stage=zero_stage, precision="fp32"),
+    }  # fmt: skip
+    alone = RLHFEngine.build(tiny_models["gpt_neox"], with_reference=False, **arguments)
+    assert loaded == [str(tiny_models["gpt_neox"])]
+    assert alone.critic is alone.reference is alone.reward is alone.averaged_actor is None
+    assert not alone.reference_is_actor_without_adapter
+    with pytest.raises(ConfigError, match="no reference model.*with_reference=True"), alone.reference_model():
+        pass
+    ids, mask = batch()
+    with torch.no_grad(), alone.scoring():
+        assert not alone.actor.module.training
+        start = forward_logits(alone.actor, ids, mask)
+    assert alone.actor.module.training
+    alone.actor.backward(token_sum(alone.actor, ids, mask) / mask.sum())
+    alone.actor.step()
+
+    loaded.clear()
+    without_critic = RLHFEngine.build(tiny_models["gpt_neox"], reward_model=reward_model, **arguments)
+    assert len(loaded) == 3 - bool(lora_rank)  # with LoRA the reference is the actor
+    assert without_critic.critic is None and without_critic.reward is not None
+    assert without_critic.reference_is_actor_without_adapter == bool(lora_rank)
+    with torch.no_grad(), without_critic.scoring(), without_critic.reference_model() as reference:
+        assert torch.equal(forward_logits(reference, ids, mask), start)
+    with_critic = RLHFEngine.build(
+        tiny_models["gpt_neox"], critic_model=reward_model, with_reference=False, critic_learning_rate=2e-3, **arguments
+    )
+    assert with_critic.reward is with_critic.reference is None
+    assert with_critic.critic.optimizer.param_groups[0]["lr"] == 2e-3
+
+
 def test_modes_are_restored_after_scoring(tiny_models, reward_model):
     four = build_four(tiny_models, reward_model, 0)
-    four.train()
+    four.actor.train()
+    four.critic.train()
     dropouts = [module for module in four.actor.modules() if isinstance(module, nn.Dropout)]
     for module in dropouts:
         module.p = 0.3
@@ -565,7 +610,8 @@ def test_modes_are_restored_after_scoring(tiny_models, reward_model):
 def test_dropout_is_off_in_ppo(tiny_models, reward_model):
     """In training mode too: with dropout the ratio of the first update would not be 1."""
     four = build_four(tiny_models, reward_model, 0, model_dropout=0.3, lora_rank=2, lora_dropout=0.3)
-    four.train()
+    four.actor.train()
+    four.critic.train()
     ids, mask = batch()
     with torch.no_grad():
         for model in (lambda: forward_logits(four.actor, ids, mask), lambda: four.critic(ids, mask)):
@@ -576,7 +622,7 @@ def test_another_critic(tiny_models, reward_model, tokenizer, tmp_path):
     ids, mask = batch()
     fresh = build_four(tiny_models, reward_model, 0, critic_model=tiny_models["llama"])
     head = dict(fresh.critic.module.named_parameters())
-    assert fresh.critic.module.config.model_type == "llama" and head["head.bias"].item() == 0.0
+    assert fresh.critic.module.config.model_type == "llama" and head["scalar_head.bias"].item() == 0.0
     other = ScalarModel.from_base(tiny_models["llama"], dtype=FP32, seed=9).eval()
     export_scalar_model(other, tokenizer, tmp_path / "critic")
     saved = build_four(tiny_models, reward_model, 0, critic_model=tmp_path / "critic")
@@ -592,29 +638,31 @@ def test_averaged_actor(zero_stage, tiny_models, reward_model):
     for _ in range(3):
         four.actor.backward(token_sum(four.actor, ids, mask) / mask.sum())
         four.actor.step()
-        four.update_ema()
+        four.averaged_actor.update()
         for name, tensor in full_state_dict(four.actor).items():
             expected[name] = 0.75 * expected[name] + 0.25 * tensor
-    found = four.ema_state_dict()
+    found = four.averaged_actor.state_dict()
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor)
-    four.load_ema_state_dict({name: tensor + 1 for name, tensor in found.items()})
-    torch.testing.assert_close(four.ema_state_dict()["lm_head.weight"], expected["lm_head.weight"] + 1)
+    four.averaged_actor.load_state_dict({name: tensor + 1 for name, tensor in found.items()})
+    torch.testing.assert_close(four.averaged_actor.state_dict()["lm_head.weight"], expected["lm_head.weight"] + 1)
     with pytest.raises(ValueError, match="differing: lm_head.weight"):
-        four.load_ema_state_dict({name: tensor for name, tensor in found.items() if name != "lm_head.weight"})
+        four.averaged_actor.load_state_dict(
+            {name: tensor for name, tensor in found.items() if name != "lm_head.weight"}
+        )
 
 
 def test_a_slow_average_of_bf16_weights_moves(tiny_models, reward_model):
     """At decay 0.999 a bf16 average would never move: its steps are below bf16's resolution."""
     four = build_four(tiny_models, reward_model, 0, ema_decay=0.999, precision="bf16")
-    start = {name: tensor.clone() for name, tensor in four.ema_state_dict().items()}
+    start = {name: tensor.clone() for name, tensor in four.averaged_actor.state_dict().items()}
     with torch.no_grad():
         for parameter in four.actor.module.parameters():
             parameter.mul_(1.5)
     for _ in range(100):
-        four.update_ema()
-    moved = four.ema_state_dict()["lm_head.weight"] / start["lm_head.weight"]
+        four.averaged_actor.update()
+    moved = four.averaged_actor.state_dict()["lm_head.weight"] / start["lm_head.weight"]
     assert moved.mean().item() == pytest.approx(1 + 0.5 * (1 - 0.999**100), rel=1e-2)
 
 
@@ -622,10 +670,10 @@ def test_engine_errors(tiny_models, reward_model):
     with pytest.raises(ConfigError, match="ema_decay=1.5"):
         build_four(tiny_models, reward_model, 0, ema_decay=1.5)
     four = build_four(tiny_models, reward_model, 0)
-    with pytest.raises(ConfigError, match="update_ema needs ema_decay"):
-        four.update_ema()
-    with pytest.raises(ConfigError, match="a reference is needed"):
-        RLHFEngine(four.actor, four.critic, None, four.reward)
+    with pytest.raises(ConfigError, match="no LoRA adapter to switch off"):
+        RLHFEngine(four.actor, reference_is_actor_without_adapter=True)
+    with pytest.raises(ConfigError, match="one reference is enough"):
+        RLHFEngine(four.actor, reference=four.reference, reference_is_actor_without_adapter=True)
     with pytest.raises(ConfigError, match="is not a reward model"):
         build_four(tiny_models, tiny_models["llama"], 0)
 
@@ -643,10 +691,7 @@ def test_zero_3_loading_ends_with_its_block(tiny_models):
 def test_an_adapter_directory_loads_inside_zero_3(tiny_models, tokenizer, tmp_path):
     from rlhf.checkpoint.export import export_causal_lm
 
-    model = apply_lora(
-        load_causal_lm(tiny_models["gpt_neox"], dtype=FP32), rank=2, alpha=8, dropout=0.0, targets=[],
-        quantized=False, gradient_checkpointing=False,
-    )  # fmt: skip
+    model = apply_lora(load_causal_lm(tiny_models["gpt_neox"], dtype=FP32), ModelConfig(lora_rank=2, lora_alpha=8))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf.config import ConfigError
 from rlhf.engine import load_engine_state, save_engine_state
-from rlhf.engine.optimizer_state import catch_up
+from rlhf.engine.optimizer_state import restore_beta_powers
 from tests.support.engine_state_worker import (
     FP16,
     FP32_GRADIENTS,
@@ -43,7 +43,7 @@ from tests.support.engine_state_worker import (
 from tests.support.launch import ROOT, run_ranks
 from tests.support.tiny_models import save_tiny_model
 
-WORKER = Path(__file__).with_name("engine_state_worker.py")
+WORKER = ROOT / "tests" / "support" / "engine_state_worker.py"
 TOLERANCE = 1e-4
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -156,7 +156,7 @@ def test_deepspeeds_cpu_adam_is_brought_to_its_step():
             state, optimizer = optimizer.state[weight], DeepSpeedCPUAdam([resumed], lr=1e-2, betas=(0.9, 0.999))
             weight, optimizer.state[resumed] = resumed, state
             if caught_up:
-                catch_up(optimizer)
+                restore_beta_powers(optimizer)
         steps(weight, optimizer, 50, 60)
         ends.append(weight.detach())
     assert torch.equal(ends[0], ends[1]) and not torch.equal(ends[0], ends[2])
@@ -312,7 +312,7 @@ def test_other_states_that_are_refused(models, one_rank, tmp_path):
     next(iter(index["weights"].values()))["step"] = 9
     (saved / "actor.json").write_text(json.dumps(index))
     with pytest.raises(
-        ConfigError, match=r"different numbers of steps \(\[3, 9\]\).*go on with zero_stage=0 on 1 rank"
+        ConfigError, match=r"different numbers of steps \(\[3, 9\]\).*resume with zero_stage=0 on 1 rank"
     ):
         load_engine_state(engine, saved, "actor")
     (saved / "actor.json").write_text('{"format_version": 1')

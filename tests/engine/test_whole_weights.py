@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.engine import gathered_weights
+from rlhf.engine import whole_weights_of
 from tests.support.launch import run_ranks
 
 WORKER = """
@@ -17,7 +17,7 @@ import torch
 from pathlib import Path
 from rlhf.config import EngineConfig, OptimizerConfig
 from rlhf.distributed import close_world, rank
-from rlhf.engine import BatchPlan, gathered_weights, inference_engine, training_engine
+from rlhf.engine import BatchPlan, whole_weights_of, inference_engine, training_engine
 from rlhf.generation import Sampling, generate
 from rlhf.generation.architectures import take_apart
 from rlhf.models.loading import load_causal_lm
@@ -51,7 +51,7 @@ def train(engine):
     engine.eval()
 
 def weights(engine):
-    with gathered_weights(engine):
+    with whole_weights_of(engine):
         return {name: tensor.detach().clone() for name, tensor in engine.module.named_parameters()}
 
 def whole(name, state):
@@ -69,7 +69,7 @@ for name in ("gpt_neox", "gpt2"):
     hooks = counted(ours)
     for _ in range(2):
         ours.eval()
-        with gathered_weights(ours):
+        with whole_weights_of(ours):
             assert (take_apart(ours, capacity=20) is not None) == (name == "gpt_neox")
             rollout = sample(ours)
             held = {key: tensor.detach().clone() for key, tensor in ours.module.named_parameters()}
@@ -88,13 +88,13 @@ for name in ("gpt_neox", "gpt2"):
     assert min((first[key] - start[key]).abs().max() for key in first) > 1e-3  # two steps were taken
 
     try:
-        with gathered_weights(ours):
+        with whole_weights_of(ours):
             raise KeyError("stop")
     except KeyError:
         pass
     assert counted(ours) == hooks and sum(tensor.numel() for tensor in ours.module.parameters()) == 0
     frozen = inference_engine(load_causal_lm(Path(directory) / name, dtype=FP32), engine=config, plan=plan)
-    with gathered_weights(frozen):
+    with whole_weights_of(frozen):
         rollout = sample(frozen)
     expected = sample(load_causal_lm(Path(directory) / name, dtype=FP32).eval())
     assert torch.equal(rollout.response_ids, expected.response_ids)
@@ -119,6 +119,6 @@ def test_other_modules_and_engines_are_left_as_they_are():
     model.optimizer = torch.optim.SGD(model.parameters())
     calls = []
     model.register_forward_hook(lambda *arguments: calls.append(1))
-    with gathered_weights(model):
+    with whole_weights_of(model):
         model(torch.ones(1, 2))
     assert calls == [1]

@@ -7,7 +7,7 @@ import transformers
 from rlhf.config import ConfigError
 from rlhf.engine import BatchPlan
 from rlhf.generation import BACKENDS, Sampling, make_backend
-from rlhf.models.model_call import forward_logits
+from rlhf.models.forward import forward_logits
 from rlhf.training.scoring import response_logprobs
 from rlhf.types import PromptBatch
 from tests.support.local_engine import LocalEngine

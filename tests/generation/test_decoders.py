@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import nn
 
+from rlhf.config import ModelConfig
 from rlhf.generation import Sampling, continuous_batching, generate
 from rlhf.generation.architectures import take_apart
 from rlhf.generation.decoders import HuggingFaceDecoder, make_decoder
@@ -219,9 +220,7 @@ def test_prompts_beyond_one_forward_pass_are_split(monkeypatch):
 
 
 def adapted(model):
-    model = apply_lora(
-        copy.deepcopy(model), rank=4, alpha=8, dropout=0.0, targets=[], quantized=False, gradient_checkpointing=False
-    )
+    model = apply_lora(copy.deepcopy(model), ModelConfig(lora_rank=4, lora_alpha=8))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora" in name:
@@ -245,7 +244,7 @@ def test_adapters_are_heard_and_can_be_switched_off(name):
 @pytest.mark.parametrize("architecture", ["gpt_neox", "llama"])
 def test_a_4_bit_base(architecture, tokenizer, tmp_path):
     path = save_tiny_model(tmp_path / "base", architecture, tokenizer, hidden_size=64, intermediate_size=64)
-    model = load_causal_lm(path, dtype=torch.float32, quantization="4bit").eval()
+    model = load_causal_lm(path, ModelConfig(quantization="4bit", lora_rank=1), dtype=torch.float32).eval()
     assert type(next(iter(model.base_model.layers)).mlp.get_submodule(
         "dense_h_to_4h" if architecture == "gpt_neox" else "up_proj"
     )).__name__ == "Linear4bit"  # fmt: skip

@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from rlhf.checkpoint.export import export_causal_lm, export_scalar_model
-from rlhf.config import ConfigError
+from rlhf.config import ConfigError, ModelConfig
+from rlhf.models.forward import forward_logits
 from rlhf.models.loading import load_causal_lm, load_tokenizer
-from rlhf.models.lora import adapter_disabled, apply_lora, has_adapter, merge_adapter
-from rlhf.models.lora import main as lora_command
-from rlhf.models.model_call import forward_logits
+from rlhf.models.lora import adapter_disabled, apply_lora, has_adapter
+from rlhf.models.merge import main as merge_command
+from rlhf.models.merge import merge_adapter
 from rlhf.models.scalar import ScalarModel
 from tests.support.tiny_models import ARCHITECTURES, save_tiny_model
 
@@ -25,10 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def with_lora(model: nn.Module, **changes) -> nn.Module:
-    arguments = {
-        "rank": 4, "alpha": 8, "dropout": 0.0, "targets": [], "quantized": False, "gradient_checkpointing": False,
-    }  # fmt: skip
-    return apply_lora(model, **{**arguments, **changes})
+    return apply_lora(model, ModelConfig(**{"lora_rank": 4, "lora_alpha": 8, **changes}))
 
 
 def shake(model: nn.Module, seed: int = 1) -> None:
@@ -69,7 +67,7 @@ def test_attention_projections_by_default(architecture, tiny_models, ragged):
 def test_a_target_that_matches_nothing_lists_the_names(tiny_models):
     base = load_causal_lm(tiny_models["gpt_neox"], dtype=FP32)
     with pytest.raises(ConfigError) as raised:
-        with_lora(base, targets=["query_key_value", "decoder.layers."])
+        with_lora(base, lora_targets=["query_key_value", "decoder.layers."])
     assert "'decoder.layers.' matches no linear module" in str(raised.value)
     assert "dense, dense_4h_to_h, dense_h_to_4h, query_key_value" in str(raised.value)
 
@@ -82,7 +80,9 @@ def test_an_unknown_architecture_lists_the_names(tiny_models):
 
 
 def test_named_targets(tiny_models):
-    model = with_lora(load_causal_lm(tiny_models["gpt_neox"], dtype=FP32), targets=["dense_h_to_4h", "attention.dense"])
+    model = with_lora(
+        load_causal_lm(tiny_models["gpt_neox"], dtype=FP32), lora_targets=["dense_h_to_4h", "attention.dense"]
+    )
     adapted = {name.split(".lora_")[0].split("layers.")[1] for name, p in model.named_parameters() if p.requires_grad}
     assert adapted == {f"{layer}.{name}" for layer in (0, 1) for name in ("mlp.dense_h_to_4h", "attention.dense")}
 
@@ -99,8 +99,8 @@ def test_of_a_scalar_model_adapter_and_whole_head_train(architecture, tiny_model
     model = with_lora(ScalarModel.from_base(tiny_models[architecture], dtype=FP32, seed=1))
     assert isinstance(model, ScalarModel) and has_adapter(model)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert {"head.weight", "head.bias"} <= trainable
-    assert all(name.startswith("head.") or ".lora_" in name for name in trainable)
+    assert {"scalar_head.weight", "scalar_head.bias"} <= trainable
+    assert all(name.startswith("scalar_head.") or ".lora_" in name for name in trainable)
     shake(model)
     model(ragged[0], ragged[1]).pow(2).sum().backward()
     gradients = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -141,7 +141,8 @@ def test_adapters_train_on_a_quantised_base(kind, quantization, tokenizer, tmp_p
     pytest.importorskip("bitsandbytes")
     path = save_tiny_model(tmp_path / "base", "gpt_neox", tokenizer, hidden_size=64, intermediate_size=128)
     load = load_causal_lm if kind == "causal" else ScalarModel.from_base
-    model = with_lora(load(path, dtype=FP32, quantization=quantization), quantized=True, gradient_checkpointing=True)
+    config = ModelConfig(quantization=quantization, lora_rank=4, lora_alpha=8, gradient_checkpointing=True)
+    model = apply_lora(load(path, config, dtype=FP32), config)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
@@ -271,10 +272,11 @@ def test_a_quantised_adapter_directory_is_the_merged_model_quantised(quantizatio
     shake(model)
     export_causal_lm(model, tokenizer, tmp_path / "adapter")
     export_causal_lm(model.merge_and_unload(), tokenizer, tmp_path / "plain")
-    found = load_causal_lm(tmp_path / "adapter", dtype=torch.bfloat16, quantization=quantization).eval()
-    wanted = load_causal_lm(tmp_path / "plain", dtype=torch.bfloat16, quantization=quantization).eval()
+    config = ModelConfig(quantization=quantization, lora_rank=1)
+    found = load_causal_lm(tmp_path / "adapter", config, dtype=torch.bfloat16).eval()
+    wanted = load_causal_lm(tmp_path / "plain", config, dtype=torch.bfloat16).eval()
     difference = (logits(found, ragged) - logits(wanted, ragged)).abs().max()
-    base = load_causal_lm(path, dtype=torch.bfloat16, quantization=quantization).eval()
+    base = load_causal_lm(path, config, dtype=torch.bfloat16).eval()
     assert difference < 0.1 * (logits(base, ragged) - logits(wanted, ragged)).abs().max()
 
 
@@ -292,25 +294,29 @@ def test_a_reward_model_with_an_adapter_comes_back(tiny_models, tokenizer, ragge
     with torch.no_grad():
         torch.testing.assert_close(again(ids, mask), model(ids, mask), atol=1e-5, rtol=1e-4)
         assert torch.equal(once_more(ids, mask), again(ids, mask))
-    assert torch.equal(again.head.weight, model.head.weight) and again.score_mean == 1.5 and again.score_std == 0.5
+    assert (
+        torch.equal(again.scalar_head.weight, model.scalar_head.weight)
+        and again.score_mean == 1.5
+        and again.score_std == 0.5
+    )
 
 
 def test_merge_command(adapter, ragged, tmp_path, capsys):
     model, directory = adapter
-    lora_command(["merge", str(directory), str(tmp_path / "plain")])
+    merge_command([str(directory), str(tmp_path / "plain")])
     assert "merged" in capsys.readouterr().out
     merged = load_causal_lm(tmp_path / "plain", dtype=FP32).eval()
     torch.testing.assert_close(logits(merged, ragged), logits(model, ragged), atol=1e-5, rtol=1e-4)
     assert load_tokenizer(tmp_path / "plain").eos_token_id == 0
     with pytest.raises(SystemExit, match="is there already"):
-        lora_command(["merge", str(directory), str(tmp_path / "plain")])
+        merge_command([str(directory), str(tmp_path / "plain")])
     with pytest.raises(ConfigError, match="is not an adapter directory"):
         merge_adapter(tmp_path / "plain", tmp_path / "other", FP32)
 
 
 def test_merge_command_starts_as_a_module():
     done = subprocess.run(
-        [sys.executable, "-m", "rlhf.models.lora", "merge", "nowhere", "out"],
+        [sys.executable, "-m", "rlhf.models.merge", "nowhere", "out"],
         cwd=ROOT, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 1 and "error: nowhere is not an adapter directory" in done.stderr
@@ -318,7 +324,7 @@ def test_merge_command_starts_as_a_module():
 
 def test_a_failed_merge_leaves_nothing(adapter, tmp_path, monkeypatch):
     _, directory = adapter
-    monkeypatch.setattr("rlhf.models.lora.AutoTokenizer.from_pretrained", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("rlhf.models.merge.AutoTokenizer.from_pretrained", lambda *a, **k: 1 / 0)
     (tmp_path / "out").mkdir()
     with pytest.raises(ZeroDivisionError):
         merge_adapter(directory, tmp_path / "out" / "plain", FP32)

@@ -13,9 +13,10 @@ import transformers
 from safetensors.torch import load_file
 
 from rlhf.checkpoint.export import export_causal_lm, export_scalar_model
-from rlhf.config import ConfigError
-from rlhf.models.loading import check_vocabulary, load_causal_lm, load_tokenizer, return_freed_memory
-from rlhf.models.model_call import forward_logits
+from rlhf.config import ConfigError, ModelConfig
+from rlhf.models.forward import forward_logits
+from rlhf.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from rlhf.models.pretrained import return_freed_memory
 from rlhf.models.scalar import ScalarHead, ScalarModel
 from rlhf.numerics.statistics import score_last
 from tests.support.tiny_models import ARCHITECTURES, ROWS, TOKENS, make_tokenizer, save_tiny_model, tiny_config
@@ -145,7 +146,7 @@ def test_a_checkpoint_with_missing_weights_is_an_error(tiny_models, tmp_path):
 )
 def test_dropout_is_set_everywhere(architecture, fields, tiny_models, ragged):
     path = tiny_models[architecture]
-    model = load_causal_lm(path, dtype=FP32, dropout=0.25)
+    model = load_causal_lm(path, ModelConfig(model_dropout=0.25), dtype=FP32)
     assert [getattr(model.config, name) for name in fields] == [0.25] * len(fields)
     ids, mask = ragged[0], ragged[1]
     model.train()
@@ -164,7 +165,7 @@ def test_values_are_the_head_of_the_last_hidden_state(architecture, tiny_models,
         causal = transformers.AutoModelForCausalLM.from_pretrained(tiny_models[architecture]).eval()
         row = right_ids[1][right_mask[1]][None]
         hidden = causal(row, output_hidden_states=True).hidden_states[-1]
-        expected = hidden @ model.head.weight.T + model.head.bias
+        expected = hidden @ model.scalar_head.weight.T + model.scalar_head.bias
     assert right.dtype == torch.float32 and right.shape == right_ids.shape
     torch.testing.assert_close(right[1][right_mask[1]], expected[0, :, 0], atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(left[left_mask], right[right_mask], atol=2e-5, rtol=1e-4)
@@ -201,7 +202,7 @@ def test_saved_scores_come_back_bit_for_bit(architecture, dtype, tiny_models, to
     ids, mask = ragged[0], ragged[1]
     model = ScalarModel.from_base(tiny_models[architecture], dtype=dtype, seed=7).eval()
     with torch.no_grad():
-        model.head.bias.fill_(0.123)
+        model.scalar_head.bias.fill_(0.123)
     model.set_normalisation(0.377, 1.93)
     export_scalar_model(model, tokenizer, tmp_path / "reward")
     again = ScalarModel.from_pretrained(tmp_path / "reward", dtype=dtype).eval()
@@ -272,7 +273,7 @@ def test_quantised_logits_are_near_the_full_ones(quantization, tokenizer, tmp_pa
     path = save_tiny_model(tmp_path / "model", "gpt_neox", tokenizer, hidden_size=64, intermediate_size=128)
     ids, mask = ragged[0], ragged[1]
     full = load_causal_lm(path, dtype=torch.bfloat16).eval()
-    small = load_causal_lm(path, dtype=torch.bfloat16, quantization=quantization).eval()
+    small = load_causal_lm(path, ModelConfig(quantization=quantization, lora_rank=1), dtype=torch.bfloat16).eval()
     kinds = {parameter.dtype for parameter in small.gpt_neox.layers.parameters() if parameter.dim() == 2}
     assert kinds == {torch.int8 if quantization == "8bit" else torch.uint8}
     with torch.no_grad():
@@ -284,7 +285,7 @@ def test_quantised_logits_are_near_the_full_ones(quantization, tokenizer, tmp_pa
 
 def test_unknown_quantization_lists_the_choices(tiny_models):
     with pytest.raises(ConfigError, match="none, 8bit, 4bit"):
-        load_causal_lm(tiny_models["gpt_neox"], dtype=FP32, quantization="2bit")
+        load_causal_lm(tiny_models["gpt_neox"], ModelConfig(quantization="2bit", lora_rank=1), dtype=FP32)
 
 
 def test_freed_memory_goes_back_to_the_system():

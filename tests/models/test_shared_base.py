@@ -22,9 +22,10 @@ from rlhf.checkpoint.export import export_causal_lm, export_scalar_model, full_s
 from rlhf.config import ConfigError, EngineConfig, ModelConfig, RunConfig
 from rlhf.distributed import world_size
 from rlhf.engine import BatchPlan, RLHFEngine
-from rlhf.models.loading import backbone_of, base_key, load_causal_lm
+from rlhf.models.directories import base_key
+from rlhf.models.forward import forward_logits
+from rlhf.models.loading import backbone_of, load_causal_lm
 from rlhf.models.lora import apply_lora, load_adapter, prepare_quantized
-from rlhf.models.model_call import forward_logits
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared import share_modules
 from rlhf.rewards.reward_model import RewardScorer
@@ -49,8 +50,7 @@ class Models:
 
 
 def lora(model: nn.Module, **changes: Any) -> Any:
-    arguments = {"rank": 2, "alpha": 8, "dropout": 0.0, "targets": [], "quantized": False}
-    return apply_lora(model, **{**arguments, "gradient_checkpointing": False, **changes})
+    return apply_lora(model, ModelConfig(**{"lora_rank": 2, "lora_alpha": 8, **changes}))
 
 
 def shake(model: nn.Module, seed: int = 1) -> nn.Module:
@@ -64,7 +64,8 @@ def shake(model: nn.Module, seed: int = 1) -> nn.Module:
 
 
 def save_reward(base: Path, directory: Path, tokenizer: Any, **changes: Any) -> Path:
-    options = {"rank": 3, "alpha": 12, "dropout": 0.3, "targets": ["query_key_value", "attention.dense"], **changes}
+    targets = ["query_key_value", "attention.dense"]
+    options = {"lora_rank": 3, "lora_alpha": 12, "lora_dropout": 0.3, "lora_targets": targets, **changes}
     model: Any = shake(lora(ScalarModel.from_base(base, dtype=FP32, seed=4), **options))
     model.set_normalisation(0.5, 2.0)
     export_scalar_model(model, tokenizer, directory)
@@ -86,9 +87,10 @@ def build(actor: Path, reward: Path, critic: Path | None = None, *, zero_stage: 
           precision: str = "fp32", **model: Any) -> RLHFEngine:  # fmt: skip
     torch.manual_seed(7)  # of the first halves of new adapters
     return RLHFEngine.build(
-        actor, reward, critic, model=ModelConfig(**{"lora_rank": 2, "lora_alpha": 8, **model}),
+        actor, critic_model=critic or reward, reward_model=reward,
+        model=ModelConfig(**{"lora_rank": 2, "lora_alpha": 8, **model}),
         engine=EngineConfig(zero_stage=zero_stage, precision=precision),  # type: ignore[arg-type]
-        actor_optimizer=OPTIMIZER, critic_learning_rate=1e-3, plan=plan(), total_steps=20, ema_decay=ema_decay, seed=3,
+        optimizer=OPTIMIZER, critic_learning_rate=1e-3, plan=plan(), total_steps=20, ema_decay=ema_decay, seed=3,
     )  # fmt: skip
 
 
@@ -128,8 +130,8 @@ def run_ppo(four: RLHFEngine, tokenizer: Any, iterations: int = 2) -> dict[str, 
             four, prompts, [], tokenizer=tokenizer, scorer=RewardScorer(four.reward, tokenizer, tokenizer), plan=plan(),
             batch=PPOBatchConfig(global_batch_size=4, micro_batch_size=2, max_steps=iterations, rollout_batch_size=8,
                                  ppo_epochs=2),
-            config=PPOConfig(ema_decay=four.ema_decay), run=RunConfig(output_dir=place, tensorboard=False),
-            directory=Path(place),
+            config=PPOConfig(ema_decay=four.averaged_actor.decay if four.averaged_actor else 0.0),
+            run=RunConfig(output_dir=place, tensorboard=False), directory=Path(place),
             max_response_tokens=6, synchronised=inner(four.reward) is not four.reward, export=lambda: None,
         )  # fmt: skip
         found: dict[str, torch.Tensor] = {}
@@ -151,7 +153,7 @@ def base_pointers(model: Any) -> dict[str, int]:
     """Where each weight of the base lies, by its name in the backbone."""
     found = {}
     for name, parameter in inner(model).named_parameters():
-        if ".lora_" not in name and not name.startswith("head."):
+        if ".lora_" not in name and not name.startswith("scalar_head."):
             short = name.split("base_model.model.")[-1].removeprefix("backbone.").removeprefix("gpt_neox.")
             found[short.replace("base_layer.", "")] = parameter.data_ptr()
     return found
@@ -235,7 +237,7 @@ def test_who_trains_what(models):
     four = build(models.base, models.reward)
     actor, critic, reward = (dict(inner(model).named_parameters()) for model in (four.actor, four.critic, four.reward))
     trainable = {name for name, parameter in critic.items() if parameter.requires_grad}
-    assert {name for name in trainable if ".lora_" not in name} == {"head.weight", "head.bias"}
+    assert {name for name in trainable if ".lora_" not in name} == {"scalar_head.weight", "scalar_head.bias"}
     assert {name.split(".lora_")[0].split("layers.")[1] for name in trainable if ".lora_" in name} == {
         f"{layer}.attention.{module}" for layer in (0, 1) for module in ("query_key_value", "dense")
     }  # the reward model's targets, and its rank below, not those of the configuration
@@ -246,7 +248,7 @@ def test_who_trains_what(models):
     adapters = [{p.data_ptr() for name, p in named.items() if ".lora_" in name} for named in (actor, critic, reward)]
     assert len(set().union(*adapters)) == sum(map(len, adapters))
     ids, mask = batch()
-    four.train()  # without the dropout that the reward model trained with: the first ratio would not be 1
+    four.critic.train()  # without the dropout that the reward model trained with: the first ratio would not be 1
     with torch.no_grad():
         assert torch.equal(four.critic(ids, mask), four.critic(ids, mask))
     optimized = {id(p) for group in four.critic.optimizer.param_groups for p in group["params"]}
@@ -420,10 +422,14 @@ def test_quantised_trees_compute_in_any_order(quantization, first_to_compute, mo
     """bitsandbytes moves what an 8-bit layer computes with into the layer's state at its first forward."""
     pytest.importorskip("bitsandbytes")
     ids, mask = batch()
-    alone: Any = prepare_quantized(load_causal_lm(models.base, dtype=FP32, quantization=quantization)).eval()
+    alone: Any = prepare_quantized(
+        load_causal_lm(models.base, ModelConfig(quantization=quantization, lora_rank=1), dtype=FP32)
+    ).eval()
     with torch.no_grad():
         wanted = forward_logits(alone, ids, mask)[mask]
-    base = prepare_quantized(load_causal_lm(models.base, dtype=FP32, quantization=quantization)).eval()
+    base = prepare_quantized(
+        load_causal_lm(models.base, ModelConfig(quantization=quantization, lora_rank=1), dtype=FP32)
+    ).eval()
     trees = [lora(share_modules(base)).eval(), share_modules(base)]
     scalar = ScalarModel(load_adapter(share_modules(backbone_of(base)), models.reward, trainable=True), seed=1)
     for tree in (trees[first_to_compute], trees[1 - first_to_compute]):
@@ -441,7 +447,7 @@ def test_quantised_trees_compute_in_any_order(quantization, first_to_compute, mo
 
 def export_all(four: RLHFEngine, tokenizer: Any, directory: Path) -> None:
     export_causal_lm(four.actor, tokenizer, directory / "actor")
-    export_causal_lm(four.actor, tokenizer, directory / "actor_ema", state_dict=four.ema_state_dict())
+    export_causal_lm(four.actor, tokenizer, directory / "actor_ema", state_dict=four.averaged_actor.state_dict())
     export_scalar_model(four.critic, tokenizer, directory / "critic")
 
 
@@ -460,7 +466,7 @@ def test_saved_models_load_apart(models, tokenizer, tmp_path):
         assert not (tmp_path / name / "model.safetensors").exists()
     code = f"""
 import torch
-from rlhf.models.model_call import forward_logits
+from rlhf.models.forward import forward_logits
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.loading import load_causal_lm
 ids, mask = torch.load("batch.pt")

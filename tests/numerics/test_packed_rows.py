@@ -6,8 +6,9 @@ import transformers
 
 import rlhf.numerics.vocabulary_head
 from rlhf.engine import BatchPlan, partition
-from rlhf.models.model_call import PLAIN_HEADS, forward_logits, token_logprobs
+from rlhf.models.forward import forward_logits
 from rlhf.models.scalar import ScalarModel
+from rlhf.models.token_logprobs import PLAIN_HEADS, token_logprobs
 from rlhf.numerics.logprobs import entropy_from_logits, logprobs_from_logits
 from rlhf.numerics.packed_rows import FLASH, PACKABLE, PACKED_SDPA, pack
 

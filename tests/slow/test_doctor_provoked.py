@@ -215,7 +215,7 @@ def test_constant_advantages(make_ppo):
     """No response is better than another, no KL penalty, and a value function that says 0."""
     trainer = make_ppo(iterations=3, scorer=lambda rollout, texts: torch.zeros(len(rollout)), kl_coef=0.0)
     with torch.no_grad():
-        trainer.engine.critic.module.head.weight.zero_()
+        trainer.engine.critic.module.scalar_head.weight.zero_()
     trainer.fit()
     assert {"advantages_equal", "scores_alike"} == set(found_in(trainer))
 
@@ -455,7 +455,7 @@ def test_a_saturated_reward_model_and_a_healthy_one(tiny_models, tmp_path):
     healthy.fit()
     assert found_in(healthy) == {}
     with torch.no_grad():
-        model.head.weight.mul_(20)
+        model.scalar_head.weight.mul_(20)
     saturated = reward_trainer(model, tmp_path / "saturated", steps=4)
     saturated.fit()
     assert set(found_in(saturated)) == {"reward_model_saturated"}
@@ -464,8 +464,8 @@ def test_a_saturated_reward_model_and_a_healthy_one(tiny_models, tmp_path):
 def test_a_reward_model_that_says_the_same_of_everything(tiny_models, tmp_path):
     model = ScalarModel.from_base(tiny_models["gpt2"], dtype=torch.float32, seed=4).eval()
     with torch.no_grad():
-        model.head.weight.zero_()
-    model.head.weight.requires_grad_(False)
+        model.scalar_head.weight.zero_()
+    model.scalar_head.weight.requires_grad_(False)
     trainer = reward_trainer(model, tmp_path, steps=3)
     trainer.fit()
     assert set(found_in(trainer)) == {"reward_model_blind"}

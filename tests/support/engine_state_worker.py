@@ -20,12 +20,12 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from safetensors.torch import load_file
 
 from rlhf.checkpoint.export import full_state_dict
-from rlhf.config import EngineConfig, OptimizerConfig
+from rlhf.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf.distributed import all_reduce_sum, any_rank, close_world, init_world, is_main, rank, world_size
 from rlhf.engine import BatchPlan, compute_dtype, load_engine_state, save_engine_state, training_engine, zero3_loading
+from rlhf.models.forward import forward_logits
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import apply_lora
-from rlhf.models.model_call import forward_logits
 from rlhf.models.scalar import ScalarModel
 
 TOTAL_STEPS, SAVED_AFTER, LAST = 8, 3, 5
@@ -76,14 +76,16 @@ def build(case: Case, models: Path, *, micro_batch_size: int = 1, seed: int = 0)
         lr_schedule="cosine",
         warmup_steps=4,
     )
+    model_config = ModelConfig(
+        quantization=case.quantization,  # type: ignore[arg-type]
+        lora_rank=4 if case.lora else 0,
+        lora_alpha=8,
+    )
     with zero3_loading(config, plan):
         load = ScalarModel.from_base if case.scalar else load_causal_lm
-        model: Any = load(models / case.model, dtype=compute_dtype(case.precision), quantization=case.quantization)
+        model: Any = load(models / case.model, model_config, dtype=compute_dtype(case.precision))
     if case.lora:
-        model = apply_lora(
-            model, rank=4, alpha=8, dropout=0.0, targets=[], quantized=case.quantization != "none",
-            gradient_checkpointing=False,
-        )  # fmt: skip
+        model = apply_lora(model, model_config)
     return training_engine(model, engine=config, optimizer=optimizer, plan=plan, total_steps=TOTAL_STEPS)
 
 

@@ -30,8 +30,8 @@ class StageData:
     `fingerprint` is one of all rows, in their order, as tokens.
     """
 
-    train: list[Tokenized]
-    evaluation: list[Tokenized]
+    train: list[Any]
+    evaluation: list[Any]
     report: dict[str, Any]
     fingerprint: str
 

@@ -1,8 +1,7 @@
-"""How any Hugging Face model is called here: rows without padding, no cache, the head only where it is needed."""
+"""Log-probabilities of given tokens under a causal language model, its head run only where it is needed."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf.models.forward import forward_logits, model_arguments
+from rlhf.models.inner_model import innermost
 from rlhf.numerics.cpu import CPULinear
 from rlhf.numerics.logprobs import entropy_from_logits, logprobs_from_logits
 from rlhf.numerics.packed_rows import pack, packed_arguments, prepare_for_packed_rows
@@ -19,54 +20,6 @@ PLAIN_HEADS = frozenset(
     {"gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma", "gpt2", "opt", "gptj", "gpt_bigcode", "phi3", "mixtral"}
 )
 """Architectures (`model_type`) whose logits are the output of the head and nothing else (no cap, no scale)."""
-
-
-def position_ids(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions that do not count padding: [B, L] mask -> cumsum - 1, clamped at 0.
-
-    Many models number positions with `arange`, which is wrong for left-padded rows (TRL#469, OpenRLHF#217).
-    """
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def innermost(model: nn.Module) -> nn.Module:
-    """The Hugging Face model under a DeepSpeed engine and a peft wrapper."""
-    model = getattr(model, "module", model)
-    get_base_model = getattr(model, "get_base_model", None)
-    return get_base_model() if callable(get_base_model) else model
-
-
-def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
-    """Every id that ends a response: the tokenizer's, and those of the model's generation settings (chat models)."""
-    settings = getattr(innermost(model), "generation_config", None)
-    more = getattr(settings, "eos_token_id", None)
-    ids = {tokenizer.eos_token_id, *(more if isinstance(more, list | tuple) else [more])}
-    return sorted(int(number) for number in ids if number is not None)
-
-
-def model_arguments(model: nn.Module, attention_mask: torch.Tensor, **wanted: Any) -> dict[str, Any]:
-    """Keyword arguments for a forward over `attention_mask` [B, L]: the mask, position ids where the model
-    takes them, and those of `wanted` that its `forward` names."""
-    accepted = inspect.signature(innermost(model).forward).parameters
-    arguments: dict[str, Any] = {"attention_mask": attention_mask.long()}
-    if "position_ids" in accepted:
-        arguments["position_ids"] = position_ids(attention_mask)
-    arguments.update({name: value for name, value in wanted.items() if name in accepted})
-    return arguments
-
-
-def forward_logits(
-    model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor, *, last: int | None = None
-) -> torch.Tensor:
-    """Logits [B, last or L, V] of a causal LM, a peft model or a DeepSpeed engine around one.
-
-    `last` limits the language-modelling head to that many final positions. `logits[:, t]` predicts token t + 1.
-    """
-    wanted: dict[str, Any] = {"use_cache": False}
-    if last is not None:
-        wanted["logits_to_keep"] = last
-    logits = model(input_ids=input_ids, **model_arguments(model, attention_mask, **wanted)).logits
-    return logits if last is None else logits[:, -last:]
 
 
 def token_logprobs(
@@ -118,20 +71,6 @@ def token_logprobs(
             logprobs, entropies = model(**arguments).logits[0].unbind(-1)
     empty = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     return empty.masked_scatter(target, logprobs), empty.masked_scatter(target, entropies)
-
-
-def hidden_states(backbone: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
-    """Last hidden states of a model without a head and the function that puts values [S] back into [B, L].
-
-    Packed they are [S, H] of the real tokens; padded rows give [B * L, H].
-    """
-    config: Any = innermost(backbone).config
-    if prepare_for_packed_rows(config):
-        rows = pack(input_ids, attention_mask)
-        return backbone(**packed_arguments(rows, config)).last_hidden_state[0], rows.padded
-    arguments = model_arguments(backbone, attention_mask, use_cache=False)
-    hidden = backbone(input_ids=input_ids, **arguments).last_hidden_state
-    return hidden.flatten(0, 1), lambda values: values.view(input_ids.shape)
 
 
 def _plain_head(model: Any, config: Any) -> bool:

@@ -1,0 +1,110 @@
+"""What an on-policy stage is put together from: its models and tokenizers, its rollouts, its ptx mixture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf.algorithms.advantages import ESTIMATORS
+from rlhf.algorithms.ppo import PtxMixture
+from rlhf.checkpoint.fingerprint import model_fingerprint
+from rlhf.engine import RLHFEngine
+from rlhf.generation.backend import make_backend
+from rlhf.generation.token_sampling import Sampling
+from rlhf.models.inner_model import eos_token_ids
+from rlhf.models.loading import check_vocabulary, load_tokenizer
+from rlhf.pipeline.stage_run import StageRun
+from rlhf.pipeline.stages import PPOStageConfig
+from rlhf.rewards.reward import RewardSources
+from rlhf.rewards.reward_model import same_tokenizer
+from rlhf.rewards.table import build_reward, needs_reward_model
+from rlhf.training.rollouts import RolloutWorker
+
+
+@dataclass(frozen=True)
+class OnPolicyModels:
+    """Where the models of a run come from, None for one that it does not need, and the tokenizers they read."""
+
+    actor: str
+    critic: str | None
+    reward: str | None
+    tokenizer: Any
+    reward_tokenizer: Any
+
+    @classmethod
+    def find(cls, stage: StageRun[PPOStageConfig]) -> OnPolicyModels:
+        """The models that the configuration names or that earlier stages saved.
+
+        The critic starts from the reward model (InstructGPT), or from the actor where the two read other tokens.
+        """
+        ppo, trust = stage.config.ppo, stage.config.model.trust_remote_code
+        actor = stage.earlier_model("actor_model", ppo.actor_model)
+        tokenizer = load_tokenizer(actor, trust_remote_code=trust)
+        reward, reward_tokenizer = None, None
+        if needs_reward_model(ppo.reward_specs()):
+            reward = stage.earlier_model("reward_model", ppo.reward_model)
+            reward_tokenizer = load_tokenizer(reward, trust_remote_code=trust)
+        critic = ppo.critic_model
+        if critic is None and ESTIMATORS[ppo.advantage].needs_critic:
+            critic = reward if reward and same_tokenizer(reward_tokenizer, tokenizer) else actor
+        return cls(actor, critic, reward, tokenizer, reward_tokenizer)
+
+    def fingerprints(self) -> dict[str, Any]:
+        """What tells these models from others, by role; None for one that is not there."""
+        paths = {"actor": self.actor, "reward": self.reward, "critic": self.critic}
+        return {name: None if path is None else model_fingerprint(path) for name, path in paths.items()}
+
+    def build(self, stage: StageRun[PPOStageConfig], *, total_steps: int) -> RLHFEngine:
+        """The engines of these models."""
+        config = stage.config
+        engine = RLHFEngine.build(
+            self.actor,
+            critic_model=self.critic,
+            reward_model=self.reward,
+            model=config.model,
+            engine=config.engine,
+            optimizer=config.optimizer,
+            critic_learning_rate=config.optimizer.critic_learning_rate,
+            plan=stage.plan,
+            total_steps=total_steps,
+            ema_decay=config.ppo.ema_decay,
+            seed=config.run.seed,
+        )
+        check_vocabulary(engine.actor, self.tokenizer)
+        if engine.critic is not None:
+            check_vocabulary(engine.critic.module.backbone, self.tokenizer)
+        return engine
+
+    def rollouts(self, stage: StageRun[PPOStageConfig], engine: RLHFEngine) -> RolloutWorker:
+        """What samples with the actor and scores with every model."""
+        config, ppo, tokenizer = stage.config, stage.config.ppo, self.tokenizer
+        eos_ids = eos_token_ids(engine.actor, tokenizer)
+        backend = make_backend(
+            ppo.generation_backend,
+            engine.actor,
+            eos_ids=eos_ids,
+            pad_token_id=tokenizer.pad_token_id,
+            seed=config.run.seed,
+            slots=config.batch.generation_batch_size,
+        )
+        sources = RewardSources(tokenizer, tuple(eos_ids), engine.reward, self.reward_tokenizer)
+        return RolloutWorker(
+            engine,
+            backend,
+            build_reward(ppo.reward_specs(), sources),
+            Sampling(config.data.max_response_tokens, temperature=ppo.temperature, vocabulary_size=len(tokenizer)),
+            tokenizer=tokenizer,
+            eos_ids=eos_ids,
+            plan=stage.plan,
+            scoring_tokens=config.batch.scoring_batch_tokens,
+            old_logprobs=ppo.old_logprobs,
+        )
+
+
+def load_ptx(stage: StageRun[PPOStageConfig], tokenizer: Any) -> PtxMixture | None:
+    """The ptx mixture, or None where it is off."""
+    ptx_coef, ptx_data = stage.config.ppo.ptx_coef, stage.config.data.ptx_data
+    if ptx_coef == 0:
+        return None
+    data = stage.load_data("response", ptx_data, [], tokenizer, stage="sft", report_name="ptx")
+    return PtxMixture(data, stage.plan, coef=ptx_coef, pad_token_id=tokenizer.pad_token_id, seed=stage.run.seed)

@@ -1,0 +1,206 @@
+"""One run of a stage: what the `main` of every stage does around its own work, and what it needs for that."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from torch import nn
+
+from rlhf.algorithms.ppo import EmptyRolloutError
+from rlhf.checkpoint.atomic import write_json
+from rlhf.checkpoint.export import check_writable, remove_leftovers
+from rlhf.checkpoint.run_lock import RunLock
+from rlhf.config import EMBEDDED_BASE, ConfigError, RunConfig, save_config
+from rlhf.data import DataError, StageData, load_stage_data
+from rlhf.distributed import (
+    any_rank,
+    close_world,
+    init_world,
+    is_main,
+    logger,
+    raise_on_all,
+    seed_everything,
+    setup_logging,
+    world_size,
+)
+from rlhf.distributed.job_exit import run_to_end
+from rlhf.distributed.rank_watch import watched_ranks
+from rlhf.engine import BatchPlan, training_engine, zero3_loading
+from rlhf.models.loading import check_vocabulary
+from rlhf.models.lora import apply_lora
+from rlhf.pipeline.stages import STAGES, Stage, StageConfig, find_stage_model, parse_stage
+from rlhf.training.data_order import planned_steps
+from rlhf.training.loop import RunContext
+from rlhf.training.nonfinite import NonFiniteError
+from rlhf.training.resume import TrainingStates, refusal, remove_states, run_identity
+
+STATES = "states"
+"""Where the training states of a stage lie, under its directory."""
+USER_ERRORS = (ConfigError, DataError, NonFiniteError, EmptyRolloutError)
+"""Errors whose message is all that a user needs."""
+
+Config = TypeVar("Config", bound=StageConfig)
+
+
+@dataclass(frozen=True)
+class StageRun(Generic[Config]):
+    """One run of `stage` with `config`, which writes to `directory`."""
+
+    stage: Stage
+    config: Config
+    directory: Path
+
+    @property
+    def run(self) -> RunConfig:
+        return self.config.run
+
+    @functools.cached_property
+    def plan(self) -> BatchPlan:
+        """How the sequences of an optimizer step lie over the devices."""
+        batch = self.config.batch
+        return BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size(), batch.micro_batch_tokens)
+
+    def base_model(self) -> str:
+        """The model to start from; the embedded one is trained on first use (about a minute) and kept."""
+        base_model = self.config.model.base_model
+        if base_model != EMBEDDED_BASE:
+            return base_model
+        from rlhf.data import embedded_corpus
+        from rlhf.models.tiny_base import build_tiny_base
+
+        return str(build_tiny_base(embedded_corpus(), Path(self.run.cache_dir)))
+
+    def earlier_model(self, config_field: str, given: str | None) -> str:
+        """The model that `config_field` takes from an earlier stage where it is not `given`."""
+        return find_stage_model(self.stage, config_field, given, self.run.output_dir)
+
+    def load_data(
+        self, kind: str, specs: Sequence[str], eval_specs: Sequence[str], tokenizer: Any, **options: Any
+    ) -> StageData:
+        """The stage's data sets as tokens; see `rlhf.data.load_stage_data`."""
+        return load_stage_data(
+            kind,
+            specs,
+            eval_specs,
+            config=self.config.data,
+            tokenizer=tokenizer,
+            seed=self.run.seed,
+            cache_dir=Path(self.run.cache_dir),
+            report_dir=self.directory,
+            **{"stage": self.stage.name, **options},
+        )
+
+    def planned_steps(self, data: StageData) -> int:
+        """Optimizer steps of an offline run over `data`."""
+        return planned_steps(len(data.train), self.config.batch, self.plan)
+
+    def training_engine(self, load: Callable[[], nn.Module], tokenizer: Any, *, total_steps: int) -> Any:
+        """The model that `load` gives, adapted where LoRA is on, in a training engine."""
+        model_config, engine_config = self.config.model, self.config.engine
+        with zero3_loading(engine_config, self.plan):
+            model = load()
+        check_vocabulary(getattr(model, "backbone", model), tokenizer)
+        if model_config.lora_rank:
+            model = apply_lora(model, model_config, seed=self.run.seed)
+        return training_engine(
+            model,
+            engine=engine_config,
+            optimizer=self.config.optimizer,
+            plan=self.plan,
+            total_steps=total_steps,
+            gradient_checkpointing=model_config.gradient_checkpointing,
+        )
+
+    def context(self, **content: Any) -> RunContext:
+        """What the loop is given. `content`: fingerprints of all it loads, compared when the run is resumed."""
+        identity = run_identity(self.config.parts(), **content)
+        states = TrainingStates(self.directory / STATES, self.run, identity)
+        return RunContext(self.stage.name, self.run, self.directory, states)
+
+
+def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]], Callable[..., dict[str, Any]]]:
+    """Make `main(argv=None)` of the stage `name` from a function that does its work and returns its result.
+
+    The directory is locked, the ranks are watched, the result is written with the configuration in force, and the
+    training states of the finished run are removed (but for those of `keep_every`). With `--resume auto` a run that is
+    finished is left as it is.
+    """
+
+    def wrap(work: Callable[[StageRun[Any]], dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        @functools.wraps(work)
+        def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+            config = parse_stage(name, argv)
+            run = StageRun(STAGES[name], config, Path(config.run.output_dir) / name)
+            init_world()
+            check_writable(run.directory)
+            with _locked(run.directory), watched_ranks(run.directory, config.run):
+                if _is_finished(run):
+                    return _read_result(run)
+                _clear_the_way(run)
+                seed_everything(config.run.seed)
+                result = work(run)
+                if is_main():
+                    save_config(run.directory / "config.yaml", config.parts())
+                result = {**result, "seconds": round(result["seconds"], 1), "seed": config.run.seed}
+                write_json(run.directory / "result.json", result)
+                remove_states(run.directory / STATES, config.run, keep_permanent=True)
+            return result
+
+        return main
+
+    return wrap
+
+
+def run_as_script(main: Callable[[], Any]) -> None:
+    """Run a stage's `main`; what a user can mend ends it with a sentence, not with a traceback."""
+    setup_logging()
+    run_to_end(main, USER_ERRORS)
+    close_world()
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """The lock of `directory`, refused on all ranks together."""
+    with ExitStack() as stack:
+        error: ConfigError | None = None
+        try:
+            stack.enter_context(RunLock(directory))
+        except ConfigError as refused:
+            error = refused
+        raise_on_all(error)
+        yield
+
+
+def _is_finished(run: StageRun[Any]) -> bool:
+    """Whether the run that is to be resumed needs nothing more; as rank 0 sees it."""
+    done = is_main() and run.run.resume == "auto" and bool(_read_result(run))
+    return any_rank(done, init_world())
+
+
+def _read_result(run: StageRun[Any]) -> dict[str, Any]:
+    """`result.json` of an earlier run; {} where there is none, or a broken one."""
+    path = run.directory / "result.json"
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    logger.info("%s is finished, %s is there: nothing to do", run.directory.name, path)
+    return result
+
+
+def _clear_the_way(run: StageRun[Any]) -> None:
+    """Remove what an earlier run left and this one makes anew. ConfigError where that would lose an unfinished one."""
+    states = run.directory / STATES
+    raise_on_all(refusal(states, run.run) if is_main() else None)
+    if is_main():
+        (run.directory / "result.json").unlink(missing_ok=True)
+        remove_leftovers(run.directory)
+        if run.run.resume != "auto":
+            remove_states(states, run.run, keep_permanent=False)
+        (run.directory / ".cleared").touch()  # for run_all.sh: what is there from now on is this run's

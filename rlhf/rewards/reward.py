@@ -1,0 +1,33 @@
+"""The `Reward` protocol: an object that scores responses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rlhf.types import Responses, RewardOutput
+
+
+class Reward(Protocol):
+    """Scores this rank's responses. Every rank calls `score` equally often, with its own rows."""
+
+    def score(self, responses: Responses) -> RewardOutput:
+        """Scores of B responses."""
+
+    @property
+    def training_range(self) -> dict[str, Any] | None:
+        """How far scores reached in the reward's own training ("minimum", "maximum", "responses"); None if unknown."""
+
+
+@dataclass(frozen=True)
+class RewardSources:
+    """What a reward may be built from.
+
+    `engine` is the frozen reward model (None where no reward of the run needs one) and `reward_tokenizer` its
+    tokenizer; `tokenizer` is the actor's, `eos_ids` the ids that end its responses.
+    """
+
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    engine: Any = None
+    reward_tokenizer: Any = None
