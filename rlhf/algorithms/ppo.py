@@ -507,9 +507,9 @@ class PPOTrainer(OnPolicyTrainer):
         config, rollout, mask = self.config, part.rollout, part.rollout.response_mask
         entropy: torch.Tensor | None = None
         if config.entropy_coef > 0:
-            logprobs, entropy = response_logprobs_and_entropy(self.engine.actor, rollout, config.temperature)
+            logprobs, entropy = response_logprobs_and_entropy(self.engine.actor, rollout, self.rollouts.sampling)
         else:
-            logprobs = response_logprobs(self.engine.actor, rollout, config.temperature)
+            logprobs = response_logprobs(self.engine.actor, rollout, self.rollouts.sampling)
         if self.first_log_ratios is not None:
             self.first_log_ratios.append((logprobs.detach() - rollout.logprobs)[mask])
         loss, metrics = policy_loss(logprobs, rollout.logprobs, part.advantages, mask, clip_range=config.clip_range)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from rlhf.config import ConfigError
 from rlhf.generation.token_sampling import Sampling
 from rlhf.models.forward import forward_logits
+from rlhf.models.inner_model import innermost
 from rlhf.types import PromptBatch, Rollout
 
 CHECKED_PROMPTS, CHECKED_TOKENS = 4, 16
@@ -31,7 +33,8 @@ class DeepSpeedBackend:
     """See `rlhf.generation.backend.Backend`; samples with the HybridEngineRollout of a DeepSpeed engine.
 
     It captures no log-probabilities (they must be recomputed) and decodes every row to the limit; a sample depends
-    on the rows beside it. Before the first rollout its greedy tokens are compared with a forward pass of ours.
+    on the rows beside it. Before the first rollout its greedy tokens are compared with a forward pass of ours. The
+    model's generation settings suppress ids beyond the vocabulary while it samples.
     Under ZeRO-3 the actor's weights are gathered once per rollout.
     """
 
@@ -79,15 +82,16 @@ class DeepSpeedBackend:
     def _decode(self, prompts: PromptBatch, sampling: Sampling) -> Rollout:
         from deepspeed.runtime.rollout import RolloutRequest, SamplingConfig
 
-        found = self.rollout.generate(
-            RolloutRequest(prompts.input_ids, prompts.attention_mask.long()),
-            SamplingConfig(
-                max_new_tokens=sampling.max_new_tokens,
-                temperature=0.0 if sampling.greedy else sampling.temperature,
-                top_k=sampling.top_k,
-                top_p=sampling.top_p,
-            ),
-        )
+        with self._spare_ids_suppressed(sampling.vocabulary_size):
+            found = self.rollout.generate(
+                RolloutRequest(prompts.input_ids, prompts.attention_mask.long()),
+                SamplingConfig(
+                    max_new_tokens=sampling.max_new_tokens,
+                    temperature=0.0 if sampling.greedy else sampling.temperature,
+                    top_k=sampling.top_k,
+                    top_p=sampling.top_p,
+                ),
+            )
         ids = found.input_ids[:, prompts.input_ids.shape[1] :]
         is_eos = torch.isin(ids, torch.tensor(self.eos_ids, device=ids.device)).long()
         mask = is_eos.cumsum(-1) - is_eos == 0  # up to the first end-of-sequence token, which counts
@@ -101,12 +105,26 @@ class DeepSpeedBackend:
             logprobs=torch.zeros(ids.shape, device=ids.device),
         )
 
+    @contextmanager
+    def _spare_ids_suppressed(self, vocabulary_size: int | None) -> Iterator[None]:
+        """Within the block the model's `generate` gives ids at or beyond `vocabulary_size` probability 0."""
+        model: Any = innermost(self.actor)
+        spare = range(vocabulary_size or model.config.vocab_size, model.config.vocab_size)
+        settings = model.generation_config
+        before = settings.suppress_tokens
+        settings.suppress_tokens = [*(before or []), *spare] or None
+        try:
+            yield
+        finally:
+            settings.suppress_tokens = before
+
     @torch.no_grad()
     def _check(self, prompts: PromptBatch, sampling: Sampling) -> None:
-        greedy = self._decode(prompts, Sampling(min(sampling.max_new_tokens, CHECKED_TOKENS), greedy=True))
+        tokens = min(sampling.max_new_tokens, CHECKED_TOKENS)
+        greedy = self._decode(prompts, replace(sampling, max_new_tokens=tokens, greedy=True))
         ids, mask = greedy.sequences()
         raw = forward_logits(self.actor, ids, mask, last=greedy.response_ids.shape[1] + 1)[:, :-1]
-        logits = raw.float()
+        logits = raw.float()[..., : sampling.vocabulary_size]
         chosen = logits.gather(-1, greedy.response_ids.unsqueeze(-1)).squeeze(-1)
         behind = float(((logits.amax(-1) - chosen) * greedy.response_mask).max())
         allowed = ROUNDING.get(raw.dtype, 0.25)

@@ -20,7 +20,10 @@ BLOCK = 128
 class Sampling:
     """How tokens are drawn. `top_k` 0 and `top_p` 1 are off; `greedy` takes the likeliest token.
 
-    Raises ValueError for a temperature that is not positive, a negative top_k, or a top_p outside (0, 1].
+    Ids at or beyond `vocabulary_size` (None: none are) have probability 0. They are rows of the embedding that the
+    tokenizer has no token for: Polyglot-ko has 30,003 tokens in 30,080 rows.
+    Raises ValueError for a temperature or vocabulary_size that is not positive, a negative top_k, or a top_p outside
+    (0, 1].
     """
 
     max_new_tokens: int
@@ -28,6 +31,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     greedy: bool = False
+    vocabulary_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -36,6 +40,8 @@ class Sampling:
             raise ValueError(f"temperature={self.temperature} must be above 0; for the likeliest token use greedy=True")
         if self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"top_k={self.top_k} must be >= 0 (0 is off) and top_p={self.top_p} in (0, 1] (1 is off)")
+        if self.vocabulary_size is not None and self.vocabulary_size < 1:
+            raise ValueError(f"vocabulary_size={self.vocabulary_size} must be at least 1, or None for every row")
 
 
 def row_uniforms(seed: int, iteration: int, row_ids: Sequence[int], steps: int) -> torch.Tensor:
@@ -67,6 +73,7 @@ def sample_tokens(
     The log-probability is logit - logsumexp(logits) at the drawn token: the log-softmax of the other V - 1 tokens is
     never formed, and the sum of the draw serves for both.
     """
+    logits = logits[:, : sampling.vocabulary_size]
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
     if sampling.top_k or sampling.top_p < 1:

@@ -30,11 +30,13 @@ def token_logprobs(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    vocabulary_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi(token t | all before it) wherever `scored`, and the entropy in nats of that distribution if asked for.
 
     All arguments [B, L], padded on either side; returns two float32 tensors [B, L], 0 outside `scored`. The entropy
-    is 0 everywhere unless `with_entropy`. For the architectures in PLAIN_HEADS the head runs over the scored positions
+    is 0 everywhere unless `with_entropy`. Ids at or beyond `vocabulary_size` (None: none are) have probability 0, and
+    no scored token may be one of them. For the architectures in PLAIN_HEADS the head runs over the scored positions
     only, in pieces; for those that take packed rows (PACKABLE) padding costs nothing. Raises ValueError when the
     first token of a row is scored: nothing comes before it.
     """
@@ -47,7 +49,7 @@ def token_logprobs(
     inner: Any = innermost(model)
     config = getattr(inner, "config", None)
     if config is None or not _plain_head(inner, config):
-        logits = forward_logits(model, input_ids, mask)[before]
+        logits = forward_logits(model, input_ids, mask)[before][:, :vocabulary_size]
         logprobs = logprobs_from_logits(logits, input_ids[target], temperature)
         entropies = entropy_from_logits(logits, temperature) if with_entropy else torch.zeros_like(logprobs)
     else:
@@ -62,7 +64,7 @@ def token_logprobs(
         def head(module: Any, hidden: torch.Tensor) -> torch.Tensor:
             chosen = hidden.flatten(0, 1)[places]
             found = linear_logprobs(chosen, module.weight, module.bias, targets, temperature=temperature,
-                                    with_entropy=with_entropy)  # fmt: skip
+                                    with_entropy=with_entropy, vocabulary_size=vocabulary_size)  # fmt: skip
             return torch.stack(found, dim=-1).unsqueeze(0)
 
         with _head_computes(inner.get_output_embeddings(), head):

@@ -21,15 +21,19 @@ def linear_logprobs(
     *,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    vocabulary_size: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probability of each target, and the entropy, under softmax((hidden @ weight.T + bias) / temperature).
 
     `hidden` [R, H], `weight` [V, H], `bias` [V] or None, `targets` [R] -> two float32 tensors [R]; the entropy in
-    nats is 0 unless `with_entropy`. At most PIECE_ELEMENTS logits exist at once, in float32. When all of them fit in
-    one piece their softmax is kept for the backward pass, else each piece is computed again there.
+    nats is 0 unless `with_entropy`. Ids at or beyond `vocabulary_size` (None: V) have probability 0: their logits are
+    not computed, their rows' gradient is 0, and no target may be one of them.
+    The product runs in the dtype of `hidden`, and its result is rounded to that; all that follows is in float32. At
+    most PIECE_ELEMENTS logits exist at once. When all of them fit in one piece their softmax is kept for the backward
+    pass, else each piece is computed again there.
     """
     result: tuple[torch.Tensor, torch.Tensor] = _LinearLogprobs.apply(
-        hidden, weight, bias, targets, temperature, with_entropy
+        hidden, weight, bias, targets, temperature, with_entropy, vocabulary_size
     )
     return result
 
@@ -44,15 +48,18 @@ class _LinearLogprobs(torch.autograd.Function):
         targets: torch.Tensor,
         temperature: float,
         with_entropy: bool,
+        vocabulary_size: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows = max(1, PIECE_ELEMENTS // weight.shape[0])
+        real = slice(vocabulary_size)  # the rows of the weight that count
+        real_weight, real_bias = weight[real], None if bias is None else bias[real]
+        rows = max(1, PIECE_ELEMENTS // real_weight.shape[0])
         logprobs = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         normalisers, entropies = torch.empty_like(logprobs), torch.zeros_like(logprobs)
         keeps = hidden.shape[0] <= rows and any(ctx.needs_input_grad)
         weights = None
         for start in range(0, hidden.shape[0], rows):
             part = slice(start, start + rows)
-            logits = _logits(hidden[part], weight, bias, temperature)
+            logits = _logits(hidden[part], real_weight, real_bias, temperature)
             chosen = logits.gather(-1, targets[part].unsqueeze(-1)).squeeze(-1)
             largest = logits.amax(-1, keepdim=True)
             shifted = logits.sub_(largest)
@@ -65,7 +72,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if keeps:
                 weights = exponentials.div_(total.unsqueeze(-1))
         ctx.save_for_backward(hidden, weight, bias, targets, normalisers, entropies, weights)
-        ctx.temperature, ctx.with_entropy, ctx.rows = temperature, with_entropy, rows
+        ctx.temperature, ctx.with_entropy, ctx.rows, ctx.real = temperature, with_entropy, rows, real
         return logprobs, entropies
 
     @staticmethod
@@ -74,6 +81,7 @@ class _LinearLogprobs(torch.autograd.Function):
         grad_logprobs, grad_entropies = gradients
         hidden, weight, bias, targets, normalisers, entropies, kept = ctx.saved_tensors
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        real_weight, real_bias = weight[ctx.real], None if bias is None else bias[ctx.real]
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         # sums over many pieces in 16 bits would lose what each piece adds
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
@@ -83,7 +91,7 @@ class _LinearLogprobs(torch.autograd.Function):
             if kept is not None:
                 probabilities = kept
             else:
-                logits = _logits(hidden[part], weight, bias, ctx.temperature)
+                logits = _logits(hidden[part], real_weight, real_bias, ctx.temperature)
                 probabilities = logits.sub_(normalisers[part].unsqueeze(-1)).exp_()
             grad = grad_logprobs[part].float().unsqueeze(-1) / ctx.temperature
             if ctx.with_entropy:
@@ -97,14 +105,14 @@ class _LinearLogprobs(torch.autograd.Function):
             grad_logits.scatter_add_(1, targets[part].unsqueeze(-1), grad)
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                grad_hidden[part] = product(grad_logits, weight.t())
+                grad_hidden[part] = product(grad_logits, real_weight.t())
             if grad_weight is not None:
-                grad_weight += weight_gradient(grad_logits, hidden[part])
+                grad_weight[ctx.real] += weight_gradient(grad_logits, hidden[part])
             if grad_bias is not None:
-                grad_bias += grad_logits.sum(0)
+                grad_bias[ctx.real] += grad_logits.sum(0)
         grad_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
         grad_bias = None if grad_bias is None else grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, temperature: float) -> torch.Tensor:

@@ -92,7 +92,7 @@ class OnPolicyModels:
             engine,
             backend,
             build_reward(ppo.reward_specs(), sources),
-            Sampling(config.data.max_response_tokens, temperature=ppo.temperature),
+            Sampling(config.data.max_response_tokens, temperature=ppo.temperature, vocabulary_size=len(tokenizer)),
             tokenizer=tokenizer,
             eos_ids=eos_ids,
             plan=stage.plan,

@@ -236,7 +236,7 @@ class RolloutWorker:
         return texts
 
     def _logprobs(self, model: Any, part: Rollout) -> torch.Tensor:
-        return response_logprobs(model, part, self.sampling.temperature)
+        return response_logprobs(model, part, self.sampling)
 
     def _compare(self, rollout: Rollout, recomputed: torch.Tensor) -> None:
         """Measure how exact the captured log-probabilities are; in `auto` that decides which are used from now on."""

@@ -5,24 +5,37 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from rlhf.generation.token_sampling import Sampling
 from rlhf.models.token_logprobs import token_logprobs
 from rlhf.types import IGNORE_INDEX, Rollout, TokenBatch
 
 
-def response_logprobs(model: nn.Module, rollout: Rollout, temperature: float) -> torch.Tensor:
-    """log pi(response_t | all before it) at `temperature`: [B, T] float32, 0 outside the response."""
-    return response_logprobs_and_entropy(model, rollout, temperature, with_entropy=False)[0]
+def response_logprobs(model: nn.Module, rollout: Rollout, sampling: Sampling) -> torch.Tensor:
+    """log pi(response_t | all before it): [B, T] float32, 0 outside the response.
+
+    pi has the temperature and vocabulary of `sampling`, with which the rollout was sampled. Its filters (top-k, top-p,
+    greedy) are not applied.
+    """
+    return response_logprobs_and_entropy(model, rollout, sampling, with_entropy=False)[0]
 
 
 def response_logprobs_and_entropy(
-    model: nn.Module, rollout: Rollout, temperature: float, *, with_entropy: bool = True
+    model: nn.Module, rollout: Rollout, sampling: Sampling, *, with_entropy: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropies of the response positions: [B, T] each, float32, 0 outside the response."""
+    """What `response_logprobs` gives, and the entropies of pi in nats: [B, T] each, float32, 0 outside the response."""
     ids, mask = rollout.sequences()
     prompt_tokens = rollout.prompt_ids.shape[1]
     scored = mask.clone()
     scored[:, :prompt_tokens] = False
-    logprobs, entropies = token_logprobs(model, ids, mask, scored, temperature=temperature, with_entropy=with_entropy)
+    logprobs, entropies = token_logprobs(
+        model,
+        ids,
+        mask,
+        scored,
+        temperature=sampling.temperature,
+        with_entropy=with_entropy,
+        vocabulary_size=sampling.vocabulary_size,
+    )
     return logprobs[:, prompt_tokens:], entropies[:, prompt_tokens:]
 
 

@@ -42,7 +42,7 @@ from rlhf.types import PromptBatch, Rollout, TokenizedPrompt, TokenizedResponse
 from tests.support.launch import run_ranks
 from tests.support.local_engine import LocalModels
 from tests.support.on_policy import FunctionReward, context, ppo_trainer, responses_to, reward_of, stage_data
-from tests.support.tiny_models import save_tiny_model
+from tests.support.tiny_models import TOKENS, save_tiny_model
 
 TESTS = Path(__file__).parents[1]
 ELSEWHERE = {
@@ -184,13 +184,15 @@ def test_02_padding_on_either_side_changes_neither_logprobs_values_nor_scores(
     actor = load(tiny_models["gpt_neox"])
     critic = ScalarModel.from_base(tiny_models["gpt_neox"], dtype=torch.float32, seed=3).eval()
     rollout = rollout_of(more_left=more_left, more_right=more_right)
-    logprobs, values = response_logprobs(actor, rollout, 1.0), response_values(critic, rollout)
+    logprobs, values = response_logprobs(actor, rollout, Sampling(1)), response_values(critic, rollout)
     scores = reward_of(critic, tokenizer).score(responses_to(rollout, tokenizer)).scores
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         alone = rollout_of([prompt], [response])
         assert not (~alone.prompt_mask).any() and not (~alone.response_mask).any()  # no padding to go wrong
         n = len(response)
-        torch.testing.assert_close(logprobs[row, :n], response_logprobs(actor, alone, 1.0)[0], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            logprobs[row, :n], response_logprobs(actor, alone, Sampling(1))[0], atol=2e-5, rtol=1e-5
+        )
         torch.testing.assert_close(values[row, :n], response_values(critic, alone)[0], atol=2e-5, rtol=1e-5)
         ids = torch.tensor([prompt + response])
         torch.testing.assert_close(scores[row], critic(ids, torch.ones_like(ids))[0, -1], atol=2e-5, rtol=1e-5)
@@ -210,7 +212,7 @@ def test_03_positions_do_not_count_padding_on_absolute_and_rotary_models(tiny_mo
     mask = few.response_mask
     width = mask.shape[1]
     for quantity in (
-        lambda rollout: response_logprobs(actor, rollout, 1.0),
+        lambda rollout: response_logprobs(actor, rollout, Sampling(1)),
         lambda rollout: response_values(critic, rollout),
     ):
         torch.testing.assert_close(quantity(few)[mask], quantity(many)[:, :width][mask], atol=3e-5, rtol=1e-5)
@@ -219,7 +221,7 @@ def test_03_positions_do_not_count_padding_on_absolute_and_rotary_models(tiny_mo
     torch.testing.assert_close(*scores, atol=3e-5, rtol=1e-5)
     alone = torch.tensor([PROMPTS[1] + RESPONSES[1]])
     expected = actor(alone).logits[0, 0].log_softmax(-1)[14]
-    torch.testing.assert_close(response_logprobs(actor, many, 1.0)[1, 0], expected, atol=3e-5, rtol=1e-5)
+    torch.testing.assert_close(response_logprobs(actor, many, Sampling(1))[1, 0], expected, atol=3e-5, rtol=1e-5)
 
 
 class Table(torch.nn.Module):
@@ -234,13 +236,13 @@ class Table(torch.nn.Module):
 def test_04_logits_of_one_position_score_the_token_of_the_next():
     """Prompt (0, 1), response (2, 2, 0): 0.1 after 1, 0.25 after 2, 0.25 after 2; worked by hand."""
     rollout = rollout_of([[0, 1], [2]], [[2, 2, 0], [1, 0]])
-    logprobs = response_logprobs(Table(), rollout, 1.0)
+    logprobs = response_logprobs(Table(), rollout, Sampling(1))
     expected = torch.tensor([[0.1, 0.25, 0.25], [0.5, 0.6, 1.0]]).log()
     mask = rollout.response_mask
     torch.testing.assert_close(logprobs[mask], expected[mask])
     # at temperature 0.5 every probability is squared and normalised anew
     squared = torch.tensor([0.01 / 0.46, 0.0625 / 0.375, 0.0625 / 0.375]).log()
-    torch.testing.assert_close(response_logprobs(Table(), rollout, 0.5)[0], squared)
+    torch.testing.assert_close(response_logprobs(Table(), rollout, Sampling(1, temperature=0.5))[0], squared)
 
 
 # ----------------------------------------------------------------------------- sampling and scoring are one
@@ -259,7 +261,7 @@ def test_05_what_samples_is_what_scores(tiny_models, architecture, temperature):
     )
     lengths = rollout.response_mask.sum(1)
     assert len(set(lengths.tolist())) > 1  # ragged, so that the cache has holes
-    fresh = response_logprobs(model, rollout, temperature)
+    fresh = response_logprobs(model, rollout, Sampling(10, temperature=temperature))
     torch.testing.assert_close(rollout.logprobs, fresh * rollout.response_mask, atol=5e-5, rtol=1e-4)
 
 
@@ -282,7 +284,7 @@ def test_06_temperature_divides_actor_old_actor_and_reference_alike(make_trainer
         other.engine.reference(
             input_ids=torch.cat([rollout.prompt_ids, rollout.response_ids], 1),
             attention_mask=torch.cat([rollout.prompt_mask, rollout.response_mask], 1).long(),
-        ).logits[:, rollout.prompt_ids.shape[1] - 1 : -1],
+        ).logits[:, rollout.prompt_ids.shape[1] - 1 : -1, :TOKENS],
         rollout.response_ids,
         0.7,
     )
@@ -534,7 +536,7 @@ def gradients_of_one_step(make_trainer, micro, **config):
     plan = BatchPlan(8, micro, 1)
     trainer = make_trainer(plan=plan, **config)
     experience = experience_of()
-    current = response_logprobs(trainer.engine.actor, experience.rollout, 1.0).detach()
+    current = response_logprobs(trainer.engine.actor, experience.rollout, trainer.rollouts.sampling).detach()
     shift = 0.3 * torch.randn(current.shape, generator=torch.Generator().manual_seed(8))
     experience = dataclasses.replace(
         experience, rollout=dataclasses.replace(experience.rollout, logprobs=current + shift)
@@ -571,7 +573,7 @@ def test_15_the_gradient_is_that_of_the_token_mean_written_out(make_trainer, tin
         prompt = rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist()
         response = rollout.response_ids[row][rollout.response_mask[row]].tolist()
         ids = torch.tensor([prompt + response])
-        logits, values = actor(ids).logits[0], critic(ids, torch.ones_like(ids))[0]
+        logits, values = actor(ids).logits[0, :, :TOKENS], critic(ids, torch.ones_like(ids))[0]
         for t, token in enumerate(response):
             at = len(prompt) - 1 + t
             ratio = (logits[at].log_softmax(-1)[token] - rollout.logprobs[row, t]).exp()
@@ -816,15 +818,15 @@ def test_23_with_lora_the_reference_is_the_base_and_stays_while_adapter_and_valu
     trainer = make_trainer(engine=engine, plan=plan, rollout=8, ppo_epochs=2)
     rollout = rollout_of()
     with torch.no_grad(), engine.reference_model() as reference:
-        before = response_logprobs(reference, rollout, 1.0)
-        torch.testing.assert_close(before, response_logprobs(load(tiny_models["gpt_neox"]), rollout, 1.0))
+        before = response_logprobs(reference, rollout, Sampling(1))
+        torch.testing.assert_close(before, response_logprobs(load(tiny_models["gpt_neox"]), rollout, Sampling(1)))
     head = engine.critic.module.scalar_head.weight.detach().clone()
     for iteration in (1, 2):
         trainer.update(trainer.make_experience(iteration), iteration)
     with torch.no_grad(), engine.reference_model() as reference:
-        torch.testing.assert_close(response_logprobs(reference, rollout, 1.0), before, atol=0, rtol=0)
+        torch.testing.assert_close(response_logprobs(reference, rollout, Sampling(1)), before, atol=0, rtol=0)
     with torch.no_grad(), engine.scoring():
-        assert (response_logprobs(engine.actor, rollout, 1.0) - before).abs().max() > 1e-4
+        assert (response_logprobs(engine.actor, rollout, Sampling(1)) - before).abs().max() > 1e-4
     assert not torch.equal(engine.critic.module.scalar_head.weight, head)
 
 

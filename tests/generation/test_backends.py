@@ -8,6 +8,7 @@ from rlhf.config import ConfigError
 from rlhf.engine import BatchPlan
 from rlhf.generation import BACKENDS, Sampling, make_backend
 from rlhf.models.forward import forward_logits
+from rlhf.training.scoring import response_logprobs
 from rlhf.types import PromptBatch
 from tests.support.local_engine import LocalEngine
 
@@ -59,22 +60,6 @@ def test_greedy_tokens_are_those_of_transformers(name, model, slots):
     assert rollout.response_ids.shape == rollout.logprobs.shape == (ROWS, max(ends))
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", BACKENDS)
-def test_captured_logprobs_are_those_of_a_fresh_forward(name, model):
-    backend = made(name, model, eos_ids=[7, 11], slots=3)
-    rollout = backend.generate(prompts(), Sampling(NEW_TOKENS, temperature=0.7), iteration=1)
-    mask = rollout.response_mask
-    assert not rollout.logprobs[~mask].any()
-    if not backend.captures_logprobs:
-        assert not rollout.logprobs.any()
-        return
-    logits = forward_logits(model, *rollout.sequences())[:, 8:-1] / 0.7
-    fresh = logits.log_softmax(-1).gather(-1, rollout.response_ids.unsqueeze(-1)).squeeze(-1)
-    torch.testing.assert_close(rollout.logprobs[mask], fresh[mask], atol=1e-5, rtol=0)
-    assert (fresh[mask] < -0.1).any()
-
-
 @pytest.mark.parametrize("name", BACKENDS)
 def test_seed_iteration_and_row_choose_the_sample_and_the_process_does_not(name, model):
     def sampled(batch, seed=4, iteration=1):
@@ -110,6 +95,58 @@ def test_an_update_of_the_actor_is_heard(name, model):
     after = backend.generate(prompts(), Sampling(NEW_TOKENS, greedy=True), iteration=2)
     fresh = made(name, model).generate(prompts(), Sampling(NEW_TOKENS, greedy=True), iteration=2)
     assert responses(after) == responses(fresh) != responses(before)
+
+
+# --------------------------------------------------------------------- rows of the embedding without a token
+
+
+SPARE = 20
+"""From this id on the tokenizer is said to have no token: most of what these models would say."""
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_ids_without_a_token_are_never_sampled(name, model):
+    backend = made(name, model, slots=4)
+    drawn = []
+    for iteration in range(12):
+        found = backend.generate(prompts(), Sampling(NEW_TOKENS, vocabulary_size=SPARE), iteration=iteration)
+        drawn += found.response_ids.flatten().tolist()
+    free = backend.generate(prompts(), Sampling(NEW_TOKENS), iteration=1).response_ids
+    assert len(drawn) >= 1000 and set(drawn) <= set(range(SPARE)) and len(set(drawn)) > SPARE / 2
+    assert (free >= SPARE).float().mean() > 0.4  # without a limit they are, also after one
+    batch = prompts()
+    expected = model.generate(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask.long(), do_sample=False, pad_token_id=0,
+        max_new_tokens=NEW_TOKENS, suppress_tokens=list(range(SPARE, 96)),
+    )[:, 9:]  # fmt: skip
+    greedy = made(name, model).generate(batch, Sampling(NEW_TOKENS, greedy=True, vocabulary_size=SPARE), iteration=1)
+    assert torch.equal(greedy.response_ids, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("vocabulary_size", [None, 1, SPARE, 96, 200])
+def test_what_samples_is_what_scores(name, model, vocabulary_size):
+    backend = made(name, model, eos_ids=[7, 11], slots=3)
+    sampling = Sampling(NEW_TOKENS, temperature=0.7, vocabulary_size=vocabulary_size)
+    rollout = backend.generate(prompts(), sampling, iteration=1)
+    mask = rollout.response_mask
+    scored = response_logprobs(model, rollout, sampling)
+    logits = forward_logits(model, *rollout.sequences())[:, 8:-1, :vocabulary_size].double() / 0.7
+    expected = logits.log_softmax(-1).gather(-1, rollout.response_ids.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(scored[mask], expected[mask].float(), atol=1e-5, rtol=0)
+    if backend.captures_logprobs:
+        torch.testing.assert_close(rollout.logprobs[mask], scored[mask], atol=1e-5, rtol=0)
+
+
+def test_the_models_settings_are_as_they_were_after_sampling(model):
+    model.generation_config.suppress_tokens = [3]
+    backend = made("deepspeed", model)
+    found = backend.generate(prompts(), Sampling(NEW_TOKENS, top_k=1, vocabulary_size=96), iteration=1)
+    assert model.generation_config.suppress_tokens == [3] and not (found.response_ids == 3).any()
+
+
+# ------------------------------------------------------------------------------------------------------ the table
 
 
 def test_an_unknown_name_lists_the_known_ones(model):

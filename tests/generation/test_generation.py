@@ -96,6 +96,8 @@ def chi_square_z(observed, expected):
         Sampling(2, temperature=0.6),
         Sampling(2, top_k=3),
         Sampling(2, temperature=1.4, top_p=0.7),
+        Sampling(2, vocabulary_size=4),
+        Sampling(2, temperature=0.6, top_k=3, vocabulary_size=4),
     ],
 )
 def test_sampled_pairs_follow_the_exact_distribution(sampling):
@@ -131,7 +133,7 @@ def test_sampled_pairs_follow_the_exact_distribution(sampling):
 
 def exact_filtered(logits, sampling):
     """Probabilities [V] by sorting in plain Python."""
-    ordered = sorted(range(len(logits)), key=lambda token: -float(logits[token]))
+    ordered = sorted(range(len(logits))[: sampling.vocabulary_size], key=lambda token: -float(logits[token]))
     kept = ordered[: sampling.top_k] if sampling.top_k else ordered
     weights = {token: math.exp(float(logits[token])) for token in kept}
     total, nucleus, mass = sum(weights.values()), [], 0.0
@@ -259,6 +261,7 @@ def test_generation_stops_when_every_row_has_ended_and_pads_behind_eos(tiny_mode
         ({"top_k": -1}, "top_k=-1"),
         ({"top_p": 0.0}, "top_p=0.0"),
         ({"top_p": 1.1}, "top_p=1.1"),
+        ({"vocabulary_size": 0}, "vocabulary_size=0"),
     ],
 )
 def test_sampling_that_cannot_be_is_refused(wrong, message):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,6 @@ from rlhf.checkpoint.export import full_state_dict
 from rlhf.cli.__main__ import main
 from rlhf.config import BatchConfig, EngineConfig, OptimizerConfig, RunConfig
 from rlhf.engine import BatchPlan, training_engine
-from rlhf.generation import Sampling
 from rlhf.models.scalar import ScalarModel
 from rlhf.training.metrics import MeanMeter
 from rlhf.training.nonfinite import NonFiniteError
@@ -135,7 +135,7 @@ def test_sampled_at_another_temperature_than_scored(make_ppo, monkeypatch):
     original = rlhf.generation.actor_backend.generate
 
     def colder(actor, prompts, sampling, **options):
-        return original(actor, prompts, Sampling(sampling.max_new_tokens, temperature=0.7), **options)
+        return original(actor, prompts, replace(sampling, temperature=0.7), **options)
 
     monkeypatch.setattr(rlhf.generation.actor_backend, "generate", colder)
     trainer = make_ppo(iterations=1)
@@ -144,15 +144,18 @@ def test_sampled_at_another_temperature_than_scored(make_ppo, monkeypatch):
 
 
 def test_updated_at_another_temperature_than_scored(make_ppo, monkeypatch):
-    monkeypatch.setattr(ppo, "response_logprobs", lambda model, rollout, _: response_logprobs(model, rollout, 0.9))
+    def colder(model, rollout, sampling):
+        return response_logprobs(model, rollout, replace(sampling, temperature=0.9))
+
+    monkeypatch.setattr(ppo, "response_logprobs", colder)
     trainer = make_ppo(iterations=1)
     trainer.fit()
     assert "ratio_not_one" in found_in(trainer)
 
 
 def test_labels_shifted_by_one(make_ppo, monkeypatch):
-    def shifted(model, rollout, temperature):
-        return response_logprobs(model, rollout, temperature).roll(1, dims=1)
+    def shifted(model, rollout, sampling):
+        return response_logprobs(model, rollout, sampling).roll(1, dims=1)
 
     monkeypatch.setattr(ppo, "response_logprobs", shifted)
     trainer = make_ppo(iterations=1)
@@ -176,12 +179,15 @@ def test_a_reference_at_another_temperature_makes_the_kl_negative(make_ppo, monk
     original = rlhf.generation.actor_backend.generate
 
     def colder(actor, prompts, sampling, **options):
-        return original(actor, prompts, Sampling(sampling.max_new_tokens, temperature=0.7), **options)
+        return original(actor, prompts, replace(sampling, temperature=0.7), **options)
 
     monkeypatch.setattr(rlhf.generation.actor_backend, "generate", colder)
     trainer = make_ppo(iterations=4, lr=1e-4)
     reference = trainer.engine.reference
-    trainer.rollouts._logprobs = lambda model, part: response_logprobs(model, part, 0.7 if model is reference else 1.0)
+    plain = trainer.rollouts.sampling
+    trainer.rollouts._logprobs = lambda model, part: response_logprobs(
+        model, part, replace(plain, temperature=0.7) if model is reference else plain
+    )
     trainer.fit()
     assert "kl_negative" in found_in(trainer)
 

@@ -85,7 +85,7 @@ def ppo_trainer(
         engine,
         backend,
         reward,
-        Sampling(new_tokens, temperature=config.temperature),
+        Sampling(new_tokens, temperature=config.temperature, vocabulary_size=len(tokenizer)),
         tokenizer=tokenizer,
         eos_ids=eos_ids,
         plan=plan,

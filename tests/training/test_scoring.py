@@ -6,12 +6,15 @@ import pytest
 import torch
 import transformers
 
+from rlhf.generation import Sampling
 from rlhf.models.forward import forward_logits
 from rlhf.models.scalar import ScalarModel
+from rlhf.models.token_logprobs import PLAIN_HEADS
 from rlhf.rewards.reward_model import same_tokenizer
 from rlhf.training.scoring import label_loss, response_logprobs, response_logprobs_and_entropy, response_values
 from rlhf.types import Rollout, TokenBatch
 from tests.support.on_policy import responses_to, reward_of
+from tests.support.tiny_models import ROWS
 
 PROMPTS = ([5, 9, 3], [7], [4, 4, 8, 2, 6])
 RESPONSES = ([11, 12, 13, 0], [14], [15, 16, 0])
@@ -35,6 +38,12 @@ def load(path):
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
+def tiny_bloom():
+    torch.manual_seed(2)
+    config = transformers.BloomConfig(vocab_size=ROWS, hidden_size=16, n_layer=2, n_head=2, pad_token_id=0)
+    return transformers.BloomForCausalLM(config).eval()
+
+
 @pytest.fixture(scope="module")
 def critic(tiny_models):
     return ScalarModel.from_base(tiny_models["gpt_neox"], dtype=torch.float32, seed=3).eval()
@@ -46,15 +55,20 @@ def fresh_critic(tiny_models):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("vocabulary_size", [None, 17, ROWS + 5])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_entropies_of_each_row_alone_in_float64(tiny_models, temperature):
-    model = load(tiny_models["gpt_neox"])
+@pytest.mark.parametrize("architecture", ["gpt_neox", "bloom"])  # whose head is known to be plain, and not
+def test_logprobs_and_entropies_of_each_row_alone_in_float64(tiny_models, architecture, temperature, vocabulary_size):
+    model = load(tiny_models[architecture]) if architecture in tiny_models else tiny_bloom()
+    assert (architecture in PLAIN_HEADS) == (architecture == "gpt_neox")
     rollout = rollout_of(more_left=2, more_right=1)
-    logprobs, entropies = response_logprobs_and_entropy(model, rollout, temperature)
-    assert torch.equal(logprobs, response_logprobs(model, rollout, temperature))
+    sampling = Sampling(1, temperature=temperature, vocabulary_size=vocabulary_size)
+    logprobs, entropies = response_logprobs_and_entropy(model, rollout, sampling)
+    assert torch.equal(logprobs, response_logprobs(model, rollout, sampling))
     assert logprobs.dtype == entropies.dtype == torch.float32
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
-        distributions = (model(torch.tensor([prompt + response])).logits[0].double() / temperature).softmax(-1)
+        logits = model(torch.tensor([prompt + response])).logits[0].double()
+        distributions = (logits[:, :vocabulary_size] / temperature).softmax(-1)
         for t, token in enumerate(response):
             distribution = distributions[len(prompt) - 1 + t]
             assert logprobs[row, t].item() == pytest.approx(distribution[token].log().item(), abs=1e-4)
