@@ -197,7 +197,7 @@ class PPOConfig:
     """The critic's scalar head: that of the model it starts from (a reward model's, in the units of the normalised
     rewards; a causal LM gets a random one), or zero. The layers below are copied either way."""
     critic_warmup_iterations: int = 1
-    """First iterations in which the critic alone learns, on responses of the actor as it starts; at most all but one."""
+    """First iterations, at most all but one, in which the critic alone learns, on responses of the first actor."""
     kl_coef: float = 0.1
     """Weight of the KL penalty (KULLM-RLHF, DeepSpeed-Chat: 0.1; InstructGPT: 0.02)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"

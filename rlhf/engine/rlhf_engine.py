@@ -101,7 +101,7 @@ class RLHFEngine:
         else:
             with loading():
                 roles = _whole_models(actor_model, reward_model, critic_model, with_reference, model, dtype, seed)
-        if zero_critic_head and roles.critic is not None:
+        if zero_critic_head and isinstance(roles.critic, ScalarModel):
             roles.critic.zero_head()
         training = partial(
             training_engine, engine=engine, optimizer=optimizer, plan=plan,
@@ -190,7 +190,7 @@ def _whole_models(
 ) -> Roles:
     """The models without adapters, a copy of its weights for each."""
     actor = load_causal_lm(actor_model, config, dtype=dtype)
-    critic: ScalarModel | None = None
+    critic: nn.Module | None = None
     if critic_model is not None and is_scalar_directory(critic_model):
         critic = ScalarModel.from_pretrained(critic_model, config, dtype=dtype)
     elif critic_model is not None:

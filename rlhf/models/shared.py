@@ -65,7 +65,7 @@ class Roles(NamedTuple):
     """The models before they go into engines; None is not wanted, or (`reference`) the actor with its adapter off."""
 
     actor: nn.Module
-    critic: ScalarModel | None
+    critic: nn.Module | None
     reference: nn.Module | None
     reward: nn.Module | None
 
