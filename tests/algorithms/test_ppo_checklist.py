@@ -1,4 +1,4 @@
-"""The 28 details that make PPO for language models right, one test or a pointer to it for each.
+"""The details that make PPO for language models right, one test or a pointer to it for each.
 
 Each is a detail that a published implementation got wrong; the issue that shows it is named in the test. Numbers are
 used in the names of the tests: `test_07_...` is detail 7. `ELSEWHERE` points to tests that live beside what they test;
@@ -116,7 +116,7 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
 
     def make(
         *, architecture="gpt_neox", engine=None, plan=None, rollout=8, ppo_epochs=1, new_tokens=6, scorer=letter_score,
-        ptx=(), reference_noise=0.0, iterations=2, actor_eos=None, **config,
+        ptx=(), reference_noise=0.0, iterations=2, actor_eos=None, critic_warmup_iterations=0, **config,
     ):  # fmt: skip
         plan = plan or BatchPlan(rollout, 4, 1)
         if engine is None:
@@ -142,7 +142,7 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
             directory=tmp_path / "ppo",
             new_tokens=new_tokens,
             ptx=ptx,
-            config=PPOConfig(**config),
+            config=PPOConfig(critic_warmup_iterations=critic_warmup_iterations, **config),
             batch=PPOBatchConfig(rollout_batch_size=rollout, ppo_epochs=ppo_epochs, max_steps=iterations),
         )
 
@@ -301,7 +301,7 @@ def reward_directory(tiny_models, tokenizer, tmp_path_factory):
     return path
 
 
-def real_engine(actor, reward, plan, *, total_steps=4, **model):
+def real_engine(actor, reward, plan, *, total_steps=4, zero_critic_head=False, **model):
     return RLHFEngine.build(
         actor,
         critic_model=reward,
@@ -312,6 +312,7 @@ def real_engine(actor, reward, plan, *, total_steps=4, **model):
         critic_learning_rate=1e-3,
         plan=plan,
         total_steps=total_steps,
+        zero_critic_head=zero_critic_head,
     )
 
 
@@ -906,6 +907,38 @@ def test_28_some_empty_responses_are_counted_and_learnt_from(make_trainer):
     alone = (lengths == 1) & (experience.rollout.response_ids[:, 0] == 1)
     assert 0 < alone.sum() < 64
     assert trainer.experience_metrics["empty_responses"] == pytest.approx(float(alone.float().mean()))
+
+
+# ------------------------------------------------------------------------------------------- critic's start
+
+
+def test_29_in_the_warm_up_the_critic_alone_learns(make_trainer):
+    """Its values are worth nothing at first; advantages made of them would only shake the actor."""
+    trainer = make_trainer(critic_warmup_iterations=2, iterations=3, kl_target=0.1, kl_horizon=10)
+    first = [parameter.detach().clone() for parameter in trainer.engine.actor.parameters()]
+    for iteration in (1, 2):
+        metrics = trainer.update(trainer.make_experience(iteration), iteration)
+        assert "policy_loss" not in metrics and "ratio_first" not in metrics and metrics["value_loss"] > 0
+        assert trainer.kl.value == 0.1 and trainer.optimizer_step == 0  # nothing to steer, no step of the actor's
+    assert all(torch.equal(*pair) for pair in zip(first, trainer.engine.actor.parameters(), strict=True))
+    assert len(trainer.engine.critic.gradients) == 2 and trainer.engine.actor.gradients == []
+    metrics = trainer.update(trainer.make_experience(3), 3)
+    assert metrics["ratio_first"] == pytest.approx(1, abs=1e-5) and trainer.kl.value != 0.1
+    assert len(trainer.engine.critic.gradients) == 3 and len(trainer.engine.actor.gradients) == 1
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_29_a_critic_with_a_zero_head_knows_nothing_and_learns(make_trainer, tiny_models, reward_directory, lora_rank):
+    plan = BatchPlan(4, 2, 1)
+    engine = real_engine(
+        tiny_models["gpt2"], reward_directory, plan, total_steps=100, zero_critic_head=True, lora_rank=lora_rank
+    )
+    trainer = make_trainer(engine=engine, plan=plan, rollout=8)
+    experience = trainer.make_experience(1)
+    assert not experience.values.any()
+    assert abs(trainer.experience_metrics["explained_variance"]) < 1e-6
+    trainer.update(experience, 1)
+    assert trainer.make_experience(2).values.abs().max() > 0
 
 
 # ---------------------------------------------------------------------------------------------- end to end
