@@ -26,7 +26,8 @@ def main(stage: StageRun[PPOStageConfig]) -> dict:
     tokenizer = models.tokenizer
     prompts = stage.load_data("prompt", config.data.prompt_data, config.data.prompt_eval_data, tokenizer)
     ptx = load_ptx(stage, tokenizer)
-    engine = models.build(stage, total_steps=ppo_optimizer_steps(config.batch, stage.plan, len(prompts.train)))
+    steps = ppo_optimizer_steps(config.ppo, config.batch, stage.plan, len(prompts.train))
+    engine = models.build(stage, optimizer_steps=steps)
 
     def export() -> None:
         export_causal_lm(engine.actor, tokenizer, stage.directory / "actor")
@@ -53,6 +54,8 @@ def main(stage: StageRun[PPOStageConfig]) -> dict:
         "score_before": before.get("score"),
         "score_after": after.get("score"),
         "score_std_before": before.get("score_std"),
+        "reward_before": before.get("reward"),
+        "reward_after": after.get("reward"),
         "kl_per_token": after.get("kl_per_token"),
         "eos_rate_before": before.get("eos_rate"),
         "eos_rate_after": after.get("eos_rate"),

@@ -26,10 +26,10 @@ from rlhf.training.loop import RunContext
 from rlhf.training.metrics import MeanMeter
 from rlhf.training.nonfinite import check_rollout
 from rlhf.training.on_policy import OnPolicyTrainer
-from rlhf.training.rollouts import RolloutWorker
+from rlhf.training.rollouts import RolloutWorker, ScoredRollout
 from rlhf.training.scoring import label_loss, response_logprobs, response_logprobs_and_entropy, response_values
 from rlhf.training.step import accumulate_step, learning_rate
-from rlhf.types import IGNORE_INDEX, Rollout, TensorBatch, TokenBatch
+from rlhf.types import IGNORE_INDEX, Rollout, TensorBatch, TokenBatch, TokenizedPrompt
 
 # ------------------------------------------------------------------------------------------------ mathematics
 
@@ -193,6 +193,11 @@ class PPOConfig:
     """What scores a response: names of `rlhf.rewards`, or mappings {name, weight, ...}; their weighted sum counts."""
     advantage: str = "gae"
     """How advantages are estimated from rewards: gae."""
+    critic_init: Literal["reward", "zero"] = "zero"
+    """The critic's scalar head: that of the model it starts from (a reward model's, in the units of the normalised
+    rewards; a causal LM gets a random one), or zero. The layers below are copied either way."""
+    critic_warmup_iterations: int = 1
+    """First iterations, at most all but one, in which the critic alone learns, on responses of the first actor."""
     kl_coef: float = 0.1
     """Weight of the KL penalty (KULLM-RLHF, DeepSpeed-Chat: 0.1; InstructGPT: 0.02)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -232,6 +237,8 @@ class PPOConfig:
     """Decay of the averaged actor, saved as `actor_ema` (DeepSpeed-Chat: 0.992); 0 keeps none."""
     eval_every_steps: int = 0
     """Iterations between evaluations on held-out prompts; 0 evaluates before and after only."""
+    eval_prompts: int = 256
+    """Held-out prompts of an evaluation, the same ones every time, chosen with `seed`; 0 takes all of them."""
     eval_samples_per_prompt: int = 4
     """Responses sampled per held-out prompt in an evaluation."""
     sample_table_rows: int = setting(4, may_change_on_resume=True)
@@ -245,6 +252,7 @@ class PPOConfig:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         require_at_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "entropy_coef", "ptx_coef")
+        require_at_least(self, 0, "eval_prompts", "critic_warmup_iterations")
         require_at_least(self, 1, "eval_samples_per_prompt", "kl_horizon")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
@@ -335,6 +343,8 @@ class PPOTrainer(OnPolicyTrainer):
         self.kl = KLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
         rollout = rollout_plan(batch, self.plan)
         self.order = DataOrder([len(prompt.input_ids) for prompt in prompts.train], rollout, context.run.seed)
+        self.evaluated = chosen_prompts(prompts.evaluation, config.eval_prompts, context.run.seed)
+        self.warmup = warmup_iterations(config, batch, self.plan, len(prompts.train))
         self.optimizer_step = 0
         self.first_log_ratios: list[torch.Tensor] | None = None  # collected over the first minibatch of an update
         self._export = export
@@ -386,17 +396,8 @@ class PPOTrainer(OnPolicyTrainer):
                 "at all); nothing can be learnt from them. Check the SFT data for empty responses, and kl_coef if the "
                 "actor came to this during PPO"
             )
-        rewards = shape_rewards(
-            scored.scores,
-            scored.logprobs,
-            scored.ref_logprobs,
-            mask,
-            kl_coef=self.kl.value,
-            kl_estimator=config.kl_estimator,
-            score_clip=config.score_clip,
-            penalties=config.missing_eos_penalty * (~scored.ended).float(),
-            token_rewards=scored.token_rewards,
-        )
+        rewards = self.rewards_of(scored)
+        optimised = float(rewards.sum(1).mean())
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         groups = torch.arange(len(rollout), device=mask.device) // self.batch.samples_per_prompt
@@ -408,7 +409,7 @@ class PPOTrainer(OnPolicyTrainer):
             advantages = masked_whiten(advantages, mask)
         self.experience_metrics = {
             **self.rollouts.describe(scored),
-            "reward": float(rewards.sum(1).mean()),
+            "reward": optimised,
             "advantage_std": advantage_std,
             **self._critic_metrics(scored.values, returns, mask),
             "kl_coef": self.kl.value,
@@ -416,6 +417,21 @@ class PPOTrainer(OnPolicyTrainer):
         }
         old = replace(rollout, logprobs=scored.logprobs)
         return PPOExperience(old, scored.values, rewards, advantages, returns, scored.scores)
+
+    def rewards_of(self, scored: ScoredRollout) -> torch.Tensor:
+        """What is optimised: scores less the penalties of a missing end and of the KL divergence, by token [B, T]."""
+        config = self.config
+        return shape_rewards(
+            scored.scores,
+            scored.logprobs,
+            scored.ref_logprobs,
+            scored.rollout.response_mask,
+            kl_coef=self.kl.value,
+            kl_estimator=config.kl_estimator,
+            score_clip=config.score_clip,
+            penalties=config.missing_eos_penalty * (~scored.ended).float(),
+            token_rewards=scored.token_rewards,
+        )
 
     def _critic_metrics(self, values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
         if self.engine.critic is None:
@@ -428,20 +444,24 @@ class PPOTrainer(OnPolicyTrainer):
         """All PPO epochs over one experience: the minibatches are reshuffled in every epoch."""
         meter, critic_meter = MeanMeter(), MeanMeter()
         first: dict[str, float] = {}
-        self.first_log_ratios = []
+        actor_learns = iteration > self.warmup
+        self.first_log_ratios = [] if actor_learns else None
         for epoch in range(self.batch.ppo_epochs):
             for minibatch in self.minibatches(experience, iteration, epoch):
-                steps = [partial(self.actor_step, minibatch, meter)]
+                steps = [partial(self.actor_step, minibatch, meter)] if actor_learns else []
                 if self.engine.critic is not None:
                     steps.append(partial(self.critic_step, minibatch, critic_meter))
                 self.engine.run_jobs(steps)
+                if not actor_learns:
+                    continue
                 self.optimizer_step += 1
                 if self.engine.averaged_actor is not None:
                     self.engine.averaged_actor.update()
                 if self.first_log_ratios is not None:
                     first = {"ratio_first": meter.means(self.device, keep=True)["ratio"], **self.first_deviation()}
         observed = self.experience_metrics
-        self.kl.update(observed["kl_per_response"], len(experience))
+        if actor_learns:
+            self.kl.update(observed["kl_per_response"], len(experience))
         rates = {"learning_rate": learning_rate(self.engine.actor)}
         if self.engine.critic is not None:
             rates["critic_learning_rate"] = learning_rate(self.engine.critic)
@@ -551,7 +571,10 @@ class PPOTrainer(OnPolicyTrainer):
         """Score the actor on the held-out prompts, with the same random numbers every time."""
         config = self.config
         return self.rollouts.evaluate(
-            self.prompts.evaluation, copies=config.eval_samples_per_prompt, shown=config.sample_table_rows
+            self.evaluated,
+            copies=config.eval_samples_per_prompt,
+            shown=config.sample_table_rows,
+            further=lambda scored: {"reward": float(self.rewards_of(scored).sum(1).mean())},
         )
 
 
@@ -567,10 +590,28 @@ def rollout_plan(batch: PPOBatchConfig, plan: Plan) -> Plan:
     return replace(plan, global_batch_size=batch.rollout_batch_size)  # type: ignore[type-var]
 
 
-def ppo_optimizer_steps(batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:
-    """Optimizer steps of the actor (and of the critic) in the whole run, for the learning-rate schedule."""
-    minibatches = batch.rollout_batch_size * batch.samples_per_prompt // plan.global_batch_size
-    return planned_steps(max(1, prompts), batch, rollout_plan(batch, plan)) * batch.ppo_epochs * minibatches
+def warmup_iterations(config: PPOConfig, batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:
+    """Iterations in which the critic alone learns: 0 without a critic, and never the last one of a run."""
+    if not ESTIMATORS[config.advantage].needs_critic:
+        return 0
+    iterations = planned_steps(max(1, prompts), batch, rollout_plan(batch, plan))
+    return min(config.critic_warmup_iterations, iterations - 1)
+
+
+def ppo_optimizer_steps(config: PPOConfig, batch: PPOBatchConfig, plan: Plan, prompts: int) -> tuple[int, int]:
+    """Optimizer steps of the actor and of the critic in the whole run, for their learning-rate schedules."""
+    iterations = planned_steps(max(1, prompts), batch, rollout_plan(batch, plan))
+    per_iteration = batch.ppo_epochs * (batch.rollout_batch_size * batch.samples_per_prompt // plan.global_batch_size)
+    warmup = warmup_iterations(config, batch, plan, prompts)
+    return (iterations - warmup) * per_iteration, iterations * per_iteration
+
+
+def chosen_prompts(prompts: Sequence[TokenizedPrompt], most: int, seed: int) -> Sequence[TokenizedPrompt]:
+    """At most `most` of the prompts (0: all), in their order, the same ones for a seed."""
+    if not 0 < most < len(prompts):
+        return prompts
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed))
+    return [prompts[index] for index in sorted(order[:most].tolist())]
 
 
 def ptx_count(batch: TokenBatch) -> float:

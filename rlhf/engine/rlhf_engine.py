@@ -72,13 +72,16 @@ class RLHFEngine:
         critic_learning_rate: float | None = None,
         plan: BatchPlan,
         total_steps: int,
+        critic_total_steps: int | None = None,
+        zero_critic_head: bool = False,
         ema_decay: float = 0.0,
         seed: int = 0,
     ) -> Self:
         """The models that are named, from their directories; the reference is the actor as it starts.
 
         The critic starts from another critic or a reward model, head included, or from a causal LM, which gets a new
-        head drawn with `seed`. It learns at `critic_learning_rate`, None: at that of `optimizer`, the actor's.
+        head drawn with `seed`; with `zero_critic_head` its values start at 0. It learns at `critic_learning_rate` over
+        `critic_total_steps`, None: as the actor does.
         With LoRA, models on one base share it: see `rlhf.models.shared.adapted_roles`. Raises ConfigError for what
         cannot be loaded or does not go together.
         """
@@ -98,14 +101,20 @@ class RLHFEngine:
         else:
             with loading():
                 roles = _whole_models(actor_model, reward_model, critic_model, with_reference, model, dtype, seed)
+        if zero_critic_head and isinstance(roles.critic, ScalarModel):
+            roles.critic.zero_head()
         training = partial(
-            training_engine, engine=engine, optimizer=optimizer, plan=plan, total_steps=total_steps,
+            training_engine, engine=engine, optimizer=optimizer, plan=plan,
             gradient_checkpointing=model.gradient_checkpointing,
         )  # fmt: skip
         frozen = partial(inference_engine, engine=engine, plan=plan)
         return cls(
-            training(roles.actor),
-            critic=None if roles.critic is None else training(roles.critic, learning_rate=critic_learning_rate),
+            training(roles.actor, total_steps=total_steps),
+            critic=None
+            if roles.critic is None
+            else training(
+                roles.critic, learning_rate=critic_learning_rate, total_steps=critic_total_steps or total_steps
+            ),
             reference=None if roles.reference is None else frozen(roles.reference),
             reward=None if roles.reward is None else frozen(roles.reward),
             reference_is_actor_without_adapter=with_reference and roles.reference is None,

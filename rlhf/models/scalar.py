@@ -98,6 +98,12 @@ class ScalarModel(nn.Module):
         self.score_mean.fill_(mean)
         self.score_std.fill_(std)
 
+    def zero_head(self) -> None:
+        """Make every value 0: a critic that knows nothing yet, in whatever units the rewards are."""
+        with torch.no_grad():
+            self.scalar_head.weight.zero_()
+            self.scalar_head.bias.zero_()
+
     def set_score_range(self, scores: torch.Tensor) -> None:
         """Note how far normalised `scores` [N] of training responses reach; `save_head` writes it beside the head."""
         shares = (0.01, 0.05, 0.5, 0.95, 0.99)

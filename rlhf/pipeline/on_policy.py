@@ -54,8 +54,8 @@ class OnPolicyModels:
         paths = {"actor": self.actor, "reward": self.reward, "critic": self.critic}
         return {name: None if path is None else model_fingerprint(path) for name, path in paths.items()}
 
-    def build(self, stage: StageRun[PPOStageConfig], *, total_steps: int) -> RLHFEngine:
-        """The engines of these models."""
+    def build(self, stage: StageRun[PPOStageConfig], *, optimizer_steps: tuple[int, int]) -> RLHFEngine:
+        """The engines of these models; `optimizer_steps` are those of the actor and of the critic in the whole run."""
         config = stage.config
         engine = RLHFEngine.build(
             self.actor,
@@ -66,7 +66,9 @@ class OnPolicyModels:
             optimizer=config.optimizer,
             critic_learning_rate=config.optimizer.critic_learning_rate,
             plan=stage.plan,
-            total_steps=total_steps,
+            total_steps=optimizer_steps[0],
+            critic_total_steps=optimizer_steps[1],
+            zero_critic_head=config.ppo.critic_init == "zero",
             ema_decay=config.ppo.ema_decay,
             seed=config.run.seed,
         )
@@ -87,7 +89,8 @@ class OnPolicyModels:
             seed=config.run.seed,
             slots=config.batch.generation_batch_size,
         )
-        sources = RewardSources(tokenizer, tuple(eos_ids), engine.reward, self.reward_tokenizer)
+        chat = config.data.template == "chat"
+        sources = RewardSources(tokenizer, tuple(eos_ids), engine.reward, self.reward_tokenizer, chat)
         return RolloutWorker(
             engine,
             backend,

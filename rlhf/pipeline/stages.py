@@ -170,6 +170,12 @@ STAGES = {
             unit="iteration",
             figures=(
                 Figure("held-out score", before="score_before", after="score_after", note=_gain),
+                Figure(
+                    "score less penalties",
+                    before="reward_before",
+                    after="reward_after",
+                    note=lambda _: "what was optimised: clipped score, missing end, KL",
+                ),
                 Figure("KL per token (nats)", after="kl_per_token", note=lambda _: "to the SFT model"),
                 Figure("eos rate", before="eos_rate_before", after="eos_rate_after"),
                 Figure("response tokens", before="mean_response_tokens_before", after="mean_response_tokens_after"),

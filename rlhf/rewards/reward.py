@@ -24,10 +24,12 @@ class RewardSources:
     """What a reward may be built from.
 
     `engine` is the frozen reward model (None where no reward of the run needs one) and `reward_tokenizer` its
-    tokenizer; `tokenizer` is the actor's, `eos_ids` the ids that end its responses.
+    tokenizer; `tokenizer` is the actor's, `eos_ids` the ids that end its responses. `chat`: the actor's prompts are
+    rendered with the chat template of its tokenizer.
     """
 
     tokenizer: Any
     eos_ids: tuple[int, ...]
     engine: Any = None
     reward_tokenizer: Any = None
+    chat: bool = False

@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 
+from rlhf.config import ConfigError
+from rlhf.data.templates import Template, load_template
 from rlhf.data.token_cache import tokenizer_fingerprint
 from rlhf.data.tokenize import TextEncoder
 from rlhf.numerics.statistics import score_last
 from rlhf.rewards.reward import RewardSources
-from rlhf.types import Responses, RewardOutput
+from rlhf.types import Responses, RewardOutput, TokenizedPrompt
 
 
 class RewardModel:
@@ -19,14 +21,24 @@ class RewardModel:
 
     With the actor's tokenizer the ids go in as they are. With another one the text is encoded again, the reward
     model's own end-of-sequence token stands for the actor's, and a prompt too long for the reward model's positions
-    loses its beginning.
+    loses its beginning. Where the actor's prompts are chats, their turns are rendered with the reward model's own chat
+    template: the actor's markup would be literal text to it. ConfigError when it has none.
     """
 
     def __init__(self, sources: RewardSources) -> None:
         self.engine = sources.engine
         self.tokenizer = sources.reward_tokenizer
         self.same_tokenizer = same_tokenizer(sources.reward_tokenizer, sources.tokenizer)
-        self.encoder = TextEncoder(sources.reward_tokenizer)
+        self.chat: Template | None = None
+        if sources.chat and not self.same_tokenizer:
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise ConfigError(
+                    "template=chat with a reward model of another tokenizer, which has no chat template: it could only "
+                    "read the actor's markup as literal text. Give a reward model with a chat template, or train all "
+                    "stages with a text template such as template=kullm"
+                )
+            self.chat = load_template("chat", self.tokenizer)
+        self.encoder = TextEncoder(self.tokenizer, prompt_has_special_tokens=self.chat is not None)
         self.max_tokens = getattr(getattr(self._module, "config", None), "max_position_embeddings", None)
 
     @property
@@ -46,8 +58,18 @@ class RewardModel:
         scores = score_last(self.engine(ids, mask), mask)
         return RewardOutput(self._module.normalise(scores).float())
 
+    def _prompt_text(self, prompt: TokenizedPrompt) -> str:
+        if self.chat is None:
+            return prompt.text
+        if not prompt.messages:
+            raise ConfigError(
+                f"prompt {prompt.id!r} came rendered already, so its turns are not known and the reward model's chat "
+                "template cannot be used on it; give prompts as messages, or a reward model of the actor's tokenizer"
+            )
+        return self.chat.render_messages(prompt.messages)
+
     def _encode_again(self, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
-        prompts = self.encoder.prompts([prompt.text for prompt in responses.prompts])
+        prompts = self.encoder.prompts([self._prompt_text(prompt) for prompt in responses.prompts])
         start, rows = self.encoder.start_ids, []
         for prompt, text, ended in zip(prompts, responses.texts, responses.ended.tolist(), strict=True):
             response = self.encoder.responses([text], append_eos=ended)[0].ids

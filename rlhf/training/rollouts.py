@@ -296,10 +296,18 @@ class RolloutWorker:
         outside = (scores < known["minimum"]) | (scores > known["maximum"])
         return {"scores_outside_range": float(outside.float().mean())}
 
-    def evaluate(self, prompts: Sequence[TokenizedPrompt], *, copies: int, shown: int) -> dict[str, Any]:
+    def evaluate(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        *,
+        copies: int,
+        shown: int,
+        further: Callable[[ScoredRollout], dict[str, float]],
+    ) -> dict[str, Any]:
         """Metrics of `copies` responses to each prompt and, as "samples", the first response to each.
 
-        Drawn with the same random numbers every time. `shown` samples go to the log. {} without prompts.
+        Drawn with the same random numbers every time. `further` metrics come from the algorithm; `shown` samples go to
+        the log. {} without prompts.
         """
         if not prompts:
             return {}
@@ -313,7 +321,7 @@ class RolloutWorker:
             for prompt, text, score in zip(prompts, texts, scored.scores[::copies].tolist(), strict=True)
         ]
         logger.info(sample_table(samples[:shown]))
-        return {**self.describe(scored), "samples": samples}
+        return {**self.describe(scored), **further(scored), "samples": samples}
 
 
 class _Rewards:

@@ -16,6 +16,7 @@ from rlhf.algorithms.ppo import (
     PPOBatchConfig,
     PPOConfig,
     PPOExperience,
+    chosen_prompts,
     explained_variance,
     policy_loss,
     ppo_optimizer_steps,
@@ -24,7 +25,7 @@ from rlhf.algorithms.ppo import (
     value_loss,
 )
 from rlhf.config import ConfigError
-from rlhf.types import Rollout
+from rlhf.types import Rollout, TokenizedPrompt
 
 LOG = math.log
 
@@ -206,9 +207,28 @@ def test_a_rollout_is_a_whole_number_of_minibatches():
 
 
 def test_optimizer_steps_of_a_run_are_iterations_times_epochs_times_minibatches():
+    """Those of the actor, which waits for the critic's warm-up, and those of the critic."""
+
+    def steps(batch, **config):
+        return ppo_optimizer_steps(PPOConfig(**config), batch, OnePlan(8, 2), prompts=30)
+
     batch = PPOBatchConfig(rollout_batch_size=24, ppo_epochs=4, epochs=2.0)
-    assert ppo_optimizer_steps(batch, OnePlan(8, 2), prompts=30) == 3 * 4 * 3  # 60 prompts are 2.5 rollouts
-    assert ppo_optimizer_steps(dataclasses.replace(batch, max_steps=5), OnePlan(8, 2), prompts=30) == 5 * 4 * 3
+    assert steps(batch, critic_warmup_iterations=0) == (3 * 4 * 3, 3 * 4 * 3)  # 60 prompts are 2.5 rollouts
+    assert steps(batch, critic_warmup_iterations=1) == (2 * 4 * 3, 3 * 4 * 3)
+    assert steps(batch, critic_warmup_iterations=9) == (1 * 4 * 3, 3 * 4 * 3)  # one iteration is always the actor's
+    assert steps(dataclasses.replace(batch, max_steps=5), critic_warmup_iterations=0) == (5 * 4 * 3, 5 * 4 * 3)
+    twice = dataclasses.replace(batch, samples_per_prompt=2)
+    assert steps(twice, critic_warmup_iterations=0) == (3 * 4 * 6, 3 * 4 * 6)
+
+
+def test_evaluation_is_on_a_bounded_choice_that_a_seed_repeats():
+    prompts = [TokenizedPrompt(str(index), (1,), "") for index in range(100_000)]
+    first, again, other = (chosen_prompts(prompts, 256, seed) for seed in (1, 1, 2))
+    assert len(first) == 256 and first == again and first != other
+    numbers = [int(prompt.id) for prompt in first]
+    assert numbers == sorted(numbers) and numbers[-1] > 90_000  # from all over the set, in its order
+    assert chosen_prompts(prompts[:200], 256, 1) == prompts[:200]
+    assert chosen_prompts(prompts, 0, 1) is prompts
 
 
 def test_trimming_an_experience_drops_only_columns_of_padding():
