@@ -13,17 +13,21 @@ from typing import Any, Self
 import torch
 
 Meta = Mapping[str, Any]
+Message = Mapping[str, str]
+"""One turn of a conversation: `role` (system, user or assistant) and `content`."""
 IGNORE_INDEX = -100
 """Label of a position the language-modelling loss must not look at."""
 
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """A prompt, already rendered with its template."""
+    """A prompt, already rendered with its template; `messages` and `columns` as in `TokenizedPrompt`."""
 
     id: str
     prompt: str
     meta: Meta = field(default_factory=dict)
+    messages: tuple[Message, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,20 @@ Record = PromptRecord | ResponseRecord | PreferenceRecord | RankedRecord
 
 @dataclass(frozen=True)
 class TokenizedPrompt:
-    """A prompt as token ids, with its text for tables and for reward models of another tokenizer."""
+    """A prompt as token ids, with all that a reward may want to know of its data row.
+
+    `text` is what `input_ids` say. `messages` is the conversation that the prompt was rendered from, whole also where
+    `input_ids` and `text` lost their beginning to a limit; empty for a prompt that came with markers of its own, whose
+    turns are not known. `columns` are the row's columns that are not part of the prompt (a reference answer, an id),
+    under the names that the file gives them, as JSON values.
+    """
 
     id: str
     input_ids: tuple[int, ...]
     text: str
     category: str = ""
+    messages: tuple[Message, ...] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -6,18 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from rlhf.doctor import OFFLINE, ON_POLICY, REWARD, NotARunError, StageView, diagnose
+from rlhf.doctor import NotARunError, StageView, diagnose
+from rlhf.pipeline import STAGES
 
-STAGES = (
-    StageView("sft", OFFLINE, ("loss", "eval_loss", "gradient_norm")),
-    StageView("reward", REWARD, ("loss", "accuracy", "margin", "eval_accuracy")),
-    StageView(
-        "ppo",
-        ON_POLICY,
-        ("score", "kl_per_token", "eos_rate", "response_tokens", "entropy_estimate", "explained_variance"),
-        unit="iteration",
-    ),
-)
+
+def stage_views() -> list[StageView]:
+    """What the doctor knows of each stage."""
+    return [StageView(stage.name, stage.checks, stage.curves, stage.unit) for stage in STAGES.values()]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the diagnosis; the exit status."""
     try:
-        diagnosis = diagnose(arguments.run_dir, STAGES)
+        diagnosis = diagnose(arguments.run_dir, stage_views())
     except NotARunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

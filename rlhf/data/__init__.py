@@ -5,7 +5,7 @@ from rlhf.data.embedded import embedded_corpus
 from rlhf.data.spec import DataError, DatasetSpec
 from rlhf.data.stage_data import StageData, load_stage_data
 from rlhf.data.templates import load_template
-from rlhf.data.tokenize import TextEncoder, TokenReport, encode_prompt_and_response, tokenize_records
+from rlhf.data.tokenize import TextEncoder, TokenReport, tokenize_records
 
 __all__ = [
     "DataError",
@@ -17,7 +17,6 @@ __all__ = [
     "collate_rankings",
     "collate_responses",
     "embedded_corpus",
-    "encode_prompt_and_response",
     "load_stage_data",
     "load_template",
     "tokenize_records",

@@ -14,7 +14,7 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import Literal, TypeVar
 
-from rlhf.data.fields import prompt_key
+from rlhf.data.row_values import prompt_key
 from rlhf.data.spec import DataError
 from rlhf.types import Record
 

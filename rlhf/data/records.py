@@ -4,6 +4,8 @@ What a record takes from a row:
 - Texts are normalised to NFC and otherwise kept as they are (a U+200D inside an emoji too, and a literal
   `<|endoftext|>`, which tokenisation takes off).
 - The last assistant turn of a conversation is the response; everything before it is the prompt.
+- A record of kind "prompt" also keeps the conversation as `messages`, and the row's other columns, so that a reward
+  can read a reference answer, or render the prompt with another model's template.
 - A prompt that is already rendered (hh-rlhf transcripts, one-`text` rows, a prompt with a template's markers) does not
   go through the template again: `meta["rendered"]` is True.
 - `meta["source"]` is "file:line"; `meta["prompt_key"]` identifies the prompt whatever its template and spacing;
@@ -18,11 +20,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.fields import (
+from rlhf.data.formats import SCORE_GAP, Layout, category_of, layout_of
+from rlhf.data.row_values import (
     BadRow,
     DroppedRow,
     content_of,
     decoded,
+    json_value,
     prompt_key,
     read_answer,
     read_label,
@@ -33,10 +37,9 @@ from rlhf.data.fields import (
     shown,
     whole_characters,
 )
-from rlhf.data.formats import SCORE_GAP, Layout, category_of, layout_of
 from rlhf.data.sources import DataError, DatasetSpec, Row, SkippedRow
-from rlhf.data.templates import Template, is_rendered, raw_prompt, split_rendered
-from rlhf.types import PreferenceRecord, PromptRecord, RankedRecord, Record, ResponseRecord
+from rlhf.data.templates import Template, is_rendered, raw_prompt, split_rendered, user_message
+from rlhf.types import Message, PreferenceRecord, PromptRecord, RankedRecord, Record, ResponseRecord
 
 __all__ = ["SkippedRow", "prompt_key", "rows_to_records"]
 
@@ -46,11 +49,12 @@ MAX_PAIRS_PER_PROMPT = 4
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A prompt as the model sees it (`text`) and as the user wrote it (`raw`)."""
+    """A prompt as the model sees it (`text`), as the user wrote it (`raw`), and as turns where those are known."""
 
     text: str
     raw: str
     rendered: bool = False
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass
@@ -134,7 +138,8 @@ class _Reader:
         columns = self.layout.columns
         if self.kind == "prompt":
             prompt = self._prompt_only(row)
-            return [PromptRecord(self._id(row), prompt.text, self._meta(row, prompt))]
+            meta, columns = self._meta(row, prompt), self._other_columns(row)
+            return [PromptRecord(self._id(row), prompt.text, meta, prompt.messages, columns)]
         if "label" in columns:
             return self._read_labelled(row)
         if self.kind == "response":
@@ -301,7 +306,8 @@ class _Reader:
         )
         if not extra and is_rendered(instruction):
             return _Prompt(instruction, raw_prompt(instruction), rendered=True)
-        return _Prompt(self.template.render(instruction, extra), f"{instruction}\n{extra}" if extra else instruction)
+        raw = f"{instruction}\n{extra}" if extra else instruction
+        return _Prompt(self.template.render(instruction, extra), raw, messages=(user_message(instruction, extra),))
 
     def _rendered_text(self, row: Row, column: str) -> tuple[_Prompt, str]:
         parts = split_rendered(read_text(row.values.get(column), column))
@@ -318,7 +324,7 @@ class _Reader:
             text = self.template.render_messages(messages)
         except DataError as error:
             raise BadRow(column, f"cannot be rendered: {error}") from error
-        return _Prompt(text, "\n".join(message["content"] for message in messages))
+        return _Prompt(text, "\n".join(message["content"] for message in messages), messages=tuple(messages))
 
     def _dialogue(self, value: Any, column: str) -> tuple[_Prompt, str]:
         messages = read_messages(value, column)
@@ -392,6 +398,17 @@ class _Reader:
     def _margin(self, row: Row) -> float:
         column = self.layout.columns.get("margin")
         return 0.0 if column is None else read_number(row.values.get(column), column)
+
+    def _other_columns(self, row: Row) -> dict[str, Any]:
+        """The columns that are not part of the prompt; those it was cut out of, which hold an answer too, are kept."""
+        columns = self.layout.columns
+        used = {columns[name] for name in ("prompt", "input") if name in columns}
+        if "messages" in columns:
+            messages = read_messages(row.values.get(columns["messages"]), columns["messages"])
+            if messages[-1]["role"] != "assistant":
+                used.add(columns["messages"])
+        others = {name: value for name, value in row.values.items() if value is not None and name not in used}
+        return {str(json_value(name)): json_value(value) for name, value in others.items()}
 
     def _id(self, row: Row) -> str:
         mapped = self.layout.columns.get("id")

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from rlhf.data.json_text import JsonError, parse_elements, parse_json
 from rlhf.data.spec import FILE_FORMATS, DataError, DatasetSpec, Row, SkippedRow
-from rlhf.data.tables import SAVE_AS_UTF8, table_rows
+from rlhf.data.text_tables import SAVE_AS_UTF8, table_rows
 
 __all__ = ["FILE_FORMATS", "DataError", "DatasetSpec", "Row", "SkippedRow", "read_rows"]
 

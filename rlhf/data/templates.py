@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.data.fields import shown
 from rlhf.data.json_text import JsonError, parse_json
+from rlhf.data.row_values import shown
 from rlhf.data.sources import LFS_HEADER, DataError
+from rlhf.types import Message
 
-Message = Mapping[str, str]
 ROLES = ("system", "user", "assistant")
 
 _KULLM_HEAD = "아래는 작업을 설명하는 명령어입니다. 요청을 적절히 완료하는 응답을 작성하세요."
@@ -106,8 +106,7 @@ class ChatTemplate(Template):
 
     def render(self, instruction: str, input: str = "") -> str:
         """The prompt of one user turn, the input after a blank line."""
-        content = f"{instruction}\n\n{input}" if input.strip() else instruction
-        return self.render_messages([{"role": "user", "content": content}])
+        return self.render_messages([user_message(instruction, input)])
 
     def render_messages(self, messages: Sequence[Message]) -> str:
         """The conversation in the tokenizer's format, up to where the assistant begins."""
@@ -151,6 +150,19 @@ def load_template(name_or_path: str, tokenizer: Any = None) -> Template:
             "or the path of a .json or text file"
         )
     return _template_from_file(path)
+
+
+def user_message(instruction: str, input: str = "") -> Message:
+    """The user's turn that asks `instruction`, with an input that is not white after a blank line."""
+    return {"role": "user", "content": f"{instruction}\n\n{input}" if input.strip() else instruction}
+
+
+def render_messages(messages: Sequence[Message], tokenizer: Any) -> str:
+    """A conversation that ends with the user's turn in the tokenizer's own chat template, up to its answer.
+
+    Raises DataError where the tokenizer has no chat template, or its template does not take these roles.
+    """
+    return load_template("chat", tokenizer).render_messages(messages)
 
 
 def is_rendered(prompt: str) -> bool:

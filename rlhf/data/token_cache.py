@@ -30,7 +30,7 @@ from rlhf.types import (
     TokenizedResponse,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Part of every key; raised when tokenisation or this file format changes meaning."""
 
 MakeRows = Callable[[], tuple[list[Tokenized], TokenReport]]
@@ -68,7 +68,7 @@ def cached_tokens(
 
 
 def record_key_parts(records: Sequence[Record]) -> Iterator[str]:
-    """Everything of each record that its tokens depend on, as text."""
+    """Everything of each record that its tokenised row depends on, as text."""
     for record in records:
         values: list[Any] = [record.id, record.prompt, str(record.meta.get("category") or "")]
         if isinstance(record, ResponseRecord):
@@ -78,7 +78,7 @@ def record_key_parts(records: Sequence[Record]) -> Iterator[str]:
         elif isinstance(record, RankedRecord):
             values += ["ranked", record.responses, record.ranks]
         elif isinstance(record, PromptRecord):
-            values += ["prompt"]
+            values += ["prompt", record.messages, record.columns]
         yield json.dumps(values, ensure_ascii=False)
 
 
@@ -130,7 +130,7 @@ def _to_arrays(rows: Sequence[Tokenized], report: TokenReport) -> dict[str, np.n
         "report": report.as_dict(),
         "ids": [row.id for row in rows],
         "categories": [row.category for row in rows],
-        "texts": [row.text for row in rows if isinstance(row, TokenizedPrompt)],
+        "prompts": [[row.text, row.messages, row.columns] for row in rows if isinstance(row, TokenizedPrompt)],
     }
     return {
         "tokens": np.array([token for sequence in sequences for token in sequence.input_ids], dtype=np.int32),
@@ -156,7 +156,8 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> tuple[list[Tokenized], TokenR
         first, last = groups[index], groups[index + 1]
         sequences = [tuple(tokens[offsets[place] : offsets[place + 1]]) for place in range(first, last)]
         if facts["kind"] == TokenizedPrompt.__name__:
-            rows.append(TokenizedPrompt(row_id, sequences[0], facts["texts"][index], category))
+            text, messages, columns = facts["prompts"][index]
+            rows.append(TokenizedPrompt(row_id, sequences[0], text, category, tuple(messages), columns))
             continue
         responses = tuple(
             TokenizedResponse(row_id, sequence, prompt_tokens[place], category)

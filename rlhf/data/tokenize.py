@@ -213,29 +213,6 @@ def tokenize_records(
     return rows, _report(prompts, responses)
 
 
-def encode_prompt_and_response(
-    tokenizer: Any,
-    prompt: str,
-    response: str,
-    *,
-    max_prompt_tokens: int | None = None,
-    max_response_tokens: int | None = None,
-    prompt_has_special_tokens: bool = False,
-    append_eos: bool = True,
-) -> tuple[int, ...]:
-    """Token ids of one rendered prompt and one response to it, exactly as training data is encoded.
-
-    No limit where none is given. `append_eos` False is for a response that was cut off before its end.
-    """
-    encoder = TextEncoder(
-        tokenizer,
-        max_prompt_tokens=max_prompt_tokens,
-        max_response_tokens=max_response_tokens,
-        prompt_has_special_tokens=prompt_has_special_tokens,
-    )
-    return encoder.prompts([prompt])[0].ids + encoder.responses([response], append_eos=append_eos)[0].ids
-
-
 def _appends_eos(tokenizer: Any) -> bool:
     """True for a tokenizer that ends every text with eos even when told to add no special tokens."""
     ids = tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"]
@@ -258,7 +235,7 @@ def _assemble(record: Record, prompt: EncodedText, responses: Sequence[EncodedTe
         text = record.prompt
         if prompt.truncated:  # a byte-level token may begin in the middle of a character
             text = encoder.tokenizer.decode(prompt.ids[len(encoder.start_ids) :]).lstrip("\ufffd")
-        return TokenizedPrompt(id=record.id, input_ids=prompt.ids, text=text, category=category)
+        return TokenizedPrompt(record.id, prompt.ids, text, category, record.messages, record.columns)
     rows = tuple(
         TokenizedResponse(record.id, prompt.ids + response.ids, len(prompt.ids), category) for response in responses
     )

@@ -8,7 +8,6 @@ from typing import Any
 from rlhf.algorithms.advantages import ESTIMATORS
 from rlhf.algorithms.ppo import PtxMixture
 from rlhf.checkpoint.fingerprint import model_fingerprint
-from rlhf.config import ConfigError
 from rlhf.engine import RLHFEngine
 from rlhf.generation.backend import make_backend
 from rlhf.generation.token_sampling import Sampling

@@ -25,6 +25,7 @@ from rlhf.config import (
     check_together,
     parse_config,
 )
+from rlhf.doctor import OFFLINE, ON_POLICY, REWARD, Check
 from rlhf.report.figures import Figure
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -94,8 +95,8 @@ class Stage:
 
     `takes`: configuration field -> the stage whose saved model it is where it is unset. `short_run`: what
     `run_all.sh --short` sets. `unit`: what its metrics are numbered by. `figures`: its lines in the summary;
-    `result_keys`: further entries of its `result.json` that `summary.json` holds. `curves`: metrics that the doctor
-    shows as first -> last value.
+    `result_keys`: further entries of its `result.json` that `summary.json` holds. `checks`: the doctor's; `curves`:
+    metrics that the doctor shows as first -> last value.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Stage:
     config: type[StageConfig]
     short_run: Mapping[str, str]
     figures: Sequence[Figure]
+    checks: Sequence[Check]
     curves: Sequence[str]
     takes: Mapping[str, str] = field(default_factory=dict)
     result_keys: Sequence[str] = ()
@@ -140,6 +142,7 @@ STAGES = {
             config=SFTStageConfig,
             short_run={"max_steps": "4"},
             figures=(Figure("held-out loss", before="eval_loss_before", after="eval_loss_after"),),
+            checks=OFFLINE,
             curves=("loss", "eval_loss", "gradient_norm"),
         ),
         Stage(
@@ -154,6 +157,7 @@ STAGES = {
                 Figure("", each="accuracy_by_category"),
             ),
             result_keys=("length_baseline_accuracy",),
+            checks=REWARD,
             curves=("loss", "accuracy", "margin", "eval_accuracy"),
         ),
         Stage(
@@ -171,6 +175,7 @@ STAGES = {
                 Figure("response tokens", before="mean_response_tokens_before", after="mean_response_tokens_after"),
             ),
             result_keys=("score_std_before", "samples"),
+            checks=ON_POLICY,
             curves=("score", "kl_per_token", "eos_rate", "response_tokens", "entropy_estimate", "explained_variance"),
         ),
     )

@@ -14,20 +14,20 @@ import torch
 from rlhf.config import RunConfig
 from rlhf.distributed import logger
 from rlhf.distributed.rank_watch import Stopped, beat, note_saved, stop_requested
-from rlhf.doctor import OFFLINE, ON_POLICY, REWARD, HealthMonitor
+from rlhf.doctor import Check, HealthMonitor
 from rlhf.training.metrics import MeanMeter, MetricsWriter
 from rlhf.training.resume import TrainingStates
-
-_CHECKS = {"sft": OFFLINE, "reward": REWARD, "ppo": ON_POLICY}
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a stage gives its loop: names, the directory it writes to, and its training states (None saves nothing)."""
+    """What a stage gives its loop: its name, the directory it writes to, the doctor's checks of its metrics, and its
+    training states (None saves nothing)."""
 
     stage: str
     run: RunConfig
     directory: Path
+    checks: Sequence[Check] = ()
     states: TrainingStates | None = None
 
 
@@ -45,7 +45,7 @@ class Loop(ABC):
         self.states = context.states
         self.meter = MeanMeter()
         self.writer = MetricsWriter(self.directory, self.run, stage=self.stage)
-        self.health = HealthMonitor(self.directory, self.stage, _CHECKS[self.stage])
+        self.health = HealthMonitor(self.directory, self.stage, context.checks)
         self.step = 0
         self.outcome: dict[str, Any] = {}
         """What `fit` returns in the end, as far as it is known: evaluations before and after."""

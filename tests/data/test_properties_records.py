@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from rlhf.config import DataConfig
 from rlhf.data import DataError, load_stage_data
-from rlhf.data.fields import content_of
 from rlhf.data.records import rows_to_records
+from rlhf.data.row_values import content_of
 from rlhf.data.sources import DatasetSpec, Row, SkippedRow
 from rlhf.data.templates import load_template
 from rlhf.types import PreferenceRecord, RankedRecord, ResponseRecord

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from rlhf.data.sources import DataError
 from rlhf.data.templates import TEXT_TEMPLATES, Template, is_rendered, load_template, raw_prompt, split_rendered
 from rlhf.data.token_cache import cached_tokens, record_key_parts
-from rlhf.data.tokenize import TextEncoder, encode_prompt_and_response, tokenize_records
+from rlhf.data.tokenize import TextEncoder, tokenize_records
 from rlhf.types import PreferenceRecord, PromptRecord, RankedRecord, ResponseRecord
 from tests.data.test_tokenize import BOS, make_tokenizer
 from tests.support.property_inputs import (
@@ -185,9 +185,8 @@ def test_the_boundary_is_exact(
     assert answer.ids[-1] == eos and not {eos, tokenizer.pad_token_id} & set(answer.ids[:-1])
     assert tokenizer.decode(answer.ids[:-1]) == without_end(response)
     assert answer.empty == (len(answer.ids) == 1)
-    joined = encode_prompt_and_response(
-        tokenizer, prompt, response, max_prompt_tokens=prompt_limit, max_response_tokens=response_limit
-    )
+    limited = TextEncoder(tokenizer, max_prompt_tokens=prompt_limit, max_response_tokens=response_limit)
+    joined = limited.prompts([prompt])[0].ids + limited.responses([response])[0].ids
     room = len(whole.ids) if prompt_limit is None else prompt_limit - len(start)
     kept = start + whole.ids[len(start) :][max(0, len(whole.ids) - len(start) - room) :]
     assert joined == kept + answer.ids[:response_limit]

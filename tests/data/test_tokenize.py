@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.data.tokenize import TextEncoder, TokenReport, encode_prompt_and_response, tokenize_records
+from rlhf.data.tokenize import TextEncoder, TokenReport, tokenize_records
 from rlhf.types import PreferenceRecord, PromptRecord, RankedRecord, ResponseRecord
 
 EOS, PAD, BOS = "<|endoftext|>", "<|pad|>", "<s>"
@@ -152,11 +152,10 @@ def test_one_row_is_encoded_as_training_data_is(tokenizer):
     (row,), _ = tokenize_records(
         [ResponseRecord("r", prompt, response)], tokenizer, max_prompt_tokens=5, max_response_tokens=7
     )
-    options = {"max_prompt_tokens": 5, "max_response_tokens": 7}
-    assert encode_prompt_and_response(tokenizer, prompt, response, **options) == row.input_ids
-    whole = plain(tokenizer, prompt) + plain(tokenizer, "요, 잘 지내세요?")
-    assert encode_prompt_and_response(tokenizer, prompt, response) == (*whole, tokenizer.eos_token_id)
-    assert encode_prompt_and_response(tokenizer, prompt, response, append_eos=False) == whole
+    prompt_ids, response_ids = encode(tokenizer, prompt, response, prompt_limit=5, response_limit=7)
+    assert prompt_ids + response_ids == row.input_ids and len(prompt_ids) == row.prompt_tokens
+    assert prompt_ids == plain(tokenizer, prompt)[-5:]
+    assert response_ids == (*plain(tokenizer, "요, 잘 지내세요?"), tokenizer.eos_token_id)[:7]
 
 
 def test_records_of_every_kind(tokenizer):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlhf.cli.__main__ import main
-from rlhf.cli.doctor import STAGES
+from rlhf.cli.doctor import stage_views
 from rlhf.doctor import OFFLINE, SICKNESSES, HealthMonitor, NotARunError, StageView, diagnose, examine, record_stop
 from rlhf.doctor.checks import NEEDS
 from rlhf.doctor.findings import finding
@@ -20,6 +20,7 @@ from rlhf.doctor.monitor import GONE_AFTER
 from rlhf.numerics.statistics import correlation, repeated_share
 
 LINES = 32
+STAGES = stage_views()
 CHECKS = {stage.name: stage.checks for stage in STAGES}
 
 

@@ -14,6 +14,7 @@ from rlhf.data.stage_data import StageData
 from rlhf.engine import BatchPlan
 from rlhf.generation import Sampling, make_backend
 from rlhf.models.inner_model import eos_token_ids
+from rlhf.pipeline import STAGES
 from rlhf.rewards.reward import RewardSources
 from rlhf.rewards.reward_model import RewardModel
 from rlhf.training.loop import RunContext
@@ -40,7 +41,7 @@ def stage_data(train: Sequence[Any], evaluation: Sequence[Any] = ()) -> StageDat
 
 def context(directory: Path, stage: str = "ppo", **run: Any) -> RunContext:
     """A run without TensorBoard and without training states."""
-    return RunContext(stage, RunConfig(tensorboard=False, **run), directory)
+    return RunContext(stage, RunConfig(tensorboard=False, **run), directory, STAGES[stage].checks)
 
 
 def reward_of(model: Any, tokenizer: Any, actor_tokenizer: Any = None, *, eos_ids: Sequence[int] = (0,)) -> RewardModel:

@@ -101,6 +101,23 @@ def whole_characters(text: str, column: str) -> str:
     return text
 
 
+def json_value(value: Any) -> Any:
+    """`value` as JSON and UTF-8 can hold it: null for a number that is not finite, text for what JSON has no word for.
+
+    Half of a surrogate pair becomes its escape, `\\ud83d`.
+    """
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(json_value(str(name))): json_value(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_value(inner) for inner in value]
+    text = value if isinstance(value, str) else str(value)
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
+
+
 def read_answer(value: Any, column: str) -> str:
     """A response: a text, a message, or a list of one assistant message."""
     messages = [value] if isinstance(value, Mapping) else decoded(value)
