@@ -270,19 +270,22 @@ class EmptyRolloutError(RuntimeError):
 class PPOExperience(TensorBatch):
     """What PPO learns from. Per-token fields [B, T] cover the response only.
 
-    `rollout.logprobs` holds the old log-probabilities that the ratio is taken against. `values` and `returns` are those
-    of the critic (0 and unused where there is none).
+    `rollout.logprobs` holds the old log-probabilities that the ratio is taken against. `scores` [B] are what the reward
+    says, `rewards` what is learnt from. `values` and `returns` are the critic's (unused where there is none).
     """
 
     rollout: Rollout
     values: torch.Tensor
+    rewards: torch.Tensor
     advantages: torch.Tensor
     returns: torch.Tensor
+    scores: torch.Tensor
 
     def trimmed(self) -> PPOExperience:
         """Without the columns that are padding in every row."""
         rollout, columns = self.rollout.trimmed()
-        return PPOExperience(rollout, self.values[:, columns], self.advantages[:, columns], self.returns[:, columns])
+        per_token = {name: getattr(self, name)[:, columns] for name in ("values", "rewards", "advantages", "returns")}
+        return PPOExperience(rollout=rollout, scores=self.scores, **per_token)
 
     def tokens(self) -> float:
         """Response tokens."""
@@ -411,7 +414,8 @@ class PPOTrainer(OnPolicyTrainer):
             "kl_coef": self.kl.value,
             **self.rollouts.measured,
         }
-        return PPOExperience(replace(rollout, logprobs=scored.logprobs), scored.values, advantages, returns)
+        old = replace(rollout, logprobs=scored.logprobs)
+        return PPOExperience(old, scored.values, rewards, advantages, returns, scored.scores)
 
     def _critic_metrics(self, values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> dict[str, float]:
         if self.engine.critic is None:

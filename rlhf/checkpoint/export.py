@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from rlhf.checkpoint.manifest import file_names, sync_directory, sync_file
+from rlhf.checkpoint.atomic import replaced_directory
 from rlhf.config import ConfigError
 from rlhf.distributed import any_rank, is_main
 
@@ -93,49 +90,6 @@ def check_writable(directory: Path) -> None:
             f"output directory {directory.absolute()} cannot be written: {error.strerror or error}; "
             f"choose another one with --output_dir"
         ) from error
-
-
-@contextmanager
-def replaced_directory(directory: Path) -> Iterator[Path]:
-    """Yield an empty directory beside `directory`; it takes that name when the block ends without an error.
-
-    What was there before is removed only then, when the new one is on the disk. After an error the part that was
-    written is removed and the old directory stays. For one process at a time.
-    """
-    directory = Path(directory).absolute()
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    part = directory.with_name(f".{directory.name}.part-{os.getpid()}")
-    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
-    part.mkdir()
-    try:
-        yield part
-        for name in file_names(part):
-            sync_file(part / name)
-        if directory.exists():
-            directory.rename(old)
-        try:
-            part.rename(directory)
-        except OSError:
-            if old.exists():
-                old.rename(directory)
-            raise
-        sync_directory(directory.parent)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove what a killed process left of `replaced_directory` in `directory`; a model it had set aside comes back.
-
-    For a directory that no other process writes to.
-    """
-    for old in directory.glob(".*.old-*"):
-        name = old.name[1:].rpartition(".old-")[0]
-        if not (directory / name).exists():
-            old.rename(directory / name)
-    for left in [*directory.glob(".*.old-*"), *directory.glob(".*.part-*")]:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def is_adapted(model: Any) -> bool:

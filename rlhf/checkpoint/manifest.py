@@ -1,45 +1,46 @@
-"""A manifest of a directory's files: written once all of them are on the disk, and later proof that they are whole."""
+"""The manifest of a directory: size and digest of each file, written last, so that damage is found when it is read."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoint.atomic import sync_directory, sync_file, walk
 from rlhf.distributed import rank, world_size
 
 FORMAT_VERSION = 1
 """Of the manifest and the layout of a directory with one; raised when an older reader would misread a newer one."""
 MANIFEST = "manifest.json"
 
-Fingerprints = dict[str, dict[str, Any]]
+FileDigests = dict[str, dict[str, Any]]
 """Path from the directory -> {"bytes": size, "sha256": hex digest}."""
 
 
 def file_names(directory: Path) -> list[str]:
     """The path of every file below `directory`, the largest first, so that shares of the list are of like size."""
-    paths = [Path(folder) / name for folder, _, names in _walk(directory) for name in names]
+    paths = [Path(folder) / name for folder, _, names in walk(directory) for name in names]
     sizes = {str(path.relative_to(directory)): path.stat().st_size for path in paths}
     return sorted(sizes, key=lambda name: (-sizes[name], name))
 
 
-def fingerprint(path: Path, *, durable: bool = False) -> dict[str, Any]:
-    """Size and sha256 of a file; `durable` first waits until its bytes are on the disk."""
+def file_digest(path: Path, *, durable: bool = False) -> dict[str, Any]:
+    """Size and sha256 of a file; `durable` waits first until its bytes are on the disk."""
     with path.open("rb") as file:
         if durable:
             os.fsync(file.fileno())
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def durable_fingerprints(directory: Path) -> Fingerprints:
-    """This rank's share of the files below `directory`, on the disk; the shares of all ranks are all files."""
-    return {name: fingerprint(directory / name, durable=True) for name in _share(file_names(directory))}
+def durable_digests(directory: Path) -> FileDigests:
+    """Digests of this rank's share of the files below `directory`, synced first; all ranks' shares are all files."""
+    return {name: file_digest(directory / name, durable=True) for name in _share(file_names(directory))}
 
 
-def write_manifest(directory: Path, files: Fingerprints, **facts: Any) -> None:
+def write_manifest(directory: Path, files: FileDigests, **facts: Any) -> None:
     """Write the manifest and wait until it and every directory are on the disk; for one process.
 
     Raises OSError where `files` are not those that are there, as when ranks do not share the disk.
@@ -49,8 +50,8 @@ def write_manifest(directory: Path, files: Fingerprints, **facts: Any) -> None:
     manifest = {"format_version": FORMAT_VERSION, **facts, "files": files}
     path = directory / MANIFEST
     path.write_text(json.dumps({**manifest, "sha256": _seal(manifest)}, indent=1), encoding="utf-8")
-    fingerprint(path, durable=True)
-    for folder, _, _ in _walk(directory):
+    sync_file(path)
+    for folder, _, _ in walk(directory):
         sync_directory(folder)
 
 
@@ -71,12 +72,12 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     raise ValueError(f"{MANIFEST} is damaged (it does not hold what was saved)")
 
 
-def damages(directory: Path, files: Fingerprints) -> list[str]:
+def damages(directory: Path, files: FileDigests) -> list[str]:
     """What is wrong with this rank's share of the manifest's `files`, a sentence each."""
     found = []
     for name in _share(files):
         try:
-            there = fingerprint(directory / name)
+            there = file_digest(directory / name)
         except OSError as error:
             found.append(f"{name}: {error.strerror or error}")
             continue
@@ -85,30 +86,6 @@ def damages(directory: Path, files: Fingerprints) -> list[str]:
         elif there["sha256"] != files[name]["sha256"]:
             found.append(f"{name} does not hold the bytes that were saved (another sha256)")
     return found
-
-
-def sync_file(path: Path) -> None:
-    """Wait until the bytes of a file are on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def sync_directory(directory: Path | str) -> None:
-    """Wait until the names in `directory` are on the disk."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _walk(directory: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` that does not pass over what it cannot read."""
-
-    def stop(error: OSError) -> None:
-        raise error
-
-    return os.walk(directory, onerror=stop)
 
 
 def _share(names: Iterable[str]) -> list[str]:

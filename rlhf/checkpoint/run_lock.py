@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from rlhf.config import ConfigError
 from rlhf.distributed import is_main, logger
+from rlhf.distributed.processes import process_stat
 
 _WITHOUT_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
@@ -27,8 +28,8 @@ class RunLock:
 
     ConfigError names the holder where another run has it, or this process already. The lock is an `flock` on
     `.lock`, which ends with its process however that dies; the file's content says who it is and stays after a death,
-    where the next run reports it and takes over. Where the file system knows no `flock` the content decides: a
-    process of this machine that is gone holds nothing, one of another machine might.
+    where the next run reports it and locks the directory for itself. Where the file system knows no `flock` the
+    content decides: a process of this machine that is gone holds nothing, one of another machine might.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -131,11 +132,9 @@ def _may_live(holder: dict[str, Any]) -> bool:
 
 
 def _birth(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot: tells it from a later one of the same number."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return None
+    """When a process started: tells it from a later one of the same number."""
+    stat = process_stat(pid)
+    return None if stat is None else str(stat.started)
 
 
 def _read(descriptor: int) -> dict[str, Any]:

@@ -6,7 +6,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from rlhf.doctor import NotARunError, diagnose
+from rlhf.doctor import OFFLINE, ON_POLICY, REWARD, NotARunError, StageView, diagnose
+
+STAGES = (
+    StageView("sft", OFFLINE, ("loss", "eval_loss", "gradient_norm")),
+    StageView("reward", REWARD, ("loss", "accuracy", "margin", "eval_accuracy")),
+    StageView(
+        "ppo",
+        ON_POLICY,
+        ("score", "kl_per_token", "eos_rate", "response_tokens", "entropy_estimate", "explained_variance"),
+        unit="iteration",
+    ),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the diagnosis; the exit status."""
     try:
-        diagnosis = diagnose(arguments.run_dir)
+        diagnosis = diagnose(arguments.run_dir, STAGES)
     except NotARunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

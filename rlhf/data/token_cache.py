@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from rlhf.checkpoint.atomic import replaced_file
 from rlhf.data.tokenize import Tokenized, TokenReport
 from rlhf.distributed import rank_zero_first
 from rlhf.types import (
@@ -50,15 +50,10 @@ def cached_tokens(
 
     def write() -> None:
         rows, report = make()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            arrays = _to_arrays(rows, report)
-            digest = np.frombuffer(_content_digest(arrays), dtype=np.uint8).copy()
-            save_file({**arrays, "digest": digest}, beside)
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
+        arrays = _to_arrays(rows, report)
+        digest = np.frombuffer(_content_digest(arrays), dtype=np.uint8).copy()
+        with replaced_file(path) as part:
+            save_file({**arrays, "digest": digest}, part)
 
     rank_zero_first(path, write)
     try:

@@ -11,23 +11,16 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from rlhf.distributed import is_main, world_size
 from rlhf.distributed.failures import is_consequence, memory_failure, place_of, storage_failure, summary_of
-from rlhf.distributed.rank_watch import (
-    EXIT_BUG,
-    EXIT_INTERRUPTED,
-    EXIT_RANK_LOST,
-    EXIT_USER,
-    Stopped,
-    current_watch,
-    say,
-)
+from rlhf.distributed.rank_watch import Stopped, current_watch
+from rlhf.distributed.verdict import EXIT_BUG, EXIT_INTERRUPTED, EXIT_RANK_LOST, EXIT_USER, say
+from rlhf.distributed.world import is_main, world_size
 
 BEFORE_WATCH_SECONDS = 5.0
 
 
 def run_to_end(main: Callable[[], Any], user_errors: tuple[type[Exception], ...]) -> None:
-    """Run `main`; however it ends, one rank says it in one sentence, with an exit code of `rank_watch`'s table.
+    """Run `main`; however it ends, one rank says it in one sentence, with an exit code of `verdict`'s table.
 
     `user_errors` are those whose message is all that a user needs. A bug shows its traceback too, once.
     """
@@ -43,17 +36,17 @@ def run_to_end(main: Callable[[], Any], user_errors: tuple[type[Exception], ...]
         watch = current_watch()
         if watch is None:
             raise
-        _fail(f"interrupted {watch.where()}.{watch.where_to_go_on()}", EXIT_INTERRUPTED)
+        _fail(f"interrupted {watch.where()}.{watch.where_to_resume()}", EXIT_INTERRUPTED)
     except Exception as error:
         _fail_unexpectedly(error)
 
 
 def _fail_unexpectedly(error: Exception) -> NoReturn:
     watch = current_watch()
-    go_on = watch.where_to_go_on() if watch is not None else ""
+    resume = watch.where_to_resume() if watch is not None else ""
     storage = storage_failure(error)
     if storage is not None:
-        _fail(f"{storage}.{go_on}", EXIT_USER)
+        _fail(f"{storage}.{resume}", EXIT_USER)
     if watch is None:
         if world_size() > 1 and is_consequence(error):
             time.sleep(BEFORE_WATCH_SECONDS)  # the rank that failed has said so; its end makes the launcher end us
@@ -61,16 +54,16 @@ def _fail_unexpectedly(error: Exception) -> NoReturn:
     here = f"{watch.where()}, in {place_of(error)}"
     memory = memory_failure(error)
     if memory is not None:
-        _fail(f"{watch.record.name} {memory}; this was {here}.{go_on}", EXIT_RANK_LOST)
+        _fail(f"{watch.record.name} {memory}; this was {here}.{resume}", EXIT_RANK_LOST)
     if world_size() > 1 and is_consequence(error):
         watch.wait_for_cause()
         _fail(
             f"{watch.record.name} lost its connection to the other ranks {here}, and none of them says why: "
-            f"{summary_of(error)}.{go_on}",
+            f"{summary_of(error)}.{resume}",
             EXIT_RANK_LOST,
         )
     trace = "".join(traceback.format_exception(error))
-    _fail(f"{watch.record.name} failed {here}: {summary_of(error)} (traceback above).{go_on}", EXIT_BUG, trace)
+    _fail(f"{watch.record.name} failed {here}: {summary_of(error)} (traceback above).{resume}", EXIT_BUG, trace)
 
 
 def _fail(sentence: str, code: int, error_trace: str = "") -> NoReturn:

@@ -19,6 +19,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf.distributed.processes import pid_namespace, process_stat
+
 _RECORD_BYTES = 4096
 _LONGEST_TEXT = 160
 
@@ -30,7 +32,7 @@ class RankRecord:
     rank: int
     pid: int
     process_started: int
-    """Clock ticks from the machine's start to the process's: tells it from a later process of the same pid."""
+    """See `ProcessStat.started`."""
     host: str
     pid_namespace: str
     """Containers of one host name may count processes each for itself."""
@@ -132,46 +134,24 @@ class RankBoard:
 
 def own_record(rank: int) -> RankRecord:
     """The record of this process."""
+    stat = process_stat(os.getpid())
     return RankRecord(
         rank=rank,
         pid=os.getpid(),
-        process_started=_process_stat(os.getpid())[1],
+        process_started=stat.started if stat is not None else 0,
         host=socket.gethostname(),
-        pid_namespace=_pid_namespace(),
+        pid_namespace=pid_namespace(),
     )
 
 
 def process_state(record: RankRecord) -> str:
     """The kernel's letter for the process of `record` on this machine (R, S, D, T, ...); empty once it is dead."""
-    state, started = _process_stat(record.pid)
-    return "" if state in "ZX" or started != record.process_started else state
+    stat = process_stat(record.pid)
+    if stat is None or stat.state in "ZX" or stat.started != record.process_started:
+        return ""
+    return stat.state
 
 
 def same_machine(first: RankRecord, second: RankRecord) -> bool:
     """Whether the pid of `second` means something to `first`."""
     return (first.host, first.pid_namespace) == (second.host, second.pid_namespace)
-
-
-def memory_kills() -> int:
-    """How many processes the kernel has killed for lack of memory since it started."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/vmstat").read_text().splitlines():
-            if line.startswith("oom_kill "):
-                return int(line.split()[1])
-    return 0
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _process_stat(pid: int) -> tuple[str, int]:
-    """(state letter, start time) from /proc/PID/stat, whose second field may hold spaces; ("", 0) for no process."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", 0
-    return fields[0], int(fields[19])

@@ -1,4 +1,4 @@
-"""Rank, world size, seeding, statistics over all ranks, and logging from rank 0.
+"""Rank, world size, device and seeding.
 
 Everything works in a single process without a launcher: the world is then of size one.
 """
@@ -6,25 +6,17 @@ Everything works in a single process without a launcher: the world is then of si
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import random
 import socket
-import sys
-import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from rlhf.config import ConfigError
-
-logger = logging.getLogger("rlhf")
-_PROCESS_STARTED = time.time()
 
 
 def rank() -> int:
@@ -125,93 +117,3 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Element-wise sum of `values` over all ranks, as a new tensor."""
-    total = values.clone()
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(total)
-    return total
-
-
-def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """True on every rank when `flag` is true on one. A collective: every rank must call it."""
-    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)) > 0)
-
-
-def raise_on_all(error: Exception | None) -> None:
-    """Raise rank 0's `error` on every rank (the others say that it was rank 0's); None there passes. A collective."""
-    if any_rank(is_main() and error is not None, init_world()):
-        raise error if is_main() and error is not None else ConfigError("rank 0 cannot start; its message says why")
-
-
-def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows [n, ...] of every rank, in rank order: [sum of n, ...]. n may differ between ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return rows
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([rows.shape[0]], device=rows.device))
-    most = int(max(count.item() for count in counts))
-    padded = torch.zeros(most, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
-    padded[: rows.shape[0]] = rows
-    gathered = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(gathered, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(gathered, counts, strict=True)])
-
-
-def all_reduce_max(value: int, device: torch.device | str = "cpu") -> int:
-    """The largest `value` of all ranks."""
-    largest = torch.tensor(value, device=device)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest)
-
-
-def rank_zero_first(path: Path, make: Callable[[], None], *, poll_seconds: float = 0.5) -> None:
-    """Let rank 0 make the file or directory `path` while the others poll for it.
-
-    There is no collective inside, so `make` may take hours without running into a collective's time-out.
-    `make` must create `path` atomically (write beside, then rename). When it fails, rank 0 leaves
-    `<path>.failed` for the others, which raise RuntimeError with its message.
-    """
-    failed = path.with_name(path.name + ".failed")
-    if is_main():
-        failed.unlink(missing_ok=True)
-        if path.exists():
-            return
-        try:
-            make()
-        except BaseException as error:
-            failed.parent.mkdir(parents=True, exist_ok=True)
-            failed.write_text(f"{type(error).__name__}: {error}", encoding="utf-8")
-            raise
-        return
-    waiting_since = time.monotonic()
-    told = False
-    while not path.exists():
-        if failed.exists() and failed.stat().st_mtime >= _PROCESS_STARTED - 5:  # not one of an earlier run
-            raise RuntimeError(f"rank 0 could not make {path}: {failed.read_text(encoding='utf-8')}")
-        if not told and time.monotonic() - waiting_since > 60:
-            logger.error("rank %d waits for rank 0 to make %s; on several nodes it must be a shared disk", rank(), path)
-            told = True
-        time.sleep(poll_seconds)
-
-
-class _BesideProgressBars(logging.Handler):
-    """Prints above a running progress bar instead of into it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stdout)
-
-
-def setup_logging() -> None:
-    """Print the library's messages on rank 0 only, and quieten the libraries below."""
-    from transformers.utils import logging as transformers_logging
-
-    logger.handlers = [_BesideProgressBars()]
-    logger.propagate = False
-    logger.setLevel(logging.INFO if is_main() else logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    for name in ("DeepSpeed", "deepspeed", "transformers", "datasets", "torch.distributed"):
-        logging.getLogger(name).setLevel(logging.ERROR)

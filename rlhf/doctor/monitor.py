@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rlhf.distributed import is_main, logger
-from rlhf.doctor.checks import check, condensed
+from rlhf.doctor.checks import Check, examine
 from rlhf.doctor.findings import Finding
+from rlhf.doctor.history import condensed
 
 HEALTH_FILE = "health.jsonl"
 GONE_AFTER = 3
@@ -21,8 +22,9 @@ GONE_AFTER = 3
 class HealthWatch:
     """Follows the findings of one stage over its lines of metrics, in memory alone."""
 
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
+    def __init__(self, stage_name: str, checks: Sequence[Check]) -> None:
+        self.stage_name = stage_name
+        self.checks = checks
         self.lines = 0
         self.history: list[dict[str, float]] = []
         self.open: dict[str, Finding] = {}
@@ -36,7 +38,7 @@ class HealthWatch:
         self.lines += 1
         numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
         self.history = [dict(line) for line in condensed([*self.history, {**numbers, "step": float(step)}])]
-        present = {found.check: found for found in check(self.stage, self.history)}
+        present = {found.check: found for found in examine(self.checks, self.history)}
         events = []
         for name, found in present.items():
             self._absent.pop(name, None)
@@ -97,7 +99,7 @@ class HealthWatch:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state` was taken."""
+        """Continue from what `state` gave."""
         self.lines = int(state["lines"])
         self.history = [{name: float(value) for name, value in line.items()} for line in state["history"]]
         self.open = {entry["check"]: _finding_from_json(entry) for entry in state["open"]}
@@ -113,8 +115,8 @@ class HealthMonitor(HealthWatch):
     what an earlier run, or one that was killed after its last saved state, left there is gone.
     """
 
-    def __init__(self, directory: Path, stage: str) -> None:
-        super().__init__(stage)
+    def __init__(self, directory: Path, stage_name: str, checks: Sequence[Check]) -> None:
+        super().__init__(stage_name, checks)
         self.path = Path(directory) / HEALTH_FILE
         self._written = 0
         self._cut = False
@@ -152,12 +154,12 @@ class HealthMonitor(HealthWatch):
 
     def _log(self, kind: str, step: int, found: Finding) -> None:
         if kind == "ended":
-            logger.info("doctor: %s step %d: over since step %d: %s", self.stage, step, found.step, found.title)
+            logger.info("doctor: %s step %d: over since step %d: %s", self.stage_name, step, found.step, found.title)
             return
         again = " (worse)" if kind == "worse" else ""
         logger.warning(
             "doctor: %s step %d: %s since step %d%s: %s. %s Try: %s",
-            self.stage, step, found.title, found.since, again, found.message, found.meaning, found.remedy,
+            self.stage_name, step, found.title, found.since, again, found.message, found.meaning, found.remedy,
         )  # fmt: skip
 
 

@@ -12,18 +12,12 @@ from typing import Any
 
 import yaml
 
-from rlhf.doctor.checks import CHECKS, series, unchecked
+from rlhf.doctor.checks import Check, unchecked
 from rlhf.doctor.findings import Finding, finding
+from rlhf.doctor.history import series
 from rlhf.doctor.monitor import HEALTH_FILE, HealthWatch
 
-STAGES = ("sft", "reward", "ppo")
 METRICS_FILE = "metrics.jsonl"
-FIGURES: Mapping[str, tuple[str, ...]] = {
-    "sft": ("loss", "eval_loss", "gradient_norm"),
-    "reward": ("loss", "accuracy", "margin", "eval_accuracy"),
-    "ppo": ("score", "kl_per_token", "eos_rate", "response_tokens", "entropy_estimate", "explained_variance"),
-}
-"""Metrics of each stage that are shown as first -> last value."""
 SETTINGS = ("learning_rate", "critic_learning_rate", "kl_coef", "precision", "zero_stage", "lora_rank")
 CUT_RESPONSES = 0.05
 """Share of training responses cut at their longest length from which it is worth a note: they teach not to end."""
@@ -34,11 +28,24 @@ class NotARunError(ValueError):
     """A directory without a stage's metrics, with what was looked for."""
 
 
+@dataclass(frozen=True)
+class StageView:
+    """What the doctor knows of a stage."""
+
+    name: str
+    """Of the stage, and of its directory in that of a run."""
+    checks: Sequence[Check]
+    figures: Sequence[str]
+    """Metrics that are shown as first -> last value."""
+    unit: str = "step"
+    """What a line of metrics counts: "step" or "iteration"."""
+
+
 @dataclass
 class StageDiagnosis:
     """One stage: its state in a sentence, findings, notes, and the checks that could not be made."""
 
-    stage: str
+    stage: StageView
     state: str
     figures: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
@@ -68,24 +75,24 @@ class Diagnosis:
         return "\n".join([*lines, "", f"diagnosis: {verdict}"])
 
 
-def diagnose(run_dir: Path) -> Diagnosis:
-    """Read a finished or running run, or one stage's directory. Raises NotARunError where there is none."""
+def diagnose(run_dir: Path, stages: Sequence[StageView]) -> Diagnosis:
+    """Read a finished or running run of `stages`, or one stage's directory. Raises NotARunError where there is none."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise NotARunError(f"{run_dir} is not a directory")
     if (run_dir / METRICS_FILE).is_file():
-        return Diagnosis(run_dir, [_diagnose_stage(run_dir, _stage_of(run_dir))])
-    present = [stage for stage in STAGES if (run_dir / stage).is_dir()]
-    if not any((run_dir / stage / name).is_file() for stage in present for name in (METRICS_FILE, HEALTH_FILE)):
-        wanted = ", ".join(f"{stage}/{METRICS_FILE}" for stage in STAGES)
+        return Diagnosis(run_dir, [_diagnose_stage(run_dir, _stage_of(run_dir, stages))])
+    present = [stage for stage in stages if (run_dir / stage.name).is_dir()]
+    if not any((run_dir / stage.name / name).is_file() for stage in present for name in (METRICS_FILE, HEALTH_FILE)):
+        wanted = ", ".join(f"{stage.name}/{METRICS_FILE}" for stage in stages)
         raise NotARunError(
             f"{run_dir} is not the directory of a run: none of {wanted} is there; name the output_dir of a run"
         )
     return Diagnosis(
         run_dir,
         [
-            _diagnose_stage(run_dir / stage, stage) if stage in present else StageDiagnosis(stage, "not started")
-            for stage in STAGES
+            _diagnose_stage(run_dir / stage.name, stage) if stage in present else StageDiagnosis(stage, "not started")
+            for stage in stages
         ],
     )
 
@@ -111,7 +118,7 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return lines, notes
 
 
-def _diagnose_stage(directory: Path, stage: str) -> StageDiagnosis:
+def _diagnose_stage(directory: Path, stage: StageView) -> StageDiagnosis:
     path = directory / METRICS_FILE
     if path.is_file():
         entries, notes = read_lines(path)
@@ -120,12 +127,12 @@ def _diagnose_stage(directory: Path, stage: str) -> StageDiagnosis:
     history = [numbers for entry in entries if "step" in (numbers := _numbers(entry))]
     if len(history) < len(entries):
         notes.append(f"{METRICS_FILE}: {len(entries) - len(history)} lines have no step (passed over)")
-    watch = HealthWatch(stage)
+    watch = HealthWatch(stage.name, stage.checks)
     for line in history:
         watch.look(int(line["step"]), line)
     findings = watch.findings()
     findings += _stops(directory / HEALTH_FILE, notes)
-    missing = unchecked(stage, history) if history else {}
+    missing = unchecked(stage.checks, history) if history else {}
     if missing:
         shown = ", ".join(f"{name} (no {', '.join(names)})" for name, names in missing.items())
         notes.append(f"not checked: {shown}")
@@ -137,18 +144,19 @@ def _diagnose_stage(directory: Path, stage: str) -> StageDiagnosis:
         findings=findings,
         over=set(watch.over),
         notes=notes + _data_notes(directory / "data.json") + _config_notes(directory / "config.yaml"),
-        quiet=[check.__name__ for check in CHECKS[stage] if check.__name__ not in sick] if history else [],
+        quiet=[check.__name__ for check in stage.checks if check.__name__ not in sick] if history else [],
     )
 
 
-def _stage_of(directory: Path) -> str:
+def _stage_of(directory: Path, stages: Sequence[StageView]) -> StageView:
     """The stage a directory belongs to, by its name or its data report."""
+    by_name = {stage.name: stage for stage in stages}
     name = directory.resolve().name
-    if name not in STAGES:
+    if name not in by_name:
         name = str(_read_json(directory / "data.json", []).get("stage"))
-    if name not in STAGES:
-        raise NotARunError(f"{directory} has metrics but is none of the stages {', '.join(STAGES)}; name their parent")
-    return name
+    if name not in by_name:
+        raise NotARunError(f"{directory} has metrics but is none of the stages {', '.join(by_name)}; name their parent")
+    return by_name[name]
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
@@ -173,8 +181,8 @@ def _stops(path: Path, notes: list[str]) -> list[Finding]:
     ]
 
 
-def _state(directory: Path, stage: str, history: Sequence[Mapping[str, float]], notes: list[str]) -> str:
-    last = f"last line at {_unit(stage)} {int(history[-1]['step'])}" if history else "no line of metrics yet"
+def _state(directory: Path, stage: StageView, history: Sequence[Mapping[str, float]], notes: list[str]) -> str:
+    last = f"last line at {stage.unit} {int(history[-1]['step'])}" if history else "no line of metrics yet"
     if (directory / "result.json").is_file():
         result = _read_json(directory / "result.json", notes)
         extra = [f"{name} {result[name]}" for name in ("seconds", "seed") if name in result]
@@ -186,10 +194,6 @@ def _state(directory: Path, stage: str, history: Sequence[Mapping[str, float]], 
     return f"running or interrupted: no result.json; {last}, written {_duration(age)} ago"
 
 
-def _unit(stage: str) -> str:
-    return "iteration" if stage == "ppo" else "step"
-
-
 def _duration(seconds: float) -> str:
     for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * length:
@@ -197,9 +201,9 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def _figures(stage: str, history: Sequence[Mapping[str, float]]) -> list[str]:
+def _figures(stage: StageView, history: Sequence[Mapping[str, float]]) -> list[str]:
     figures = []
-    for name in FIGURES[stage]:
+    for name in stage.figures:
         points = series(history, name)
         if points:
             figures.append(f"{name} {points[0][1]:.3g} -> {points[-1][1]:.3g}")
@@ -246,11 +250,11 @@ def _read_json(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _stage_lines(stage: StageDiagnosis) -> list[str]:
-    lines = [f"{stage.stage}: {stage.state}"]
+    lines = [f"{stage.stage.name}: {stage.state}"]
     if stage.figures:
         lines += _wrapped("  ", ", ".join(stage.figures))
     for found in stage.findings:
-        since = f"since {_unit(stage.stage)} {found.since}"
+        since = f"since {stage.stage.unit} {found.since}"
         until = f", last seen at {found.step} and over" if found.check in stage.over else ""
         lines += ["", f"  [{found.severity}] {found.title}, {since}{until} ({found.check})"]
         lines += _wrapped("    measured: ", found.message)

@@ -10,7 +10,6 @@ import hashlib
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +19,7 @@ import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import deepspeed as hf_deepspeed
 
+from rlhf.checkpoint.atomic import replaced_directory
 from rlhf.config import ConfigError
 from rlhf.distributed import rank_zero_first
 from rlhf.models.directories import ADAPTER_CONFIG_FILE, SCALAR_HEAD_FILE, adapter_config_file, explain_read_errors
@@ -78,15 +78,12 @@ def merge_adapter(
     for parameter in merged.parameters():  # buffers such as rotary frequencies stay in float32
         parameter.data = parameter.data.to(dtype)
     merged.config.dtype = dtype
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}.") as beside:
-        part = Path(beside) / "merged"
+    with replaced_directory(out_dir) as part:
         merged.save_pretrained(part)
         if (adapter_dir / SCALAR_HEAD_FILE).is_file():
             shutil.copy2(adapter_dir / SCALAR_HEAD_FILE, part / SCALAR_HEAD_FILE)
         source = adapter_dir if (adapter_dir / "tokenizer_config.json").is_file() else base_path
         AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code).save_pretrained(part)
-        part.rename(out_dir)  # takes the name at once; over an empty directory too
 
 
 @contextmanager

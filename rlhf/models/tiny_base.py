@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+from rlhf.checkpoint.atomic import replaced_directory
 from rlhf.distributed import logger, rank_zero_first
 
 EOS_TEXT = "<|endoftext|>"
@@ -72,12 +72,8 @@ def build_tiny_base(
     path = cache_dir / f"tiny_base-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
     def make() -> None:
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            _train_and_save(texts, beside, recipe, seed, progress)
-            os.rename(beside, path)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
+        with replaced_directory(path) as part:
+            _train_and_save(texts, part, recipe, seed, progress)
 
     rank_zero_first(path, make)
     return path

@@ -103,13 +103,9 @@ class OnPolicyModels:
 
 
 def load_ptx(stage: StageRun[PPOStageConfig], tokenizer: Any) -> PtxMixture | None:
-    """The ptx mixture, or None where it is off. ConfigError for data without a coefficient, and the other way round."""
-    coef, specs = stage.config.ppo.ptx_coef, stage.config.data.ptx_data
-    if coef > 0 and not specs:
-        raise ConfigError(f"ptx_coef={coef} needs data: name it in `ptx_data`, or set ptx_coef to 0")
-    if coef == 0 and specs:
-        raise ConfigError("ptx_data is given and ptx_coef is 0: set ptx_coef (InstructGPT: 27.8) or leave ptx_data out")
-    if coef == 0:
+    """The ptx mixture, or None where it is off."""
+    ptx_coef, ptx_data = stage.config.ppo.ptx_coef, stage.config.data.ptx_data
+    if ptx_coef == 0:
         return None
-    data = stage.load_data("response", specs, [], tokenizer, stage="sft", report_name="ptx")
-    return PtxMixture(data, stage.plan, coef=coef, pad_token_id=tokenizer.pad_token_id, seed=stage.run.seed)
+    data = stage.load_data("response", ptx_data, [], tokenizer, stage="sft", report_name="ptx")
+    return PtxMixture(data, stage.plan, coef=ptx_coef, pad_token_id=tokenizer.pad_token_id, seed=stage.run.seed)

@@ -13,8 +13,8 @@ from typing import Any, Generic, TypeVar
 from torch import nn
 
 from rlhf.algorithms.ppo import EmptyRolloutError
-from rlhf.checkpoint.atomic import write_json
-from rlhf.checkpoint.export import check_writable, remove_leftovers
+from rlhf.checkpoint.atomic import remove_leftovers, write_json
+from rlhf.checkpoint.export import check_writable
 from rlhf.checkpoint.run_lock import RunLock
 from rlhf.config import EMBEDDED_BASE, ConfigError, RunConfig, save_config
 from rlhf.data import DataError, StageData, load_stage_data

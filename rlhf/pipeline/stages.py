@@ -43,6 +43,10 @@ class StageConfig:
     batch: BatchConfig
     data: DataConfig
 
+    def check(self) -> None:
+        """ConfigError for parts that are right each and do not go together."""
+        check_together(self.model, self.engine)
+
     def parts(self) -> list[Any]:
         """The dataclasses it is made of."""
         return [getattr(self, item.name) for item in dataclasses.fields(self)]
@@ -72,6 +76,16 @@ class PPOStageConfig(StageConfig):
     batch: PPOBatchConfig
     data: PPODataConfig
     ppo: PPOConfig
+
+    def check(self) -> None:
+        super().check()
+        coef, data = self.ppo.ptx_coef, self.data.ptx_data
+        if coef > 0 and not data:
+            raise ConfigError(f"ptx_coef={coef} needs data: name it in `ptx_data`, or set ptx_coef to 0")
+        if coef == 0 and data:
+            raise ConfigError(
+                "ptx_data is given and ptx_coef is 0: set ptx_coef (InstructGPT: 27.8) or leave ptx_data out"
+            )
 
 
 @dataclass(frozen=True)
@@ -176,7 +190,7 @@ def parse_stage(name: str, argv: Sequence[str] | None = None) -> Any:
         default_config=DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None,
     )
     config = stage.config(**parts)
-    check_together(config.model, config.engine)
+    config.check()
     return config
 
 

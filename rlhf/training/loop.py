@@ -14,9 +14,11 @@ import torch
 from rlhf.config import RunConfig
 from rlhf.distributed import logger
 from rlhf.distributed.rank_watch import Stopped, beat, note_saved, stop_requested
-from rlhf.doctor import HealthMonitor
+from rlhf.doctor import OFFLINE, ON_POLICY, REWARD, HealthMonitor
 from rlhf.training.metrics import MeanMeter, MetricsWriter
 from rlhf.training.resume import TrainingStates
+
+_CHECKS = {"sft": OFFLINE, "reward": REWARD, "ppo": ON_POLICY}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Loop(ABC):
         self.states = context.states
         self.meter = MeanMeter()
         self.writer = MetricsWriter(self.directory, self.run, stage=self.stage)
-        self.health = HealthMonitor(self.directory, self.stage)
+        self.health = HealthMonitor(self.directory, self.stage, _CHECKS[self.stage])
         self.step = 0
         self.outcome: dict[str, Any] = {}
         """What `fit` returns in the end, as far as it is known: evaluations before and after."""

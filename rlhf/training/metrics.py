@@ -75,7 +75,7 @@ class MetricsWriter:
         self._started = time.perf_counter()
 
     def open(self, position: int = 0, *, seconds: float = 0.0, step: int = 0) -> None:
-        """Start, or go on behind `position` bytes, `seconds` and the step that an earlier process came to."""
+        """Start, or continue behind the `position` bytes, `seconds` and `step` that an earlier process came to."""
         self._started = time.perf_counter() - seconds
         if not is_main():
             return

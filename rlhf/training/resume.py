@@ -1,4 +1,4 @@
-"""Training states: what a loop's next step depends on, saved between two steps and taken up again, exactly."""
+"""Saving and resuming a run: everything its next step depends on is saved between two steps and loaded exactly."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from rlhf.checkpoint.fingerprint import check_identity
 from rlhf.checkpoint.random_state import load_rng, save_rng
-from rlhf.checkpoint.state_store import SavedState, TrainingStateStore
+from rlhf.checkpoint.state_directory import SavedState, StateDirectory
 from rlhf.config import REMOVED_FIELDS, ConfigError, RunConfig, facts_of
 from rlhf.distributed import init_world, is_main, logger, raise_on_all, rank, world_size
 
@@ -24,13 +24,13 @@ SAVES_PER_RUN = 10
 
 
 class Resumable(Protocol):
-    """A loop whose place can be saved (`rlhf.training.loop.Loop`)."""
+    """A loop that can be saved and resumed (`rlhf.training.loop.Loop`)."""
 
     def engines(self) -> Mapping[str, Any]:
         """Training engines by name."""
 
     def state(self) -> dict[str, Any]:
-        """What the next step depends on besides, alike on every rank; JSON."""
+        """What the next step depends on beside the engines, alike on every rank; JSON."""
 
     def rank_state(self) -> dict[str, Any]:
         """The same of this rank alone."""
@@ -41,12 +41,11 @@ class Resumable(Protocol):
     def load_state(
         self, state: dict[str, Any], rank_states: Sequence[dict[str, Any]], tensors: dict[str, torch.Tensor]
     ) -> None:
-        """Take up what the three above gave; `rank_states` are those of the ranks of this run that this rank has to
-        go on for."""
+        """Load what the three above gave; `rank_states` are those of the saved ranks that this rank stands in for."""
 
 
 class TrainingStates:
-    """The training states of one stage's run: when they are due, what is in them, and whose they are."""
+    """The training states of one stage's run: when they are saved, what is in them, and which run may load them."""
 
     def __init__(self, directory: Path, run: RunConfig, identity: Mapping[str, Any]) -> None:
         self.run = run
@@ -73,7 +72,7 @@ class TrainingStates:
         return self.store.save(step, content, *engines, rank_files)
 
     def restore(self, loop: Resumable) -> bool:
-        """Take up the newest whole state where the run asks for it; False for a fresh start.
+        """Resume from the newest whole state where the run asks for it; False for a fresh start.
 
         A collective. Raises ConfigError for the state of another run, naming the differences.
         """
@@ -86,7 +85,7 @@ class TrainingStates:
         saved = self.store.newest() if self.run.resume == "auto" else None
         if saved is None:
             if self.run.resume == "auto":
-                logger.info("no training state to go on from: starting at step 0")
+                logger.info("no training state to resume from: starting at step 0")
             return False
         refused: ConfigError | None = None
         if is_main():  # as rank 0 saved it: a node's copy of a model may hold one file more
@@ -104,7 +103,7 @@ class TrainingStates:
         mine = [json.loads(_rank_file(saved.path, each).read_text("utf-8")) for each in range(rank(), before, now)]
         loop.load_state(saved.content["loop"], mine, _load_tensors(saved))
         load_rng(saved.path, rank(), seed=self.run.seed, step=saved.step)
-        logger.info("going on after step %d from %s", saved.step, saved.path)
+        logger.info("resuming after step %d from %s", saved.step, saved.path)
         return True
 
 
@@ -140,8 +139,8 @@ def remove_states(directory: Path, run: RunConfig, *, keep_permanent: bool) -> N
     store.clear(keep_permanent=keep_permanent)
 
 
-def _store(directory: Path, run: RunConfig) -> TrainingStateStore:
-    return TrainingStateStore(directory, keep_last=run.keep_last, keep_every=run.keep_every, device=init_world())
+def _store(directory: Path, run: RunConfig) -> StateDirectory:
+    return StateDirectory(directory, keep_last=run.keep_last, keep_every=run.keep_every, device=init_world())
 
 
 def _save_engine(name: str, engine: Any, part: Path) -> None:

@@ -19,40 +19,41 @@ import pytest
 import torch
 import transformers
 
+from rlhf.algorithms.advantages import gae
 from rlhf.algorithms.ppo import (
     EmptyRolloutError,
     KLController,
     PPOBatchConfig,
     PPOConfig,
+    PPOExperience,
     PPOOptimizerConfig,
-    PPOTrainer,
-    gae,
     shape_rewards,
 )
-from rlhf.config import ConfigError, EngineConfig, ModelConfig, RunConfig
+from rlhf.config import ConfigError, EngineConfig, ModelConfig
 from rlhf.data import collate_responses
 from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.generation import Sampling, generate
 from rlhf.models.scalar import ScalarModel
 from rlhf.numerics.logprobs import logprobs_from_logits
-from rlhf.rewards.reward_model import RewardScorer
+from rlhf.pipeline import parse_stage
 from rlhf.training.metrics import MeanMeter
 from rlhf.training.scoring import label_loss, response_logprobs, response_values
-from rlhf.types import PPOExperience, PromptBatch, Rollout, TokenizedPrompt, TokenizedResponse
+from rlhf.types import PromptBatch, Rollout, TokenizedPrompt, TokenizedResponse
 from tests.support.launch import run_ranks
 from tests.support.local_engine import LocalModels
+from tests.support.on_policy import FunctionReward, context, ppo_trainer, responses_to, reward_of, stage_data
 from tests.support.tiny_models import save_tiny_model
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 ELSEWHERE = {
-    16: ("test_models.py", ["test_head_starts_small_with_zero_bias", "test_saved_scores_come_back_bit_for_bit"]),
-    22: ("test_two_ranks.py", ["test_two_ranks_equal_one"]),
+    16: ("models/test_models.py", ["test_head_starts_small_with_zero_bias", "test_saved_scores_come_back_bit_for_bit"]),
+    22: ("slow/test_two_ranks.py", ["test_two_ranks_equal_one"]),
     24: (
-        "test_lora.py",
+        "models/test_lora.py",
         ["test_a_target_that_matches_nothing_lists_the_names", "test_an_empty_adapter_is_never_saved"],
     ),
-    26: ("test_models.py", ["test_a_padded_vocabulary_stays_as_it_is"]),
-    27: ("test_models.py", ["test_token_type_ids_never_reach_the_model"]),
+    26: ("models/test_models.py", ["test_a_padded_vocabulary_stays_as_it_is"]),
+    27: ("models/test_models.py", ["test_token_type_ids_never_reach_the_model"]),
 }
 ABSOLUTE_AND_ROTARY = ("gpt2", "opt", "gpt_neox", "llama")
 EOS = 0
@@ -60,13 +61,13 @@ PROMPTS = ([5, 9, 3], [7], [4, 4, 8, 2, 6], [30, 31])
 RESPONSES = ([11, 12, 13, EOS], [14], [15, 16, EOS], [EOS])
 
 
-def functions_of(file: str) -> set[str]:
+def functions_of(file: str | Path) -> set[str]:
     tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
     return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
 
 
 def test_every_detail_has_its_test():
-    here = functions_of(Path(__file__).name)
+    here = functions_of(Path(__file__))
     for number in range(1, 29):
         if number in ELSEWHERE:
             file, names = ELSEWHERE[number]
@@ -115,8 +116,7 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
 
     def make(
         *, architecture="gpt_neox", engine=None, plan=None, rollout=8, ppo_epochs=1, new_tokens=6, scorer=letter_score,
-        ptx=(), reference_noise=0.0, iterations=2, actor_eos=None, concurrent=True,
-        synchronised=False, **config,
+        ptx=(), reference_noise=0.0, iterations=2, actor_eos=None, **config,
     ):  # fmt: skip
         plan = plan or BatchPlan(rollout, 4, 1)
         if engine is None:
@@ -132,25 +132,26 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
             named.eos_token = named.convert_ids_to_tokens(actor_eos)
             engine.actor.module.generation_config.eos_token_id = actor_eos
         examples = prompt_examples(rollout)
-        return PPOTrainer(
+        return ppo_trainer(
             engine,
+            FunctionReward(scorer),
             examples,
             examples[:3],
             tokenizer=named,
-            scorer=scorer,
             plan=plan,
-            batch=PPOBatchConfig(rollout_batch_size=rollout, ppo_epochs=ppo_epochs, max_steps=iterations),
-            config=PPOConfig(**config),
-            run=RunConfig(tensorboard=False, log_every_steps=1),
             directory=tmp_path / "ppo",
-            max_response_tokens=new_tokens,
-            synchronised=synchronised,
-            export=lambda: None,
+            new_tokens=new_tokens,
             ptx=ptx,
-            concurrent=concurrent,
+            config=PPOConfig(**config),
+            batch=PPOBatchConfig(rollout_batch_size=rollout, ppo_epochs=ppo_epochs, max_steps=iterations),
         )
 
     return make
+
+
+def first_rollout(trainer):
+    """The scored rollout of the first iteration, once more: the same prompts and random numbers."""
+    return trainer.rollouts.run([trainer.prompts.train[index] for index in trainer.order.indices(0)], 1)
 
 
 # -------------------------------------------------------------------------------- masks, padding, positions
@@ -184,7 +185,7 @@ def test_02_padding_on_either_side_changes_neither_logprobs_values_nor_scores(
     critic = ScalarModel.from_base(tiny_models["gpt_neox"], dtype=torch.float32, seed=3).eval()
     rollout = rollout_of(more_left=more_left, more_right=more_right)
     logprobs, values = response_logprobs(actor, rollout, 1.0), response_values(critic, rollout)
-    scores = RewardScorer(critic, tokenizer, tokenizer, eos_ids=[EOS])(rollout, [""] * len(PROMPTS))
+    scores = reward_of(critic, tokenizer).score(responses_to(rollout, tokenizer)).scores
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         alone = rollout_of([prompt], [response])
         assert not (~alone.prompt_mask).any() and not (~alone.response_mask).any()  # no padding to go wrong
@@ -213,8 +214,9 @@ def test_03_positions_do_not_count_padding_on_absolute_and_rotary_models(tiny_mo
         lambda rollout: response_values(critic, rollout),
     ):
         torch.testing.assert_close(quantity(few)[mask], quantity(many)[:, :width][mask], atol=3e-5, rtol=1e-5)
-    score = RewardScorer(critic, tokenizer, tokenizer, eos_ids=[EOS])
-    torch.testing.assert_close(score(few, [""] * 4), score(many, [""] * 4), atol=3e-5, rtol=1e-5)
+    reward = reward_of(critic, tokenizer)
+    scores = [reward.score(responses_to(rollout, tokenizer)).scores for rollout in (few, many)]
+    torch.testing.assert_close(*scores, atol=3e-5, rtol=1e-5)
     alone = torch.tensor([PROMPTS[1] + RESPONSES[1]])
     expected = actor(alone).logits[0, 0].log_softmax(-1)[14]
     torch.testing.assert_close(response_logprobs(actor, many, 1.0)[1, 0], expected, atol=3e-5, rtol=1e-5)
@@ -261,10 +263,10 @@ def test_05_what_samples_is_what_scores(tiny_models, architecture, temperature):
     torch.testing.assert_close(rollout.logprobs, fresh * rollout.response_mask, atol=5e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("filter_", [{"top_k": 40}, {"top_p": 0.9}])
-def test_05_a_filter_that_would_change_the_policy_is_refused_with_the_reason(filter_):
-    with pytest.raises(ConfigError, match="must score the distribution it samples from.*KL.*negative"):
-        PPOConfig(**filter_)
+@pytest.mark.parametrize("option", ["top_k", "top_p"])
+def test_05_a_filter_that_would_change_the_policy_is_refused_with_the_reason(option):
+    with pytest.raises(ConfigError, match="scores the distribution it samples from, which a filter would change"):
+        parse_stage("ppo", [f"--{option}", "1"])
 
 
 def test_06_temperature_divides_actor_old_actor_and_reference_alike(make_trainer):
@@ -285,8 +287,7 @@ def test_06_temperature_divides_actor_old_actor_and_reference_alike(make_trainer
         0.7,
     )
     mask = rollout.response_mask
-    experience = other.make_experience(1)
-    torch.testing.assert_close(experience.ref_logprobs[mask], fresh[mask].detach(), atol=5e-5, rtol=1e-4)
+    torch.testing.assert_close(first_rollout(other).ref_logprobs[mask], fresh[mask].detach(), atol=5e-5, rtol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +391,7 @@ def test_09_the_penalty_of_a_missing_end_is_not_clipped_away():
 def test_09_every_eos_of_the_models_generation_settings_ends_a_response(make_trainer):
     """Chat models end with another token than the tokenizer's eos (Llama 3, Gemma)."""
     trainer = make_trainer(rollout=16, kl_coef=0.0, new_tokens=40)
-    trainer.rollouts.eos_ids = sorted({EOS, *range(1, 30)})
+    trainer.rollouts.eos_ids = trainer.rollouts.backend.eos_ids = sorted({EOS, *range(1, 30)})
     rollout = trainer.make_experience(1).rollout
     last = [int(ids[mask][-1]) for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
     assert all(token < 30 for token in last)
@@ -455,7 +456,7 @@ def test_12_the_controller_sees_the_kl_that_was_observed(make_trainer):
     trainer = make_trainer(kl_target=3.0, kl_horizon=100, reference_noise=0.05)
     experience = trainer.make_experience(1)
     rollout = experience.rollout
-    difference = (rollout.logprobs - experience.ref_logprobs).double() * rollout.response_mask
+    difference = (rollout.logprobs - first_rollout(trainer).ref_logprobs).double() * rollout.response_mask
     observed = float(difference.sum() / len(rollout))
     error = min(max(observed / 3.0 - 1, -0.2), 0.2)
     assert trainer.update(experience, 1)["kl_coef"] == pytest.approx(0.1)  # the coefficient that was in force
@@ -524,7 +525,7 @@ def experience_of(rows=8, width=6) -> PPOExperience:
     rollout = rollout_of(prompts, responses)
     noise = [torch.randn(rollout.response_ids.shape, generator=generator) for _ in range(3)]
     return PPOExperience(
-        dataclasses.replace(rollout, logprobs=torch.zeros_like(noise[0])), torch.zeros_like(noise[0]),
+        dataclasses.replace(rollout, logprobs=torch.zeros_like(noise[0])),
         noise[0], torch.zeros_like(noise[0]), noise[1], noise[2], torch.zeros(rows),
     )  # fmt: skip
 
@@ -598,12 +599,13 @@ RANKS = '''
 import sys
 from pathlib import Path
 import torch
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig, PPOTrainer
-from rlhf.config import EngineConfig, ModelConfig, RunConfig
+from rlhf.algorithms.ppo import PPOBatchConfig, PPOOptimizerConfig
+from rlhf.config import EngineConfig, ModelConfig
 from rlhf.distributed import init_world, rank, world_size
 from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.models.loading import load_tokenizer
 from rlhf.types import TokenizedPrompt
+from tests.support.on_policy import FunctionReward, ppo_trainer
 
 actor, reward, out = [item for item in sys.argv[1:] if not item.startswith("--local_rank")]
 init_world()
@@ -616,17 +618,15 @@ engine = RLHFEngine.build(
 )
 same = (5, 6, 7)
 rows = [same, same, (8,), (9, 10), (11, 12, 13, 14), same, (15, 16), (17,)]
-trainer = PPOTrainer(
-    engine, [TokenizedPrompt(id=str(i), input_ids=row, text="") for i, row in enumerate(rows)], [],
-    tokenizer=load_tokenizer(actor),
-    scorer=lambda rollout, texts: (rollout.response_ids * rollout.response_mask).sum(1).float() / 50,
-    plan=plan, batch=PPOBatchConfig(rollout_batch_size=8, max_steps=1, ppo_epochs=2), config=PPOConfig(),
-    run=RunConfig(tensorboard=False), directory=Path(out) / "ppo", max_response_tokens=5, synchronised=False,
-    export=lambda: None,
+trainer = ppo_trainer(
+    engine, FunctionReward(lambda rollout, texts: (rollout.response_ids * rollout.response_mask).sum(1).float() / 50),
+    [TokenizedPrompt(id=str(i), input_ids=row, text="") for i, row in enumerate(rows)],
+    tokenizer=load_tokenizer(actor), plan=plan, directory=Path(out) / "ppo", new_tokens=5,
+    batch=PPOBatchConfig(rollout_batch_size=8, max_steps=1, ppo_epochs=2),
 )
 mine, share = None, None
 with engine.scoring():
-    mine, share = trainer.rollouts.sample([trainer.prompts[i] for i in trainer.order.indices(0)], 1)
+    mine, share = trainer.rollouts.sample([trainer.prompts.train[i] for i in trainer.order.indices(0)], 1)
 experience = trainer.make_experience(1)
 metrics = trainer.update(experience, 1)
 torch.save(
@@ -713,7 +713,6 @@ def test_21_minibatches_are_reshuffled_every_epoch_and_shared_by_all_ranks(make_
 def test_17_scores_are_normalised_to_mean_0_and_variance_1_on_the_reference_responses(tiny_models, tokenizer, tmp_path):
     """DeepSpeedExamples#316 for the padding: a long and a short reference response in one batch."""
     from rlhf.algorithms.reward import RewardConfig, RewardTrainer
-    from rlhf.config import BatchConfig
     from rlhf.types import TokenizedRanking
     from tests.support.local_engine import LocalEngine
 
@@ -726,17 +725,16 @@ def test_17_scores_are_normalised_to_mean_0_and_variance_1_on_the_reference_resp
     model = ScalarModel.from_base(tiny_models["gpt2"], dtype=torch.float32, seed=3).eval()
     plan = BatchPlan(4, 2, 1)
     trainer = RewardTrainer(
-        LocalEngine(model, plan), examples, [], plan=plan, batch=BatchConfig(max_steps=1),
-        run=RunConfig(tensorboard=False), directory=tmp_path, export=lambda: None,
-        config=RewardConfig(calibration_rows=6), pad_token_id=EOS,
+        LocalEngine(model, plan), stage_data(examples), RewardConfig(calibration_rows=6), pad_token_id=EOS, plan=plan,
+        total_steps=1, export=lambda: None, context=context(tmp_path, "reward"),
     )  # fmt: skip
     model.set_normalisation(*trainer.calibrate())
-    scorer = RewardScorer(model, tokenizer, tokenizer, eos_ids=[EOS])
+    reward = reward_of(model, tokenizer)
     chosen = trainer.calibration_examples()
     assert len(chosen) == 6 and chosen != examples[:6]  # drawn from all of them
     rows = [example.candidates[1].input_ids for example in chosen]
-    scored = [scorer(rollout_of([[row[0]]], [[*row[1:]]]), [""]) for row in rows]
-    scores = torch.cat(scored)
+    rollouts = [rollout_of([[row[0]]], [[*row[1:]]]) for row in rows]
+    scores = torch.cat([reward.score(responses_to(rollout, tokenizer)).scores for rollout in rollouts])
     assert scores.mean().item() == pytest.approx(0, abs=1e-4)
     assert scores.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
 
@@ -745,7 +743,7 @@ def test_17_scores_are_normalised_to_mean_0_and_variance_1_on_the_reference_resp
 def test_18_the_score_is_read_at_eos_where_pad_is_eos(tiny_models, tokenizer):
     """transformers#35352: looking for the first pad, or the last id that is not pad, reads one token early."""
     model = ScalarModel.from_base(tiny_models["llama"], dtype=torch.float32, seed=3).eval()
-    scores = RewardScorer(model, tokenizer, tokenizer, eos_ids=[EOS])(rollout_of(more_right=2), [""] * 4)
+    scores = reward_of(model, tokenizer).score(responses_to(rollout_of(more_right=2), tokenizer)).scores
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         ids = torch.tensor([prompt + response])
         values = model(ids, torch.ones_like(ids))[0]
@@ -774,14 +772,15 @@ def test_19_a_reward_model_with_another_tokenizer_scores_the_text(tiny_models, t
     ids = [tokenizer(text)["input_ids"] for text in responses]
     ids[0].append(tokenizer.eos_token_id)
     rollout = rollout_of([tokenizer(text)["input_ids"] for text in prompts], ids)
-    scores = RewardScorer(model, other, tokenizer, eos_ids=[EOS])(rollout, prompts)
+    given = responses_to(rollout, tokenizer, prompts)
+    scores = reward_of(model, other, tokenizer).score(given).scores
     for row in range(2):
         wanted = [*other(prompts[row])["input_ids"], *other(responses[row])["input_ids"]] + [0] * ended[row]
         wanted = torch.tensor([wanted])
         torch.testing.assert_close(scores[row], model(wanted, torch.ones_like(wanted))[0, -1], atol=2e-5, rtol=1e-5)
-    same = RewardScorer(model, tokenizer, tokenizer, eos_ids=[EOS])
-    assert same.same_tokenizer and not RewardScorer(model, other, tokenizer, eos_ids=[EOS]).same_tokenizer
-    assert (same(rollout, ["ignored", "ignored"]) - scores).abs().min() > 1e-3  # its own ids, as they are
+    same = reward_of(model, tokenizer)
+    assert same.same_tokenizer and not reward_of(model, other, tokenizer).same_tokenizer
+    assert (same.score(given).scores - scores).abs().min() > 1e-3  # its own ids, as they are
 
 
 # ------------------------------------------------------------------------------------- optimizer, adapters
@@ -855,9 +854,11 @@ def test_25_the_mixture_adds_its_coefficient_times_the_token_mean_of_the_ptx_los
             torch.testing.assert_close(mixed[name] - without[name], parameter.grad, atol=1e-4, rtol=1e-3)
 
 
-def test_25_a_mixture_without_data_is_refused(make_trainer):
+def test_25_a_mixture_without_data_and_data_without_a_coefficient_are_refused():
     with pytest.raises(ConfigError, match="ptx_coef=27.8 needs data"):
-        make_trainer(ptx_coef=27.8)
+        parse_stage("ppo", ["--ptx_coef", "27.8"])
+    with pytest.raises(ConfigError, match="ptx_data is given and ptx_coef is 0"):
+        parse_stage("ppo", ["--ptx_data", "a.jsonl"])
 
 
 # ------------------------------------------------------------------------------------------- empty rollouts

@@ -10,21 +10,21 @@ import math
 import pytest
 import torch
 
+from rlhf.algorithms.advantages import gae
 from rlhf.algorithms.ppo import (
     KLController,
     PPOBatchConfig,
     PPOConfig,
+    PPOExperience,
     explained_variance,
-    gae,
     policy_loss,
     ppo_optimizer_steps,
     rollout_plan,
     shape_rewards,
-    trim_experience,
     value_loss,
 )
 from rlhf.config import ConfigError
-from rlhf.types import PPOExperience, Rollout
+from rlhf.types import Rollout
 
 LOG = math.log
 
@@ -216,13 +216,18 @@ def test_trimming_an_experience_drops_only_columns_of_padding():
     mask = torch.tensor([[True, False, False, False], [True, True, False, False]])
     ids = torch.arange(8).reshape(2, 4)
     rollout = Rollout(torch.arange(6).reshape(2, 3), prompt_mask, ids, mask, ids.float())
-    fields = [ids.float() * factor for factor in (2, 3, 4, 5, 6)]
-    small = trim_experience(PPOExperience(rollout, *fields, scores=torch.tensor([1.0, 2.0])))
+    fields = [ids.float() * factor for factor in (2, 3, 4, 5)]
+    small = PPOExperience(rollout, *fields, scores=torch.tensor([1.0, 2.0])).trimmed()
     assert small.rollout.prompt_ids.tolist() == [[1, 2], [4, 5]]
     assert small.rollout.response_ids.tolist() == [[0, 1], [4, 5]]
     assert small.rollout.logprobs.tolist() == [[0, 1], [4, 5]]
-    for name, factor in zip(
-        ("ref_logprobs", "values", "rewards", "advantages", "returns"), (2, 3, 4, 5, 6), strict=True
-    ):
+    for name, factor in zip(("values", "rewards", "advantages", "returns"), (2, 3, 4, 5), strict=True):
         assert getattr(small, name).tolist() == [[0, factor], [4 * factor, 5 * factor]]
     assert small.scores.tolist() == [1.0, 2.0]
+
+
+def test_per_token_rewards_are_added_inside_the_response_alone():
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    zeros, per_token = torch.zeros(2, 3), torch.tensor([[0.5, 0.0, 1.0], [2.0, 9.0, 9.0]])
+    rewards = shape_rewards(torch.tensor([1.0, 2.0]), zeros, zeros, mask, kl_coef=0.1, token_rewards=per_token)
+    assert rewards.tolist() == [[0.5, 0.0, 2.0], [4.0, 0.0, 0.0]]

@@ -12,7 +12,6 @@ from rlhf.algorithms.reward import (
     ScoredRows,
     accuracy_of,
     histogram,
-    pairwise_loss,
     ranked_pairs,
     ranking_loss,
     ranking_metrics,
@@ -70,19 +69,18 @@ def test_a_ranking_of_ties_alone_teaches_nothing():
     assert loss.item() == 0 and scores.grad.tolist() == [0, 0, 0]
 
 
-def test_two_candidates_are_the_pairwise_loss():
+def test_two_candidates_are_the_pairwise_loss_worked_by_hand():
+    """-log sigmoid(chosen - rejected - margin), summed over prompts."""
     generator = torch.Generator().manual_seed(0)
     chosen, rejected, margins = (torch.randn(5, generator=generator) for _ in range(3))
     scores = torch.stack([rejected, chosen], dim=1).flatten()
     groups, ranks = torch.arange(5).repeat_interleave(2), torch.tensor([1, 0] * 5)
     total = ranking_loss(scores, groups, ranks, margins.repeat_interleave(2))
-    torch.testing.assert_close(total / 5, pairwise_loss(chosen, rejected, margins))
-    torch.testing.assert_close(pairwise_loss(chosen, rejected), pairwise_loss(chosen, rejected, torch.zeros(5)))
-
-
-def test_pairwise_loss_worked_by_hand():
-    found = pairwise_loss(torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.0]))
-    assert found.item() == pytest.approx((math.log(1 + math.exp(-0.5)) + math.log(2)) / 2)
+    expected = sum(
+        math.log1p(math.exp(-(a - b - m)))
+        for a, b, m in zip(chosen.tolist(), rejected.tolist(), margins.tolist(), strict=True)
+    )
+    assert total.item() == pytest.approx(expected, rel=1e-6)
 
 
 def trl_reward_loss(chosen, rejected, margins, center_rewards_coefficient):

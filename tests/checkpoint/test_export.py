@@ -17,7 +17,6 @@ from rlhf.checkpoint.export import (
     export_causal_lm,
     export_scalar_model,
     full_state_dict,
-    replaced_directory,
 )
 from rlhf.config import ConfigError, ModelConfig
 from rlhf.models.forward import forward_logits
@@ -142,35 +141,6 @@ def test_a_failure_half_way_leaves_the_old_checkpoint(fault, raised, tiny_models
     assert getattr(caught.value, "errno", None) == (28 if raised is OSError else None)
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_reader_never_sees_a_part(tmp_path):
-    out = tmp_path / "out"
-    with replaced_directory(out) as part:
-        (part / "a").write_text("1")
-        assert not out.exists()
-    with replaced_directory(out) as part:
-        (part / "b").write_text("2")
-        assert [file.name for file in out.iterdir()] == ["a"]
-    assert [file.name for file in out.iterdir()] == ["b"]
-
-
-def test_a_rename_that_fails_brings_the_old_directory_back(tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "a").write_text("1")
-    rename = Path.rename
-
-    def fails_for_the_new_one(self: Path, target: Path) -> Path:
-        if ".part-" in self.name:
-            raise OSError(5, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fails_for_the_new_one)
-    with pytest.raises(OSError, match="Input/output error"), replaced_directory(out) as part:
-        (part / "b").write_text("2")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
-    assert (out / "a").read_text() == "1"
 
 
 def test_check_writable_makes_the_directory_and_leaves_it_empty(tmp_path):

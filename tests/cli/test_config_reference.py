@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.cli.config_reference import default_text, field_docstrings, reference, type_text
 from rlhf.config import OptimizerConfig
-from rlhf.pipeline.stages import STAGE_CONFIGS, parse_stage
+from rlhf.pipeline import STAGES, parse_stage
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "configuration.md"
@@ -48,15 +48,16 @@ def test_every_field_of_every_stage_stands_in_the_page_with_its_stages() -> None
     }
     wanted = {
         (stage, item.name)
-        for stage, classes in STAGE_CONFIGS.items()
-        for config_class in classes
+        for stage, row in STAGES.items()
+        for config_class in row.config_classes().values()
         for item in dataclasses.fields(config_class)
     }
     assert listed == wanted
 
 
 @pytest.mark.parametrize(
-    "config_class", sorted({c for cs in STAGE_CONFIGS.values() for c in cs}, key=lambda c: c.__name__)
+    "config_class",
+    sorted({c for row in STAGES.values() for c in row.config_classes().values()}, key=lambda c: c.__name__),
 )
 def test_every_field_has_a_docstring_that_says_something(config_class: type) -> None:
     texts = field_docstrings(config_class)
@@ -132,10 +133,8 @@ def test_the_introduction_is_true_of_the_parser(tmp_path: Path) -> None:
         "    - {path: b.csv, weight: 0.3}\n",
         encoding="utf-8",
     )
-    run, model, engine, *_, data, _ = parse_stage(
-        "sft", ["--config", str(config), "--no_tensorboard", "--lora_targets", "q_proj", "v_proj"]
-    )
-    assert (run.tensorboard, engine.zero_stage, model.lora_targets) == (False, 1, ["q_proj", "v_proj"])
-    assert data.sft_data == ["a.jsonl", '{"path": "b.csv", "weight": 0.3}']
+    sft = parse_stage("sft", ["--config", str(config), "--no_tensorboard", "--lora_targets", "q_proj", "v_proj"])
+    assert (sft.run.tensorboard, sft.engine.zero_stage, sft.model.lora_targets) == (False, 1, ["q_proj", "v_proj"])
+    assert sft.data.sft_data == ["a.jsonl", '{"path": "b.csv", "weight": 0.3}']
     ppo = parse_stage("ppo", ["--config", str(config), "--kl_coef", "0.05", "--tensorboard", "false"])
-    assert (ppo[0].tensorboard, ppo[2].zero_stage, ppo[-1].kl_coef) == (False, 2, 0.05)
+    assert (ppo.run.tensorboard, ppo.engine.zero_stage, ppo.ppo.kl_coef) == (False, 2, 0.05)

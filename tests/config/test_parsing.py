@@ -8,8 +8,10 @@ from typing import Literal
 import pytest
 
 from rlhf.algorithms.ppo import PPOConfig
-from rlhf.config import ConfigError, RunConfig, load_config_file, parse_config, save_config
+from rlhf.config import ConfigError, RunConfig, load_config_file, parse_config, save_config, setting
 from rlhf.pipeline.stages import parse_stage
+
+SECTIONS = ("sft", "reward", "ppo")
 
 
 @dataclass
@@ -30,7 +32,7 @@ class Shared:
 class Own:
     """Fields of one stage."""
 
-    base_model: str = "default"
+    base_model: str = setting("default", names_model=True)
     """A name."""
     learning_rate: float = 1e-5
     """A number."""
@@ -55,7 +57,13 @@ def config_file(tmp_path):
 
 
 def parse(*argv, stage="ppo", **options):
-    return parse_config(stage, [Shared, Own], list(argv), **options)
+    parts = parse_config(stage, {"shared": Shared, "own": Own}, list(argv), sections=SECTIONS, **options)
+    assert list(parts) == ["shared", "own"]
+    return tuple(parts.values())
+
+
+def parse_alone(config_class, *argv):
+    return parse_config("ppo", {"it": config_class}, list(argv), sections=SECTIONS)["it"]
 
 
 # ------------------------------------------------------------------------------------------- what wins over what
@@ -211,7 +219,7 @@ def test_files_that_cannot_be_read_are_named(config_file, tmp_path):
 
 
 def test_an_empty_file_and_an_empty_section_change_nothing(config_file):
-    assert load_config_file(config_file(""), "ppo") == {}
+    assert load_config_file(config_file(""), "ppo", sections=SECTIONS) == {}
     assert parse("--config", config_file("ppo:\n")) == parse()
 
 
@@ -232,21 +240,28 @@ def test_resume_can_be_set_in_a_file_and_read_back_from_a_saved_one(tmp_path):
     file = tmp_path / "run.yaml"
     for written, expected in (("resume: auto", "auto"), ("resume: never", "never"), ("resume: null", None), ("", None)):
         file.write_text(written + "\n")
-        (run,) = parse_config("sft", [RunConfig], ["--config", str(file)])
+        run = parse_alone(RunConfig, "--config", str(file))
         assert run.resume == expected
         save_config(tmp_path / "saved.yaml", [run])
-        assert parse_config("sft", [RunConfig], ["--config", str(tmp_path / "saved.yaml")]) == (run,)
+        assert parse_alone(RunConfig, "--config", str(tmp_path / "saved.yaml")) == run
     file.write_text("resume: sometimes\n")
     with pytest.raises(ConfigError, match="resume.*auto, never"):
-        parse_config("sft", [RunConfig], ["--config", str(file)])
+        parse_alone(RunConfig, "--config", str(file))
 
 
 def test_an_infinite_clip_range_clips_nothing_and_other_numbers_are_finite(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("value_clip_range: .inf\n")
-    assert parse_config("ppo", [PPOConfig], ["--config", str(file)])[0].value_clip_range == float("inf")
-    assert parse_config("ppo", [PPOConfig], ["--clip_range", "inf"])[0].clip_range == float("inf")
+    assert parse_alone(PPOConfig, "--config", str(file)).value_clip_range == float("inf")
+    assert parse_alone(PPOConfig, "--clip_range", "inf").clip_range == float("inf")
     for line in ("clip_range: .nan", "kl_coef: .inf"):
         file.write_text(line + "\n")
         with pytest.raises(ConfigError):
-            parse_config("ppo", [PPOConfig], ["--config", str(file)])
+            parse_alone(PPOConfig, "--config", str(file))
+
+
+@pytest.mark.parametrize("name", ["top_k", "top_p", "gather_for_generation"])
+def test_a_field_of_an_earlier_release_is_refused_with_what_to_do_instead(name, config_file):
+    for argv in ([f"--{name}", "0"], ["--config", config_file(f"ppo:\n  {name}: 0\n")]):
+        with pytest.raises(ConfigError, match=f"`{name}` is no field any more: .*(temperature|gathered once)"):
+            parse_stage("ppo", argv)

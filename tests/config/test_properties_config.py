@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from rlhf.config import ConfigError, load_config_file, parse_config, save_config
 from tests.support.property_inputs import broken_texts, cases, file_bytes, json_values, numbers, texts, written
 
+SECTIONS = ("sft", "reward", "ppo")
+
 
 @dataclass
 class Options:
@@ -46,7 +48,7 @@ class Options:
 
 def parse(*argv: str) -> Options:
     """The configuration, after checks that hold for each."""
-    (options,) = parse_config("ppo", [Options], list(argv))
+    options = parse_config("ppo", {"options": Options}, list(argv), sections=SECTIONS)["options"]
     for item in fields(Options):
         value = getattr(options, item.name)
         kind = type(getattr(Options(), item.name))
@@ -212,11 +214,11 @@ def test_a_repeated_key_names_its_line(entries: Any) -> None:
     keys = [line.split(":")[0] for line in text.splitlines()]
     with written("run.yaml", text.encode()) as path:
         if len(set(keys)) == len(keys):
-            assert list(load_config_file(path, "ppo")) == keys
+            assert list(load_config_file(path, "ppo", sections=SECTIONS)) == keys
             return
         second = next(number for number, key in enumerate(keys, start=1) if key in keys[: number - 1])
         with pytest.raises(ConfigError, match=f"is there twice(.|\n)*line {second}, column"):
-            load_config_file(path, "ppo")
+            load_config_file(path, "ppo", sections=SECTIONS)
 
 
 FLAGS = ("--", "-", "--no_switch", "--no-switch", "--config", "--config=", "--local_rank", "--=", "-1", "--count=1_0")
@@ -264,7 +266,7 @@ def test_aliases_that_multiply_are_refused_at_once(kind: str, tmp_path: Path) ->
 def test_anchors_and_merge_keys_work_where_they_are_few(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("ppo: &shared\n  name: a\n  rate: 1\nsft:\n  <<: *shared\n  name: b\n", encoding="utf-8")
-    assert load_config_file(path, "sft") == {"name": "b", "rate": 1}
+    assert load_config_file(path, "sft", sections=SECTIONS) == {"name": "b", "rate": 1}
 
 
 @pytest.mark.parametrize(
@@ -295,4 +297,4 @@ def test_yaml_and_json_read_the_project_presets_alike() -> None:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
         for stage in ("sft", "reward", "ppo"):
             shared = {name: value for name, value in plain.items() if name not in ("sft", "reward", "ppo")}
-            assert load_config_file(path, stage) == {**shared, **(plain.get(stage) or {})}
+            assert load_config_file(path, stage, sections=SECTIONS) == {**shared, **(plain.get(stage) or {})}

@@ -17,12 +17,13 @@ import pytest
 import torch
 
 from rlhf.config import RunConfig
-from rlhf.distributed import failures, rank_board, rank_watch
+from rlhf.distributed import failures, peers, rank_board, rank_watch, verdict
 from rlhf.distributed.rank_board import RankBoard, own_record, process_state
+from rlhf.distributed.sign_of_life import SILENT_SECONDS
 from tests.support.launch import ROOT, run_ranks
 from tests.support.rank_worker import SAVED_AT, TIMEOUT_MINUTES, TROUBLE_AT
 
-WORKER = Path(__file__).with_name("rank_worker.py")
+WORKER = ROOT / "tests" / "support" / "rank_worker.py"
 DEATH_SECONDS = 10.0
 """Within which the job ends after a rank died (stated in docs)."""
 HANG_SECONDS = TIMEOUT_MINUTES * 60 + 15.0
@@ -116,7 +117,7 @@ def test_a_killed_rank_ends_the_other_with_one_message(ranks, victim):
     message = the_message(done)
     assert f"rank {victim} (pid {pids[0]} on " in message and "was killed after step " in message
     assert message.endswith(GO_ON)
-    assert done.codes[victim] == -signal.SIGKILL and done.codes[1 - victim] == rank_watch.EXIT_RANK_LOST
+    assert done.codes[victim] == -signal.SIGKILL and done.codes[1 - victim] == verdict.EXIT_RANK_LOST
     assert done.seconds < DEATH_SECONDS
 
 
@@ -133,14 +134,14 @@ def test_memory_that_runs_out_in_one_rank_is_one_message(ranks, scenario, cause)
     message = the_message(done)
     assert "error: rank 1 (pid " in message and cause in message and message.endswith(GO_ON)
     assert f"after step {TROUBLE_AT - 1}, in tests/support/rank_worker.py:" in message
-    assert done.codes == [rank_watch.EXIT_RANK_LOST] * 2 and done.seconds < DEATH_SECONDS
+    assert done.codes == [verdict.EXIT_RANK_LOST] * 2 and done.seconds < DEATH_SECONDS
 
 
 def test_a_crash_inside_a_library_is_named(ranks):
     done = ranks("crash")
     message = the_message(done)
     assert "error: rank 1 (pid " in message and "crashed " in message and ": Segmentation fault" in message
-    assert done.codes == [rank_watch.EXIT_RANK_LOST, -signal.SIGSEGV] and done.seconds < DEATH_SECONDS
+    assert done.codes == [verdict.EXIT_RANK_LOST, -signal.SIGSEGV] and done.seconds < DEATH_SECONDS
 
 
 @pytest.mark.parametrize(("scenario", "speaker"), [("bug", 1), ("all_bug", 0)])
@@ -149,13 +150,13 @@ def test_a_bug_shows_its_traceback_exactly_once(ranks, scenario, speaker):
     assert done.output.count("Traceback") == 1 and done.output.count(f"ValueError: a bug of rank {speaker}\n") == 1
     errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and f"rank {speaker} (pid " in errors[0] and "ValueError: a bug of rank" in errors[0]
-    assert done.codes == [rank_watch.EXIT_BUG] * 2 and done.seconds < DEATH_SECONDS
+    assert done.codes == [verdict.EXIT_BUG] * 2 and done.seconds < DEATH_SECONDS
 
 
 def test_a_users_mistake_on_one_rank_is_said_whichever_rank_it_is(ranks):
     done = ranks("user_error")
     assert the_message(done) == "error: this file is on one machine only"
-    assert done.codes == [rank_watch.EXIT_USER] * 2
+    assert done.codes == [verdict.EXIT_USER] * 2
 
 
 def test_a_rank_that_hangs_is_named_and_the_waiting_one_is_not(ranks):
@@ -165,14 +166,14 @@ def test_a_rank_that_hangs_is_named_and_the_waiting_one_is_not(ranks):
     hung = f"hangs after step {TROUBLE_AT - 1}, in tests/support/rank_worker.py:"
     assert "rank 1 (pid " in message and hung in message
     assert "rank 0" not in message and message.endswith(GO_ON)
-    assert done.codes == [rank_watch.EXIT_RANK_LOST] * 2 and done.seconds < HANG_SECONDS
+    assert done.codes == [verdict.EXIT_RANK_LOST] * 2 and done.seconds < HANG_SECONDS
 
 
 def test_a_stopped_rank_is_named_and_killed(ranks):
     done = ranks("train", lambda found: os.kill(found.pid(1), signal.SIGSTOP))
     message = the_message(done)
     assert "rank 1 (pid " in message and "is stopped (by SIGSTOP" in message and "rank 0" not in message
-    assert done.codes == [rank_watch.EXIT_RANK_LOST, -signal.SIGKILL] and done.seconds < HANG_SECONDS
+    assert done.codes == [verdict.EXIT_RANK_LOST, -signal.SIGKILL] and done.seconds < HANG_SECONDS
 
 
 def test_a_pause_of_both_ranks_is_no_hang(ranks):
@@ -194,7 +195,7 @@ def test_a_deadlock_of_all_ranks_ends(ranks):
     done = ranks("all_hang")
     message = the_message(done)
     assert "rank 0 (pid " in message and "; rank 1 (pid " in message and message.count(" hangs ") == 2
-    assert done.codes == [rank_watch.EXIT_RANK_LOST] * 2 and done.seconds < HANG_SECONDS
+    assert done.codes == [verdict.EXIT_RANK_LOST] * 2 and done.seconds < HANG_SECONDS
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -228,7 +229,7 @@ def test_a_second_interrupt_ends_at_once_even_inside_a_collective(ranks):
             time.sleep(1.2)
 
     done = ranks("train", interrupt_twice)
-    assert done.codes == [rank_watch.EXIT_INTERRUPTED, -signal.SIGKILL]
+    assert done.codes == [verdict.EXIT_INTERRUPTED, -signal.SIGKILL]
     errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "error: interrupted after step " in errors[0] and errors[0].endswith(GO_ON)
     assert "Traceback" not in done.output and not (done.directory / "stopped.json").exists()
@@ -302,9 +303,9 @@ def test_a_forked_worker_ends_at_the_signal_its_parent_would_only_note(watch):
 
 def stand_still(watch: rank_watch.RankWatch, seconds: float = 100) -> str | None:
     for _ in range(2):
-        watch._seconds += seconds
-        watch._show_sign_of_life()
-    return watch._find_hang()
+        watch.own.seconds += seconds
+        watch.own.show(*watch.progress)
+    return watch.peers.find_hang(watch.timeout_seconds)
 
 
 def test_signs_of_life_need_no_free_space(watch, monkeypatch):
@@ -334,26 +335,28 @@ def test_a_later_process_of_the_same_pid_is_not_the_rank(tmp_path):
 
 
 def test_memory_kills_of_the_system_are_told_from_other_ones(tmp_path, watch, monkeypatch):
-    monkeypatch.setattr(rank_watch, "world_size", lambda: 2)
+    monkeypatch.setattr(peers, "world_size", lambda: 2)
     child = subprocess.Popen(["sleep", "0"])
     peer = replace(own_record(1), pid=child.pid, process_started=1, beats=3, beat="step 3", pulse=1)
     child.wait()
     watch.board.write(peer)
-    assert "was killed after step 3 without a word" in watch._find_death()
-    monkeypatch.setattr(rank_watch, "memory_kills", lambda: watch._memory_kills + 1)
-    assert "was killed after step 3 by the system, because memory ran out" in watch._find_death()
+    assert "was killed after step 3 without a word" in watch.peers.find_death(connection_lost=False)
+    monkeypatch.setattr(peers, "memory_kills", lambda: watch.peers._memory_kills + 1)
+    assert "was killed after step 3 by the system, because memory ran out" in watch.peers.find_death(
+        connection_lost=False
+    )
     watch.board.write(replace(peer, finished=True))
-    assert watch._find_death() is None
+    assert watch.peers.find_death(connection_lost=False) is None
 
 
 def test_a_rank_of_another_machine_is_gone_only_when_silent_and_the_connection_lost(watch, monkeypatch):
-    monkeypatch.setattr(rank_watch, "world_size", lambda: 2)
+    monkeypatch.setattr(peers, "world_size", lambda: 2)
     watch.board.write(replace(own_record(1), host="elsewhere", pid=2**22 + 1, pulse=7, beats=1, beat="step 1"))
-    assert watch._find_death() is None
-    watch._seconds += rank_watch.SILENT_SECONDS + 1
-    assert watch._find_death() is None, "a machine may be slow"
-    watch.lost = True
-    assert "rank 1 (pid 4194305 on elsewhere) gives no sign of life any more" in watch._find_death()
+    assert watch.peers.find_death(connection_lost=False) is None
+    watch.own.seconds += SILENT_SECONDS + 1
+    assert watch.peers.find_death(connection_lost=False) is None, "a machine may be slow"
+    found = watch.peers.find_death(connection_lost=True)
+    assert "rank 1 (pid 4194305 on elsewhere) gives no sign of life any more" in found
 
 
 def test_one_verdict_only(tmp_path):

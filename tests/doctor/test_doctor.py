@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from rlhf.cli.__main__ import main
-from rlhf.doctor import CHECKS, SICKNESSES, HealthMonitor, check, diagnose, record_stop
-from rlhf.doctor.checks import NEEDS, condensed
+from rlhf.cli.doctor import STAGES
+from rlhf.doctor import OFFLINE, SICKNESSES, HealthMonitor, NotARunError, StageView, diagnose, examine, record_stop
+from rlhf.doctor.checks import NEEDS
 from rlhf.doctor.findings import finding
+from rlhf.doctor.history import condensed
 from rlhf.doctor.limits import KEPT_FIRST, KEPT_LAST
 from rlhf.doctor.monitor import GONE_AFTER
 from rlhf.numerics.statistics import correlation, repeated_share
 
 LINES = 32
+CHECKS = {stage.name: stage.checks for stage in STAGES}
 
 
 def ppo_line(index, noise):
@@ -69,7 +72,7 @@ def names(found):
 def test_a_healthy_history_raises_nothing_at_any_of_its_lines(stage, seed):
     lines = history(stage, seed)
     for end in range(1, len(lines) + 1):
-        assert check(stage, lines[:end]) == []
+        assert examine(CHECKS[stage], lines[:end]) == []
 
 
 def late(value, *, start=20, before=None):
@@ -144,22 +147,24 @@ SICK = [
 
 @pytest.mark.parametrize(("name", "stage", "sick", "healthy", "since"), SICK)
 def test_a_sickness_is_found_and_its_healthy_neighbour_is_not(name, stage, sick, healthy, since):
-    found = {one.check: one for one in check(stage, history(stage, **sick))}
+    found = {one.check: one for one in examine(CHECKS[stage], history(stage, **sick))}
     assert name in found, f"found {set(found)}"
     assert set(found) <= {name, "ratio_not_one"} or name in ("sampling_mismatch", "not_finite")
     if since is not None:
         assert found[name].since == since
     assert found[name].step == max(line["step"] for line in history(stage, **sick) if "learning_rate" in line)
-    assert name not in names(check(stage, history(stage, **healthy)))
+    assert name not in names(examine(CHECKS[stage], history(stage, **healthy)))
 
 
 def test_a_reward_model_that_says_the_same_of_everything():
     lines = history("reward")
-    assert "reward_model_blind" not in names(check("reward", lines))  # nor before training, where its spread is 0.05
+    assert "reward_model_blind" not in names(
+        examine(CHECKS["reward"], lines)
+    )  # nor before training, where its spread is 0.05
     lines[0]["eval_score_std"] = 1e-5
-    assert check("reward", lines[:1]) == []
+    assert examine(CHECKS["reward"], lines[:1]) == []
     lines[-1]["eval_score_std"] = 1e-3
-    assert names(check("reward", lines)) == {"reward_model_blind"}
+    assert names(examine(CHECKS["reward"], lines)) == {"reward_model_blind"}
 
 
 def test_every_check_has_words_for_what_it_means_and_what_to_try_and_a_case_here():
@@ -183,7 +188,7 @@ def test_only_the_ends_of_a_history_count(name, stage, sick):
     longer = [lines[0]] * 2 + lines[:KEPT_FIRST] + [lines[KEPT_FIRST]] * 50 + lines[KEPT_FIRST:]
     short = condensed(longer)
     assert len(short) <= 2 * (KEPT_FIRST + KEPT_LAST)
-    assert names(check(stage, longer)) == names(check(stage, short))
+    assert names(examine(CHECKS[stage], longer)) == names(examine(CHECKS[stage], short))
     assert condensed(short) == short
 
 
@@ -221,7 +226,7 @@ def test_a_finding_is_told_once_then_when_it_is_worse_and_when_it_is_over(tmp_pa
     def kl(index):
         return {5: 1.2, 6: 1.3, 7: 1.4, 8: 1.5, 9: 3.5, 10: 3.6}.get(index, 0.1)
 
-    monitor = HealthMonitor(tmp_path, "ppo")
+    monitor = HealthMonitor(tmp_path, "ppo", CHECKS["ppo"])
     told = feed(monitor, history("ppo", kl_per_token=kl))
     assert [(one.check, one.severity, one.step) for one in told] == [
         ("kl_explodes", "warning", 7), ("kl_explodes", "warning", 10), ("kl_explodes", "critical", 11),
@@ -241,14 +246,14 @@ def test_a_finding_is_told_once_then_when_it_is_worse_and_when_it_is_over(tmp_pa
 
 
 def test_a_sickness_that_comes_back_is_one_finding_from_its_first_step(tmp_path):
-    monitor = HealthMonitor(tmp_path, "ppo")
+    monitor = HealthMonitor(tmp_path, "ppo", CHECKS["ppo"])
     feed(monitor, history("ppo", kl_per_token=lambda i: 1.5 if i in (4, 5, 15, 16, 30, 31) else 0.1))
     assert [event["event"] for event in events(tmp_path)] == ["found", "ended", "found", "ended", "found"]
     assert [(one["since"], one["until"]) for one in monitor.summary()["findings"]] == [(5, None)]
 
 
 def test_a_healthy_run_leaves_an_empty_file_and_says_so(tmp_path):
-    monitor = HealthMonitor(tmp_path, "ppo")
+    monitor = HealthMonitor(tmp_path, "ppo", CHECKS["ppo"])
     assert feed(monitor, history("ppo")) == []
     assert monitor.summary() == {"healthy": True, "lines": LINES, "findings": []}
     assert events(tmp_path) == []
@@ -263,13 +268,13 @@ def test_a_monitor_that_goes_on_from_its_state_ends_like_one_that_never_stopped(
         "eos_rate": lambda i: max(0.0, 1 - i / 20), "score": lambda i: math.nan if i == 8 else 0.0,
     }  # fmt: skip
     lines = history("ppo", **changes)
-    whole = HealthMonitor(tmp_path / "whole", "ppo")
+    whole = HealthMonitor(tmp_path / "whole", "ppo", CHECKS["ppo"])
     feed(whole, lines)
-    before = HealthMonitor(tmp_path / "parts", "ppo")
+    before = HealthMonitor(tmp_path / "parts", "ppo", CHECKS["ppo"])
     feed(before, lines[:cut])
     saved = json.dumps(before.state(), allow_nan=False)
     feed(before, lines[cut : cut + lost])
-    after = HealthMonitor(tmp_path / "parts", "ppo")
+    after = HealthMonitor(tmp_path / "parts", "ppo", CHECKS["ppo"])
     after.load_state(json.loads(saved))
     feed(after, lines[cut:])
     assert after.summary() == whole.summary()
@@ -278,16 +283,16 @@ def test_a_monitor_that_goes_on_from_its_state_ends_like_one_that_never_stopped(
 
 
 def test_a_run_that_starts_anew_drops_what_an_earlier_one_found(tmp_path):
-    feed(HealthMonitor(tmp_path, "ppo"), history("ppo", eos_rate=lambda i: max(0.0, 1 - i / 20)))
+    feed(HealthMonitor(tmp_path, "ppo", CHECKS["ppo"]), history("ppo", eos_rate=lambda i: max(0.0, 1 - i / 20)))
     record_stop(tmp_path, finding("not_finite", "critical", 3, 3, "loss"))
     assert [event["event"] for event in events(tmp_path)] == ["found", "stopped"]
-    feed(HealthMonitor(tmp_path, "ppo"), history("ppo", lines=1))
+    feed(HealthMonitor(tmp_path, "ppo", CHECKS["ppo"]), history("ppo", lines=1))
     assert events(tmp_path) == []
 
 
 def test_a_directory_that_cannot_be_written_ends_no_run(tmp_path, caplog):
     (tmp_path / "file").write_text("")
-    monitor = HealthMonitor(tmp_path / "file", "ppo")
+    monitor = HealthMonitor(tmp_path / "file", "ppo", CHECKS["ppo"])
     with caplog.at_level("WARNING", logger="rlhf"):
         told = feed(monitor, history("ppo", kl_per_token=lambda i: 2.0))
     assert names(told) == {"kl_explodes"}
@@ -333,8 +338,21 @@ def test_a_sick_running_run_with_a_half_written_line(tmp_path, capsys):
     assert "try: a lower learning rate, fewer ppo_epochs" in text
     assert "not checked: repetition (no repeated_4grams)" in text
     assert "diagnosis: 2 findings" in text
-    assert not diagnose(tmp_path / "ppo").healthy  # a stage's own directory
-    assert diagnose(tmp_path / "sft").healthy
+    assert not diagnose(tmp_path / "ppo", STAGES).healthy  # a stage's own directory
+    assert diagnose(tmp_path / "sft", STAGES).healthy
+
+
+def test_the_stages_are_those_it_is_given(tmp_path):
+    stages = [StageView("warm-up", OFFLINE, ("loss",)), StageView("dpo", OFFLINE, ("margin",), unit="epoch")]
+    write_stage(tmp_path / "dpo", history("reward", loss=lambda i: 0.7 if i < 9 else 1.6))
+    text = diagnose(tmp_path, stages).text()
+    assert "warm-up: not started" in text and "dpo: finished (last line at epoch 160" in text
+    assert "margin 0 -> 9.69" in text and "accuracy" not in text
+    assert "since epoch 50 (loss_diverges)" in text and "reward_model" not in text
+    with pytest.raises(NotARunError, match="none of warm-up/metrics.jsonl is there"):
+        diagnose(tmp_path, stages[:1])
+    with pytest.raises(NotARunError, match="none of the stages warm-up"):
+        diagnose(tmp_path / "dpo", stages[:1])
 
 
 def test_what_stopped_a_run_is_told_though_no_line_of_metrics_has_it(tmp_path, capsys):
@@ -381,9 +399,9 @@ def test_responses_that_were_cut_are_noted(tmp_path):
     write_stage(tmp_path / "sft", history("sft"))
     data = {"skipped": {"rows": 7}, "train": {"rows": 100, "responses": 100, "truncated_responses": 20}}
     (tmp_path / "sft" / "data.json").write_text(json.dumps(data), encoding="utf-8")
-    text = diagnose(tmp_path).text()
+    text = diagnose(tmp_path, STAGES).text()
     assert "20 of 100 responses are cut at max_response_tokens" in text and "7 rows could not be used" in text
-    assert diagnose(tmp_path).healthy
+    assert diagnose(tmp_path, STAGES).healthy
 
 
 def lines_of(name, values, **more):
@@ -392,14 +410,16 @@ def lines_of(name, values, **more):
 
 def test_an_easy_first_batch_or_two_hard_ones_are_no_diverging_loss():
     losses = [0.4, 1.9, 2.0, 1.6, 2.2] + [1.7] * 20
-    assert [found.check for found in check("sft", lines_of("loss", losses))] == ["loss_diverges"], "nothing held out"
-    assert not check("sft", [{"step": 0, "eval_loss": 1.8}, *lines_of("loss", losses)])
-    assert not check("sft", lines_of("loss", [2.0] * 20 + [1.9, 5.5, 1.9, 5.5, 1.9]))
-    assert check("sft", lines_of("loss", [2.0] * 20 + [5.5] * 5))
+    assert [found.check for found in examine(CHECKS["sft"], lines_of("loss", losses))] == ["loss_diverges"], (
+        "nothing held out"
+    )
+    assert not examine(CHECKS["sft"], [{"step": 0, "eval_loss": 1.8}, *lines_of("loss", losses)])
+    assert not examine(CHECKS["sft"], lines_of("loss", [2.0] * 20 + [1.9, 5.5, 1.9, 5.5, 1.9]))
+    assert examine(CHECKS["sft"], lines_of("loss", [2.0] * 20 + [5.5] * 5))
 
 
 def test_a_negative_kl_within_its_error_is_noise():
     values = [0.0, 0.01, -0.06, -0.05, -0.07, -0.06, -0.05, -0.06]
     sure, unsure = (lines_of("kl_per_token", values, kl_error=error) for error in (0.001, 0.05))
-    assert "kl_negative" in [found.check for found in check("ppo", sure)]
-    assert "kl_negative" not in [found.check for found in check("ppo", unsure)]
+    assert "kl_negative" in [found.check for found in examine(CHECKS["ppo"], sure)]
+    assert "kl_negative" not in [found.check for found in examine(CHECKS["ppo"], unsure)]

@@ -10,11 +10,11 @@ import pytest
 import torch
 import yaml
 
-from rlhf.config import STAGES, ModelConfig, load_config_file
+from rlhf.config import ModelConfig, load_config_file
 from rlhf.engine import BatchPlan
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import apply_lora
-from rlhf.pipeline.stages import STAGE_CONFIGS, parse_stage
+from rlhf.pipeline import STAGES, parse_stage
 from tests.support.tiny_models import save_tiny_model
 
 CONFIGS = Path(__file__).parents[2] / "training_scripts" / "configs"
@@ -26,8 +26,8 @@ every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 def parse(path, stage, *more):
     """The configuration of one stage as one namespace of fields."""
-    configs = parse_stage(stage, ["--config", str(path), *map(str, more)])
-    return {item.name: getattr(config, item.name) for config in configs for item in dataclasses.fields(config)}
+    parts = parse_stage(stage, ["--config", str(path), *map(str, more)]).parts()
+    return {item.name: getattr(part, item.name) for part in parts for item in dataclasses.fields(part)}
 
 
 def devices(path):
@@ -56,16 +56,17 @@ def test_every_scale_and_every_recipe_is_there():
 @pytest.mark.parametrize("stage", STAGES)
 def test_parses_and_its_values_arrive(path, stage):
     parsed = parse(path, stage)
-    content = load_config_file(path, stage)
-    own = {item.name for config in STAGE_CONFIGS[stage] for item in dataclasses.fields(config)}
+    content = load_config_file(path, stage, sections=STAGES)
+    own = STAGES[stage].field_names()
     for name, value in content.items():
         if name in own and isinstance(value, bool | int | str) and not isinstance(parsed[name], float):
             assert parsed[name] == value, f"{path.name}, {stage}: {name}"
         elif name in own and isinstance(parsed[name], float):
             assert parsed[name] == float(value), f"{path.name}, {stage}: {name}"
     for section in STAGES:
-        fields = {item.name for config in STAGE_CONFIGS[section] for item in dataclasses.fields(config)}
-        stray = (yaml.safe_load(path.read_text(encoding="utf-8")).get(section) or {}).keys() - fields
+        stray = (yaml.safe_load(path.read_text(encoding="utf-8")).get(section) or {}).keys() - STAGES[
+            section
+        ].field_names()
         assert not stray, f"{path.name}: {stray} under {section}: would be passed over in silence"
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import ConfigError
+from rlhf.distributed.processes import process_stat
 from rlhf.pipeline.arguments import sort_arguments
 
 ROOT = Path(__file__).parents[2]
@@ -55,9 +56,9 @@ WATCHED_STAGE = """
 import os, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
-from rlhf import job_end, rank_watch
 from rlhf.config import ConfigError, RunConfig
-from rlhf.distributed import close_world
+from rlhf.distributed import close_world, rank_watch
+from rlhf.distributed.job_exit import run_to_end
 directory = Path(sys.argv[sys.argv.index("--output_dir") + 1]) / "sft"
 directory.mkdir(parents=True, exist_ok=True)
 dist.init_process_group("gloo")
@@ -72,7 +73,7 @@ def main():
                 if dist.get_rank() == 0:
                     (directory / "saved").write_text(str(step))
                 raise rank_watch.Stopped(step, directory, saved=True)
-job_end.run_to_end(main, (ConfigError,))
+run_to_end(main, (ConfigError,))
 close_world()
 """
 
@@ -261,11 +262,7 @@ def test_a_second_signal_kills(training):
     output, _ = process.communicate(timeout=20)
     assert process.returncode == 143 and "SIGTERM again: killed" in output, output
     time.sleep(0.5)
-    assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists() and "Z" not in state(pid)]
-
-
-def state(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    assert not [pid for pid in ranks if (stat := process_stat(pid)) is not None and stat.state != "Z"]
 
 
 # ------------------------------------------------------------------------------------------------ pipeline_args

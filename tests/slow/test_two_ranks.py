@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from tests.support.launch import run_ranks
 
-WORKER = Path(__file__).with_name("pipeline_worker.py")
+WORKER = Path(__file__).parents[1] / "support" / "pipeline_worker.py"
 SAMPLE = Path(__file__).parents[2] / "rlhf" / "data" / "sample"
 TOLERANCE = 2e-4
 MODELS = ("sft/model", "reward/model", "ppo/actor", "ppo/critic")

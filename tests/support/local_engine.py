@@ -51,10 +51,18 @@ class LocalModels:
         self.actor = LocalEngine(actor.eval(), plan)
         self.critic = LocalEngine(critic.eval(), plan)
         self.reference = reference.eval()
+        self.reward = None
+        self.averaged_actor = None
+        self.has_reference = True
+        self.jobs_at_a_time = 1
 
     @contextmanager
     def reference_model(self) -> Iterator[nn.Module]:
         yield self.reference
+
+    def run_jobs(self, jobs):
+        for job in jobs:
+            job()
 
     def scoring(self):
         return nullcontext()

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from rlhf.config import ConfigError, RunConfig
 from rlhf.distributed import close_world, free_port, rank_watch
-from rlhf.distributed import job_exit as job_end
+from rlhf.distributed.job_exit import run_to_end
 
 TIMEOUT_MINUTES = 0.03
 STEPS, TROUBLE_AT, SAVED_AT = 3000, 20, 10
@@ -66,7 +66,7 @@ def train(directory: Path, scenario: str) -> None:
 
 def main(directory: Path, scenario: str) -> None:
     dist.init_process_group("gloo")
-    job_end.run_to_end(lambda: train(directory, scenario), (ConfigError,))
+    run_to_end(lambda: train(directory, scenario), (ConfigError,))
     close_world()
 
 

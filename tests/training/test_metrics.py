@@ -7,7 +7,6 @@ import sys
 import pytest
 import torch
 
-from rlhf.checkpoint.atomic import write_json
 from rlhf.config import ConfigError, RunConfig
 from rlhf.training.metrics import LineFile, MeanMeter, MetricsWriter
 from tests.support.launch import run_ranks
@@ -169,10 +168,3 @@ def test_wandb_without_the_package_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # an import of it now fails as if it were not installed
     with pytest.raises(ConfigError, match="wandb_project='p'.*pip install wandb"):
         RunConfig(wandb_project="p")
-
-
-def test_json_files_keep_korean_readable(tmp_path):
-    path = tmp_path / "a" / "result.json"
-    write_json(path, {"답": [1, "가"]})
-    assert json.loads(path.read_text(encoding="utf-8")) == {"답": [1, "가"]}
-    assert "가" in path.read_text(encoding="utf-8")

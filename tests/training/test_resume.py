@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.chaos.kill_and_resume import Setting, differences, finish, kill_and_resume, metrics, write_data
 
 from rlhf.checkpoint.run_lock import RunLock
 from rlhf.config import ConfigError
@@ -22,6 +21,7 @@ from rlhf.distributed.rank_watch import Stopped
 from step1_sft.main import main as sft
 from step2_reward.main import main as reward
 from step3_ppo.main import main as ppo
+from tests.slow.chaos.kill_and_resume import Setting, differences, finish, kill_and_resume, metrics, write_data
 from tests.support.pipeline_worker import ON_POLICY, SMALL
 
 
@@ -193,7 +193,7 @@ SETTINGS = {
     "two ranks, ZeRO-2": {"ranks": 2, "zero_stage": 2},
     "4-bit with LoRA": {"extra": ("--quantization", "4bit", "--lora_rank", "4", "--model_dropout", "0.1")},
 }
-"""Two of many: `python -m tests.chaos.kill_and_resume` takes any."""
+"""Two of many: `python -m tests.slow.chaos.kill_and_resume` takes any."""
 
 
 @pytest.fixture(scope="module", params=SETTINGS)

@@ -8,9 +8,10 @@ import transformers
 
 from rlhf.models.forward import forward_logits
 from rlhf.models.scalar import ScalarModel
-from rlhf.rewards.reward_model import RewardScorer, same_tokenizer
+from rlhf.rewards.reward_model import same_tokenizer
 from rlhf.training.scoring import label_loss, response_logprobs, response_logprobs_and_entropy, response_values
 from rlhf.types import Rollout, TokenBatch
+from tests.support.on_policy import responses_to, reward_of
 
 PROMPTS = ([5, 9, 3], [7], [4, 4, 8, 2, 6])
 RESPONSES = ([11, 12, 13, 0], [14], [15, 16, 0])
@@ -126,9 +127,8 @@ def test_widened_pads_ids_with_pad_and_the_rest_with_nothing():
 @torch.no_grad()
 def test_scorer_gives_the_normalised_value_at_each_rows_last_token(fresh_critic, tokenizer):
     fresh_critic.set_normalisation(2.0, 0.5)
-    scores = RewardScorer(fresh_critic, tokenizer, tokenizer, eos_ids=[0])(
-        rollout_of(more_left=1, more_right=2), ["", "", ""]
-    )
+    rollout = rollout_of(more_left=1, more_right=2)
+    scores = reward_of(fresh_critic, tokenizer).score(responses_to(rollout, tokenizer)).scores
     assert scores.dtype == torch.float32
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         ids = torch.tensor([prompt + response])

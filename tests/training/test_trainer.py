@@ -9,25 +9,25 @@ import pytest
 import torch
 import transformers
 
+import rlhf.training.data_order
 import rlhf.training.metrics
 import rlhf.training.offline
 from rlhf.algorithms.reward import RewardConfig, RewardTrainer
 from rlhf.algorithms.sft import SFTConfig, SFTTrainer
-from rlhf.config import BatchConfig, RunConfig
+from rlhf.config import BatchConfig
 from rlhf.engine import BatchPlan
 from rlhf.models.scalar import ScalarModel
-from rlhf.training.data_order import DataOrder
+from rlhf.training.data_order import DataOrder, planned_steps
 from rlhf.training.nonfinite import NonFiniteError
 from rlhf.training.step import accumulate_step, learning_rate
 from rlhf.types import TokenizedRanking, TokenizedResponse
 from tests.support.local_engine import LocalEngine
-
-QUIET = RunConfig(tensorboard=False, log_every_steps=1)
+from tests.support.on_policy import context, stage_data
 
 
 def on_rank(monkeypatch, rank, world):
-    monkeypatch.setattr(rlhf.training.offline, "rank", lambda: rank)
-    monkeypatch.setattr(rlhf.training.offline, "world_size", lambda: world)
+    for module in (rlhf.training.data_order, rlhf.training.offline):
+        monkeypatch.setattr(module, "rank", lambda: rank)
 
 
 # --------------------------------------------------------------------------------------------------- order
@@ -53,10 +53,13 @@ def test_epochs_and_seeds_shuffle_differently_and_a_step_can_be_asked_for_in_any
 
 
 def test_steps_of_whole_and_broken_epochs():
-    order = DataOrder([1] * 10, BatchPlan(4, 4, 1), seed=0)
-    assert [order.steps(epochs) for epochs in (0.1, 0.4, 1.0, 2.0, 3.0)] == [1, 1, 3, 5, 8]
-    assert DataOrder([1] * 10, BatchPlan(10, 10, 1), 0).steps(0.1 + 0.2) == 1  # 0.30000000000000004 * 10 is 3 examples
-    assert DataOrder([1] * 100, BatchPlan(10, 10, 1), 0).steps(1.1) == 11  # 1.1 * 100 is above 110 in floating point
+    def steps(examples, epochs, size, max_steps=0):
+        return planned_steps(examples, BatchConfig(epochs=epochs, max_steps=max_steps), BatchPlan(size, size, 1))
+
+    assert [steps(10, epochs, 4) for epochs in (0.1, 0.4, 1.0, 2.0, 3.0)] == [1, 1, 3, 5, 8]
+    assert steps(10, 0.1 + 0.2, 10) == 1  # 0.30000000000000004 * 10 is 3 examples
+    assert steps(100, 1.1, 10) == 11  # 1.1 * 100 is above 110 in floating point
+    assert steps(10, 1.0, 4, max_steps=7) == 7
 
 
 def test_no_example_is_an_error():
@@ -167,15 +170,13 @@ def sft_trainer(path, tmp_path, train, evaluation, *, micro=2, lr=0.05, exported
     eval_every_steps = batch.pop("eval_every_steps", 0)
     return SFTTrainer(
         LocalEngine(model, plan, lr=lr),
-        train,
-        evaluation,
-        plan=plan,
-        batch=BatchConfig(**batch),
-        run=QUIET,
-        directory=tmp_path,
-        export=(lambda: exported.append(True)) if exported is not None else (lambda: None),
-        config=SFTConfig(loss_on=loss_on, eval_every_steps=eval_every_steps),
+        stage_data(train, evaluation),
+        SFTConfig(loss_on=loss_on, eval_every_steps=eval_every_steps),
         pad_token_id=0,
+        plan=plan,
+        total_steps=planned_steps(len(train), BatchConfig(**batch), plan),
+        export=(lambda: exported.append(True)) if exported is not None else (lambda: None),
+        context=context(tmp_path, "sft", log_every_steps=1),
     )
 
 
@@ -295,15 +296,13 @@ def reward_trainer(path, tmp_path, *, micro=1, lr=0.1, **config):
     plan = BatchPlan(3, micro, 1)
     return RewardTrainer(
         LocalEngine(model, plan, lr=lr),
-        RANKINGS,
-        RANKINGS,
-        plan=plan,
-        batch=BatchConfig(max_steps=6),
-        run=QUIET,
-        directory=tmp_path,
-        export=lambda: None,
-        config=RewardConfig(**config),
+        stage_data(RANKINGS, RANKINGS),
+        RewardConfig(**config),
         pad_token_id=0,
+        plan=plan,
+        total_steps=6,
+        export=lambda: None,
+        context=context(tmp_path, "reward", log_every_steps=1),
     )
 
 

@@ -1,6 +1,6 @@
 """Kill a run over and over, let it go on, and compare what comes out with a run that was never killed.
 
-python -m tests.chaos.kill_and_resume [--kills 20] [--ranks 2] [--zero_stage 2] [--iterations 20] [--FIELD VALUE ...]
+python -m tests.slow.chaos.kill_and_resume [--kills 20] [--ranks 2] [--zero_stage 2] [--FIELD VALUE ...]
 
 A run is the three stages on a tiny model under the real launcher, its state saved after every step. It is killed with
 SIGKILL, launcher and ranks at once, at random moments: shortly after a state was written, while one is being written,
@@ -28,7 +28,7 @@ from rlhf.models.tiny_base import TinyRecipe, build_tiny_base
 from tests.support.launch import start_ranks
 
 ROOT = Path(__file__).resolve().parents[3]
-WORKER = ROOT / "tests" / "pipeline_worker.py"
+WORKER = ROOT / "tests" / "support" / "pipeline_worker.py"
 SAMPLE = ROOT / "rlhf" / "data" / "sample"
 STAGES = ("sft", "reward", "ppo")
 

@@ -1,11 +1,9 @@
-"""Training states on disk: whole or absent, verified when they are read, pruned once a newer one is in place."""
+"""The training states of a run on disk: whole or absent, verified when read, removed once newer ones are there."""
 
 from __future__ import annotations
 
 import json
 import re
-import secrets
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,20 +13,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from rlhf.checkpoint.manifest import (
-    damages,
-    durable_fingerprints,
-    fingerprint,
-    read_manifest,
-    sync_directory,
-    write_manifest,
-)
+from rlhf.checkpoint.atomic import beside, entries, put_in_place, remove_leftovers, sync_directory
+from rlhf.checkpoint.manifest import damages, durable_digests, file_digest, read_manifest, write_manifest
 from rlhf.config import ConfigError
 from rlhf.distributed import all_gather_rows, is_main, logger, rank, world_size
 
 CONTENT = "state.json"
 _STATE = re.compile(r"step-(\d{8,})")
-_LEFTOVER = re.compile(r"\.(step-\d{8,})\.(part|replaced|removed)-[0-9a-f]{8}")
 
 Write = Callable[[Path], None]
 
@@ -43,10 +34,10 @@ class SavedState:
     content: dict[str, Any]
 
 
-class TrainingStateStore:
-    """Training states of one run in `directory`, one subdirectory `step-00000120` each.
+class StateDirectory:
+    """The directory with the training states of one run, a subdirectory such as `step-00000120` each.
 
-    All ranks share the directory (one machine or a shared disk) and only one run uses it at a time (see
+    All ranks share `directory` (one machine or a shared disk) and only one run uses it at a time (see
     `rlhf.checkpoint.run_lock`). The newest `keep_last` states stay, and for good those whose step is a multiple of
     `keep_every` (0: none). `device` is where the ranks' messages to one another travel.
     """
@@ -65,16 +56,16 @@ class TrainingStateStore:
         Each writer is called on every rank with a directory to write into, files of a name that no other rank uses.
         A writer that holds collectives does them before it touches a file: an OSError then keeps no rank waiting,
         since the other writers are called all the same. It is logged as an error, no half of the state remains, the
-        earlier ones stay, and training can go on. Any other exception is raised on every rank. `content` (rank 0's)
-        is kept as JSON. States of a later step, left behind by a run that went back to an earlier one, are removed.
+        earlier ones stay, and training can continue. Any other exception is raised on every rank. `content` (rank 0's)
+        is kept as JSON. States of a later step, of a run that was resumed from an earlier one, are removed.
         """
         if self.keep_last < 1:
-            raise ValueError(f"keep_last={self.keep_last}: a store that keeps no state cannot save one")
+            raise ValueError(f"keep_last={self.keep_last}: where no state is kept none can be saved")
         try:
             part = Path(self._everywhere(lambda: self._begin(step), main_only=True)[0])
             self._everywhere(lambda: _call_all(writers, part))
-            shares = self._everywhere(lambda: durable_fingerprints(part))
-            files = {name: entry for share in shares for name, entry in share.items()}
+            shares = self._everywhere(lambda: durable_digests(part))
+            files = {name: digest for share in shares for name, digest in share.items()}
             self._everywhere(lambda: self._commit(part, step, content, files), main_only=True)
         except _RefusedError as refusal:
             if is_main():
@@ -87,7 +78,7 @@ class TrainingStateStore:
         finally:
             if is_main():
                 with suppress(OSError):  # the next save cleans up before it writes
-                    self._clean()
+                    remove_leftovers(self.directory)
 
     def newest(self) -> SavedState | None:
         """The newest state that is whole, None where there is none; every rank gets the same. A collective.
@@ -97,7 +88,7 @@ class TrainingStateStore:
         """
 
         def found() -> list[int]:
-            self._clean()
+            remove_leftovers(self.directory)
             return self.steps()
 
         try:
@@ -119,7 +110,7 @@ class TrainingStateStore:
 
     def steps(self) -> list[int]:
         """Steps with a state, in order, damaged ones included. No collective; OSError where it cannot be listed."""
-        named = (_STATE.fullmatch(entry.name) for entry in _entries(self.directory))
+        named = (_STATE.fullmatch(entry.name) for entry in entries(self.directory))
         return sorted(int(match[1]) for match in named if match)
 
     def clear(self, *, keep_permanent: bool) -> bool:
@@ -134,7 +125,7 @@ class TrainingStateStore:
             return False
         done = [self._set_aside(step) for step in going if not (keep_permanent and self._permanent(step))]
         with suppress(OSError):  # what is hidden by now is none of the states
-            self._clean()
+            remove_leftovers(self.directory)
             self.directory.rmdir()  # where it is empty
         return all(done)
 
@@ -167,25 +158,21 @@ class TrainingStateStore:
 
     def _begin(self, step: int) -> str:
         """Make the directory that `step` is written into, under a name that no rank of a dead run still writes to."""
-        self._clean()
+        remove_leftovers(self.directory)
         missing = [folder for folder in (self.directory, *self.directory.parents) if not folder.exists()]
         self.directory.mkdir(parents=True, exist_ok=True)
         for folder in missing:
             sync_directory(folder.parent)
-        part = self._hidden(step, "part")
+        part = beside(self._path(step), "part")
         part.mkdir()
         return str(part)
 
     def _commit(self, part: Path, step: int, content: Mapping[str, Any], files: dict[str, Any]) -> None:
         """Seal the files in `part` with a manifest and let it take the state's name."""
         (part / CONTENT).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        files = {**files, CONTENT: fingerprint(part / CONTENT, durable=True)}
+        files = {**files, CONTENT: file_digest(part / CONTENT, durable=True)}
         write_manifest(part, files, step=step, world_size=world_size())
-        target = self._path(step)
-        if target.exists():  # two moves, and `_clean` takes the first one back where the second was not reached
-            target.rename(self._hidden(step, "replaced"))
-        part.rename(target)
-        sync_directory(self.directory)
+        put_in_place(part, self._path(step))
 
     def _verified(self, step: int) -> tuple[SavedState | None, list[str]]:
         """The state of `step`, or None and what is wrong with it."""
@@ -226,7 +213,7 @@ class TrainingStateStore:
                 self._set_aside(other)
 
     def _listed(self) -> list[int] | None:
-        """`steps`, or None and a word in the log."""
+        """`steps`, or None and an error in the log."""
         try:
             return self.steps()
         except OSError as error:
@@ -237,34 +224,17 @@ class TrainingStateStore:
         """Take a state's name away in one move, so that a kill during its deletion leaves no half of it."""
         path = self._path(step)
         try:
-            path.rename(self._hidden(step, "removed"))
+            path.rename(beside(path, "removed"))
         except OSError as error:
             logger.error("the old training state %s cannot be removed: %s", path, error)
             return False
         return True
-
-    def _clean(self) -> None:
-        """Delete what was set aside or never finished; a state that was not replaced after all gets its name back."""
-        for entry in _entries(self.directory):
-            leftover = _LEFTOVER.fullmatch(entry.name)
-            if leftover is None:
-                continue
-            if leftover[2] == "replaced" and not (self.directory / leftover[1]).exists():
-                try:
-                    entry.rename(self.directory / leftover[1])
-                except OSError as error:
-                    logger.error("the training state %s cannot be renamed to %s: %s", entry, leftover[1], error)
-            else:
-                shutil.rmtree(entry, ignore_errors=True)
 
     def _permanent(self, step: int) -> bool:
         return self.keep_every > 0 and step % self.keep_every == 0
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
-
-    def _hidden(self, step: int, kind: str) -> Path:
-        return self.directory / f".step-{step:08d}.{kind}-{secrets.token_hex(4)}"
 
 
 class _RefusedError(Exception):
@@ -288,10 +258,3 @@ def _call_all(writers: Iterable[Write], part: Path) -> None:
             failures.append(error)
     if failures:
         raise failures[0]
-
-
-def _entries(directory: Path) -> list[Path]:
-    try:
-        return list(directory.iterdir())
-    except (FileNotFoundError, NotADirectoryError):  # no save so far, or none that could be
-        return []

@@ -1,6 +1,6 @@
 """Processes that save training states and are killed, or whose disk fails, at every moment of it.
 
-`python training_state_worker.py MODE DIRECTORY` runs one of the functions of MODES and fails with a traceback when a
+`python state_directory_worker.py MODE DIRECTORY` runs one of the functions of MODES and fails with a traceback when a
 state is ever neither whole nor absent. Every trial is a process of its own, forked once everything is imported.
 """
 
@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from rlhf.checkpoint.manifest import damages, read_manifest
-from rlhf.checkpoint.state_store import SavedState, TrainingStateStore
+from rlhf.checkpoint.state_directory import SavedState, StateDirectory
 
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
 
@@ -41,7 +41,7 @@ def writers(step: int, rank: int, size: int = 100_000) -> list[Callable[[Path], 
     return [lambda part: (part / f"rank-{rank}.bin").write_bytes(bytes_of(step, rank, size)) and None, tensors]
 
 
-def save(store: TrainingStateStore, step: int, rank: int = 0) -> bool:
+def save(store: StateDirectory, step: int, rank: int = 0) -> bool:
     return store.save(step, {"step": step, "loss": 0.1 + step, "note": "가"}, *writers(step, rank))
 
 
@@ -112,11 +112,11 @@ def killed_at_every_operation(root: Path) -> int:
     without_syncing()
     for number in range(1, 10_000):
         directory = root / str(number)
-        store = TrainingStateStore(directory, keep_last=1)
+        store = StateDirectory(directory, keep_last=1)
 
         def work(
             report: Callable[[int], None],
-            store: TrainingStateStore = store,
+            store: StateDirectory = store,
             number: int = number,
         ) -> None:
             on_operation(number, kill_self)
@@ -127,7 +127,7 @@ def killed_at_every_operation(root: Path) -> int:
         child, receive = forked(work)
         done = reported(receive)
         status = os.waitpid(child, 0)[1]
-        saved = TrainingStateStore(directory, keep_last=1).newest()
+        saved = StateDirectory(directory, keep_last=1).newest()
         assert (saved is not None) or not done, f"operation {number}: {done} were saved and nothing is there"
         if saved is not None:
             check_whole(saved)
@@ -151,12 +151,12 @@ def failing_at_every_operation(root: Path) -> int:
     for also_later in (False, True):
         for number in range(1, 10_000):
             directory = root / f"{also_later}-{number}"
-            store = TrainingStateStore(directory, keep_last=1)
+            store = StateDirectory(directory, keep_last=1)
             assert save(store, 1)
 
             def work(
                 report: Callable[[int], None],
-                store: TrainingStateStore = store,
+                store: StateDirectory = store,
                 number: int = number,
                 also_later: bool = also_later,
             ) -> None:
@@ -173,7 +173,7 @@ def failing_at_every_operation(root: Path) -> int:
             child, receive = forked(work)
             done, broken = reported(receive)
             assert os.waitpid(child, 0)[1] == 0
-            found = TrainingStateStore(directory).newest()
+            found = StateDirectory(directory).newest()
             assert found is not None and (found.step == 2 or not done), (also_later, number)
             check_whole(found)
             in_place += bool(found.step == 2 and not done)
@@ -189,7 +189,7 @@ def failing_at_every_operation(root: Path) -> int:
 def killed_at_random(root: Path) -> int:
     """One run that is killed again and again and goes on from what it finds."""
     rng = random.Random(5)
-    store = TrainingStateStore(root / "states", keep_last=2, keep_every=7)
+    store = StateDirectory(root / "states", keep_last=2, keep_every=7)
     acknowledged, kills, interrupted = 0, 0, 0
     while kills < 40:
 
@@ -223,7 +223,7 @@ def two_ranks_killed_at_random(root: Path) -> int:
     """The same with two ranks; one of them or both are killed, and what is left of them must not hang."""
     rng = random.Random(6)
     directory = root / "states"
-    store = TrainingStateStore(directory, keep_last=2)
+    store = StateDirectory(directory, keep_last=2)
     acknowledged, kills = 0, 0
     while kills < 16:
         meeting = root / f"meeting-{kills}"
@@ -268,7 +268,7 @@ def two_ranks_killed_at_random(root: Path) -> int:
 
 def disk_full(directory: Path) -> int:
     """`directory` lies on a file system of 1 MiB."""
-    store = TrainingStateStore(directory / "states", keep_last=1)
+    store = StateDirectory(directory / "states", keep_last=1)
     assert save(store, 1)
     free = os.statvfs(directory).f_bavail
     too_large = writers(2, 0, 2_000_000)[0]
@@ -291,7 +291,7 @@ def disk_full(directory: Path) -> int:
 
 def read_only(directory: Path) -> int:
     """`directory` has become read-only after the save of step 1."""
-    store = TrainingStateStore(directory / "states", keep_last=1)
+    store = StateDirectory(directory / "states", keep_last=1)
     if os.environ["PHASE"] == "before":
         assert save(store, 1)
         return 1

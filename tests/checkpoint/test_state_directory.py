@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from rlhf.checkpoint.manifest import MANIFEST, read_manifest
-from rlhf.checkpoint.state_store import TrainingStateStore
+from rlhf.checkpoint.state_directory import StateDirectory
 from rlhf.config import ConfigError
 from tests.support.launch import run_ranks
-from tests.support.training_state_worker import check_whole, save
+from tests.support.state_directory_worker import check_whole, save
 
 ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).with_name("training_state_worker.py")
+WORKER = ROOT / "tests" / "support" / "state_directory_worker.py"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 for launched in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
     ENVIRONMENT.pop(launched, None)
@@ -54,11 +54,11 @@ def test_a_state_is_whole_or_absent(mode, least, tmp_path):
 
 
 def test_what_was_saved_comes_back(tmp_path):
-    store = TrainingStateStore(tmp_path / "deep" / "states")
+    store = StateDirectory(tmp_path / "deep" / "states")
     assert store.newest() is None and store.steps() == []
     content = {"loss": 0.1 + 0.2, "best": float("inf"), "meters": {"가": [1, None, True]}, "tiny": 5e-324}
     assert store.save(120, content, lambda part: (part / "a.bin").write_bytes(b"abc") and None)
-    saved = TrainingStateStore(tmp_path / "deep" / "states").newest()
+    saved = StateDirectory(tmp_path / "deep" / "states").newest()
     assert (saved.step, saved.world_size, saved.content) == (120, 1, content)
     assert saved.path.name == "step-00000120" and (saved.path / "a.bin").read_bytes() == b"abc"
     assert json.loads((saved.path / MANIFEST).read_text())["files"]["a.bin"] == {
@@ -104,7 +104,7 @@ DAMAGES = [
 
 @pytest.mark.parametrize(("name", "harm", "sentence"), DAMAGES)
 def test_a_damaged_state_is_named_and_the_one_before_is_used(name, harm, sentence, tmp_path, caplog):
-    store = TrainingStateStore(tmp_path)
+    store = StateDirectory(tmp_path)
     assert save(store, 10) and save(store, 20)
     harm(tmp_path / "step-00000020" / name)
     saved = store.newest()
@@ -130,7 +130,7 @@ def test_everything_is_on_the_disk_before_the_state_has_its_name(tmp_path, monke
 
     monkeypatch.setattr(os, "fsync", synced)
     monkeypatch.setattr(Path, "rename", renamed)
-    assert save(TrainingStateStore(tmp_path / "new" / "states"), 10)
+    assert save(StateDirectory(tmp_path / "new" / "states"), 10)
     place = next(index for index, entry in enumerate(journal) if entry.startswith("renamed"))
     part = Path(journal[place].removeprefix("renamed "))
     files = {f"{part}/{name}" for name in ("rank-0.bin", "engine/rank-0.safetensors", "state.json", "manifest.json")}
@@ -141,7 +141,7 @@ def test_everything_is_on_the_disk_before_the_state_has_its_name(tmp_path, monke
 
 
 def test_no_flipped_bit_of_a_manifest_is_believed(tmp_path):
-    assert save(TrainingStateStore(tmp_path), 10)
+    assert save(StateDirectory(tmp_path), 10)
     path = tmp_path / "step-00000010" / MANIFEST
     content, manifest = path.read_bytes(), read_manifest(path.parent)
     refused = 0
@@ -158,7 +158,7 @@ def test_no_flipped_bit_of_a_manifest_is_believed(tmp_path):
 
 
 def test_a_state_under_the_name_of_another_step_is_not_used(tmp_path, caplog):
-    store = TrainingStateStore(tmp_path)
+    store = StateDirectory(tmp_path)
     assert save(store, 10)
     shutil.copytree(tmp_path / "step-00000010", tmp_path / "step-00000030")
     assert store.newest().step == 10
@@ -170,7 +170,7 @@ def test_a_state_under_the_name_of_another_step_is_not_used(tmp_path, caplog):
     [(1, 0, [7]), (2, 0, [6, 7]), (3, 0, [5, 6, 7]), (1, 3, [3, 6, 7]), (2, 2, [2, 4, 6, 7]), (20, 1, range(1, 8))],
 )
 def test_pruning(keep_last, keep_every, left, tmp_path):
-    store = TrainingStateStore(tmp_path, keep_last=keep_last, keep_every=keep_every)
+    store = StateDirectory(tmp_path, keep_last=keep_last, keep_every=keep_every)
     for step in range(1, 8):
         assert save(store, step)
     assert names(tmp_path) == steps(*left)
@@ -185,7 +185,7 @@ def test_other_files_of_the_directory_are_left_alone(tmp_path):
     (tmp_path / "step-note.txt").write_text("mine")
     (tmp_path / ".hidden").mkdir()
     (tmp_path / ".step-00000001.part-0123abcd").mkdir()  # of a run that died
-    store = TrainingStateStore(tmp_path, keep_last=1)
+    store = StateDirectory(tmp_path, keep_last=1)
     assert save(store, 1) and save(store, 2)
     assert names(tmp_path) == [".hidden", "step-00000002", "step-note.txt"]
     assert store.clear(keep_permanent=False)
@@ -195,7 +195,7 @@ def test_other_files_of_the_directory_are_left_alone(tmp_path):
 @pytest.mark.parametrize("keep_every", [0, 10])
 def test_the_only_good_state_outlives_damaged_newer_ones(keep_every, tmp_path):
     """A run that went back from 30 to 10 must not count the damaged one among those it keeps."""
-    store = TrainingStateStore(tmp_path, keep_last=2, keep_every=keep_every)
+    store = StateDirectory(tmp_path, keep_last=2, keep_every=keep_every)
     assert save(store, 10) and save(store, 30)
     flip(tmp_path / "step-00000030" / "rank-0.bin")
     assert store.newest().step == 10
@@ -209,7 +209,7 @@ def test_the_only_good_state_outlives_damaged_newer_ones(keep_every, tmp_path):
 
 
 def test_a_state_whose_replacement_was_cut_short_gets_its_name_back(tmp_path):
-    store = TrainingStateStore(tmp_path)
+    store = StateDirectory(tmp_path)
     assert save(store, 10)
     (tmp_path / "step-00000010").rename(tmp_path / ".step-00000010.replaced-0123abcd")
     check_whole(store.newest())
@@ -217,7 +217,7 @@ def test_a_state_whose_replacement_was_cut_short_gets_its_name_back(tmp_path):
 
 
 def test_other_errors_are_raised_and_leave_no_trace(tmp_path):
-    store = TrainingStateStore(tmp_path)
+    store = StateDirectory(tmp_path)
     assert save(store, 10)
 
     def wrong(part: Path) -> None:
@@ -229,12 +229,12 @@ def test_other_errors_are_raised_and_leave_no_trace(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         store.save(20, {"tensor": object()})
     with pytest.raises(ValueError, match="keep_last=0"):
-        TrainingStateStore(tmp_path, keep_last=0).save(20, {})
+        StateDirectory(tmp_path, keep_last=0).save(20, {})
     assert names(tmp_path) == steps(10)
 
 
 def test_every_writer_is_called_after_one_was_refused(tmp_path, caplog):
-    store = TrainingStateStore(tmp_path)
+    store = StateDirectory(tmp_path)
     assert save(store, 10)
     called = []
 
@@ -248,7 +248,7 @@ def test_every_writer_is_called_after_one_was_refused(tmp_path, caplog):
 
 
 def test_a_file_where_the_directory_should_be(tmp_path, caplog):
-    store = TrainingStateStore(tmp_path / "states")
+    store = StateDirectory(tmp_path / "states")
     (tmp_path / "states").write_text("x")
     assert store.newest() is None and save(store, 1) is False
     assert "File exists" in caplog.text and "no earlier one" in caplog.text
@@ -261,9 +261,9 @@ def test_a_directory_that_cannot_be_listed_is_not_an_empty_one(tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     with pytest.raises(ConfigError, match=r"loop cannot be listed .*--resume never"):
-        TrainingStateStore(loop).newest()
-    assert save(TrainingStateStore(loop), 1) is False
-    assert TrainingStateStore(loop).clear(keep_permanent=False) is False
+        StateDirectory(loop).newest()
+    assert save(StateDirectory(loop), 1) is False
+    assert StateDirectory(loop).clear(keep_permanent=False) is False
 
 
 def in_small_tmpfs(commands: str, tmp_path: Path) -> str:
@@ -302,13 +302,13 @@ from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
 from rlhf.distributed import close_world, init_world, rank
 from rlhf.checkpoint.random_state import load_rng, save_rng
-from rlhf.checkpoint.state_store import TrainingStateStore
-from tests.support.training_state_worker import check_whole, save, writers
+from rlhf.checkpoint.state_directory import StateDirectory
+from tests.support.state_directory_worker import check_whole, save, writers
 
 logging.basicConfig(level=logging.WARNING)
 init_world()
 here = Path(sys.argv[-1])
-store = TrainingStateStore(here / "states", keep_last=1)
+store = StateDirectory(here / "states", keep_last=1)
 assert save(store, 1, rank())
 check_whole(store.newest(), world=2)
 
@@ -375,11 +375,11 @@ KILLED = """
 import sys
 from pathlib import Path
 from rlhf.distributed import init_world, rank
-from rlhf.checkpoint.state_store import TrainingStateStore
-from tests.support.training_state_worker import kill_self, on_operation, save
+from rlhf.checkpoint.state_directory import StateDirectory
+from tests.support.state_directory_worker import kill_self, on_operation, save
 
 init_world()
-store = TrainingStateStore(Path(sys.argv[-3]), keep_last=1)
+store = StateDirectory(Path(sys.argv[-3]), keep_last=1)
 assert save(store, 1, rank())
 if rank() == int(sys.argv[-2]):
     on_operation(int(sys.argv[-1]), kill_self)
@@ -393,7 +393,7 @@ def test_a_rank_under_the_launcher_is_killed_in_a_save(victim, operation, tmp_pa
     done = run_ranks(KILLED, 2, tmp_path, [str(tmp_path / "states"), str(victim), str(operation)], timeout=120)
     assert done.returncode != 0
     left = names(tmp_path / "states")
-    store = TrainingStateStore(tmp_path / "states", keep_last=1)
+    store = StateDirectory(tmp_path / "states", keep_last=1)
     saved = store.newest()
     check_whole(saved, world=2)
     assert 1 <= saved.step < 49

@@ -1,0 +1,117 @@
+"""A pipeline's command line, sorted by stage and checked before any stage starts."""
+
+import json
+import shlex
+import subprocess
+
+import pytest
+
+from rlhf.config import ConfigError
+from rlhf.pipeline import STAGES
+from rlhf.pipeline.arguments import bash_assignments, sort_arguments
+
+
+def test_fields_go_to_the_stages_that_have_them(tmp_path):
+    words = ["--zero_stage", "2", "--sft_data", "a", "b", "--kl_coef", "0.2", "--output_dir", str(tmp_path / "out")]
+    pipeline = sort_arguments(words, user_dir=tmp_path)
+    output = ["--output_dir", str(tmp_path / "out")]
+    assert pipeline.stage_arguments == {
+        "sft": ["--zero_stage", "2", "--sft_data", "a", "b", *output],
+        "reward": ["--zero_stage", "2", *output],
+        "ppo": ["--zero_stage", "2", "--kl_coef", "0.2", *output],
+    }
+    assert pipeline.output_dir == str(tmp_path / "out")
+
+
+def test_a_section_sends_a_field_to_one_stage_and_wins(tmp_path):
+    pipeline = sort_arguments(["--ppo.learning_rate", "3e-6", "--learning_rate=1e-4"], user_dir=tmp_path)
+    assert pipeline.stage_arguments["sft"] == ["--learning_rate", "1e-4"]
+    assert pipeline.stage_arguments["ppo"] == ["--learning_rate", "1e-4", "--learning_rate", "3e-6"]
+
+
+def test_paths_are_taken_from_where_the_user_is(tmp_path):
+    for name in ("pairs.jsonl", "mine.yaml"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    (tmp_path / "kullm").mkdir()
+    mapping = json.dumps({"path": "pairs.jsonl", "columns": {"prompt": "질의"}}, ensure_ascii=False)
+    words = ["--config", "mine.yaml", "--preference_data", "pairs.jsonl", mapping, "hub/name", "--output_dir", "out"]
+    reward = sort_arguments(words, user_dir=tmp_path).stage_arguments["reward"]
+    assert reward[1] == str(tmp_path / "mine.yaml")
+    assert reward[3] == str(tmp_path / "pairs.jsonl") and reward[5] == "hub/name"
+    assert json.loads(reward[4]) == {"path": str(tmp_path / "pairs.jsonl"), "columns": {"prompt": "질의"}}
+    assert reward[7] == str(tmp_path / "out")
+
+
+def test_the_output_directory_of_the_file_is_used(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("output_dir: runs/mine\n", encoding="utf-8")
+    assert sort_arguments(["--config", str(config)], user_dir=tmp_path).output_dir == "runs/mine"
+    assert sort_arguments([], user_dir=tmp_path).output_dir == "runs/default"
+    config.write_text("ppo:\n  output_dir: runs/elsewhere\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="must share one output_dir"):
+        sort_arguments(["--config", str(config)], user_dir=tmp_path)
+
+
+def test_short_sets_a_few_steps_and_the_user_wins(tmp_path):
+    pipeline = sort_arguments(["--short", "--reward.max_steps", "9"], user_dir=tmp_path)
+    for name, value in STAGES["sft"].short_run.items():
+        assert pipeline.stage_arguments["sft"][pipeline.stage_arguments["sft"].index(f"--{name}") + 1] == value
+    assert pipeline.stage_arguments["reward"].count("--max_steps") == 1
+    assert pipeline.stage_arguments["reward"][pipeline.stage_arguments["reward"].index("--max_steps") + 1] == "9"
+
+
+def test_launcher_options_reach_the_launcher_only(tmp_path, monkeypatch):
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node-1 slots=8\n", encoding="utf-8")
+    pipeline = sort_arguments(["--hostfile", "hosts", "--master_port", "29501"], user_dir=tmp_path)
+    assert pipeline.launcher_arguments == ["--hostfile", str(hosts), "--master_port", "29501"]
+    assert pipeline.stage_arguments == {"sft": [], "reward": [], "ppo": []}
+    assert "--num_gpus" not in sort_arguments([], user_dir=tmp_path).launcher_arguments
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    alone = sort_arguments([], user_dir=tmp_path).launcher_arguments
+    assert alone[:2] == ["--num_gpus", "1"] and alone[2] == "--master_port" and int(alone[3]) > 1024
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--learning_rat", "1"], r"unknown option --learning_rat; did you mean --learning_rate"),
+        (["--qqqqqq", "1"], r"unknown option --qqqqqq; see docs"),
+        (["--critic.learning_rate", "1"], r"`critic` is not a stage; the stages are sft, reward, ppo"),
+        (["--sft.kl_coef", "1"], r"--sft.kl_coef: stage sft has no field `kl_coef`"),
+        (["--stages", "sft", "--kl_coef", "1"], r"--kl_coef is a field of ppo, which this run \(sft\) leaves out"),
+        (["--stages", "rm"], r"--stages rm: the stages are sft, reward, ppo"),
+        (["stray"], r"`stray` is not an option"),
+        (["--num_devices", "two"], r"--num_devices needs a whole number of at least 1, got 'two'"),
+        (["--num_devices"], r"--num_devices needs one value"),
+        (["--hostfile", "nowhere"], r"--hostfile nowhere: no such file"),
+        (["--config", "nowhere.yaml"], r"configuration file not found: nowhere.yaml"),
+        (["--ppo.clip_range", "-1"], r"stage ppo: clip_range=-1.0 must be above 0"),
+        (["--zero_stage", "7"], r"stage sft: .*--zero_stage.*invalid choice"),
+    ],
+)
+def test_mistakes_are_named_before_any_stage_runs(tmp_path, words, message):
+    with pytest.raises(ConfigError, match=message):
+        sort_arguments(words, user_dir=tmp_path)
+
+
+def test_assignments_survive_bash(tmp_path):
+    awkward = str(tmp_path / "a 'b' $HOME \"c\"")
+    pipeline = sort_arguments(
+        ["--stages", "sft", "--sft_data", awkward, "", "--output_dir", awkward], user_dir=tmp_path
+    )
+    text = bash_assignments(pipeline)
+    shown = '"$OUTPUT_DIR" "${ARGS_sft[@]}" "${#ARGS_ppo[@]}" "$SCRIPT_ppo"'
+    script = f'set -eu; eval {shlex.quote(text)}; printf "%s\\n" {shown}'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        awkward,
+        "--sft_data",
+        awkward,
+        "",
+        "--output_dir",
+        awkward,
+        "0",
+        "step3_ppo/main.py",
+    ]

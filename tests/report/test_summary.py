@@ -1,0 +1,110 @@
+"""The summary of a finished run and its closing table."""
+
+import json
+
+import pytest
+
+from rlhf.cli.summary import main
+from rlhf.pipeline import STAGES
+from rlhf.report import summary
+from tests.support.results import made_up_results, write_results
+
+ROWS = list(STAGES.values())
+
+
+def test_summary_of_a_run_that_held_nothing_out(tmp_path, capsys):
+    results = made_up_results()
+    for stage, figures in results.items():
+        for name, value in figures.items():
+            if isinstance(value, float) and name != "seconds":
+                results[stage][name] = None
+    results["reward"]["accuracy_by_category"] = {}
+    results["ppo"]["samples"] = []
+    write_results(tmp_path, results)
+    assert main([str(tmp_path)]) == 0
+    assert "held-out accuracy" in capsys.readouterr().out
+
+
+def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
+    write_results(tmp_path, made_up_results())
+    assert main([str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert list(written) == ["sft", "reward", "ppo", "samples", "seconds", "seed", "health"]
+    assert written["sft"] == {"eval_loss_before": 3.0, "eval_loss_after": 2.0}
+    assert set(written["reward"]) == {"accuracy", "length_baseline_accuracy", "accuracy_by_category", "mean_margin"}
+    assert set(written["ppo"]) == {
+        *("score_before", "score_after", "score_std_before", "kl_per_token", "eos_rate_before", "eos_rate_after"),
+        *("mean_response_tokens_before", "mean_response_tokens_after"),
+    }
+    assert [set(sample) for sample in written["samples"]] == [{"prompt", "sft", "ppo", "score_sft", "score_ppo"}]
+    assert written["seconds"] == {"sft": 10.0, "reward": 20.0, "ppo": 30.5, "total": 60.5}
+    assert written["seed"] == 3
+    table = capsys.readouterr().out
+    assert "choosing the longer response: 0.500" in table
+    assert "+1.200 = +2.40 standard deviations" in table, "1.2 over a standard deviation of 0.5"
+    assert "안녕하세요! 반가워요" in table and "seed 3" in table
+    assert "doctor: nothing found in sft, reward, ppo" in table
+
+
+def test_the_table_ends_with_what_the_doctor_found(tmp_path):
+    results = made_up_results()
+    entry = {"check": "kl_explodes", "severity": "critical", "since": 7, "until": None, "message": "9 nats per token"}
+    results["ppo"]["health"] = {"healthy": False, "lines": 12, "findings": [entry]}
+    write_results(tmp_path, results)
+    table = summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS)
+    assert "doctor: ppo since step 7: 9 nats per token" in table
+    assert "nothing found" not in table
+
+
+def test_table_columns_line_up_with_korean_labels(tmp_path):
+    write_results(tmp_path, made_up_results())
+    lines = summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS).splitlines()
+    korean = next(line for line in lines if "일상 대화" in line)
+    law = next(line for line in lines if line.split()[:1] == ["law"])
+    assert law.index("0.800") - korean.index("0.900") == 4, "four letters of two columns each"
+
+
+def test_a_long_prompt_shows_its_end_and_a_long_response_its_beginning(tmp_path):
+    results = made_up_results()
+    sample = results["ppo"]["samples"][0]
+    results["ppo"]["samples"] = [{**sample, "prompt": "template " * 30 + "질문의 끝", "sft": "처음 " + "말 " * 100}]
+    write_results(tmp_path, results)
+    lines = summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS, width=60).splitlines()
+    prompt = next(line for line in lines if line.startswith("prompt"))
+    response = next(line for line in lines if line.startswith("SFT ") and "처음" in line)
+    assert prompt.endswith("질문의 끝") and "..." in prompt
+    assert response.endswith("...") and all(summary._columns(line) <= 60 for line in (prompt, response))
+
+
+def without(results, stage, key):
+    return {**results, stage: {name: value for name, value in results[stage].items() if name != key}}
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ({key: made_up_results()[key] for key in ("sft", "ppo")}, r"stage reward has left no result: .*step2_reward"),
+        (without(made_up_results(), "ppo", "kl_per_token"), r"ppo/result.json lacks kl_per_token"),
+        (without(made_up_results(), "sft", "seed"), r"sft/result.json lacks seed"),
+        (without(made_up_results(), "ppo", "samples"), r"lacks samples"),
+        ({**made_up_results(), "sft": {**made_up_results()["sft"], "seed": 4}}, r"different seeds: .*'sft': 4"),
+        (
+            {**made_up_results(), "ppo": {**made_up_results()["ppo"], "samples": [{"prompt": ""}]}},
+            r"sample 0 lacks sft",
+        ),
+    ],
+)
+def test_a_missing_or_incomplete_result_is_named(tmp_path, results, message, capsys):
+    write_results(tmp_path, results)
+    with pytest.raises(summary.SummaryError, match=message):
+        summary.summarize(tmp_path, ROWS)
+    assert main([str(tmp_path)]) == 1
+    assert "error:" in capsys.readouterr().err
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_result_that_is_not_json_is_named(tmp_path):
+    write_results(tmp_path, made_up_results())
+    (tmp_path / "reward" / "result.json").write_text("{", encoding="utf-8")
+    with pytest.raises(summary.SummaryError, match=r"reward/result.json is not JSON"):
+        summary.summarize(tmp_path, ROWS)
