@@ -7,19 +7,28 @@ import pytest
 import torch
 
 import rlhf.generation.actor_backend
-from rlhf.config import ConfigError
-from rlhf.engine import BatchPlan
+from rlhf.config import ConfigError, EngineConfig, ModelConfig, OptimizerConfig
+from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.generation import generate
 from rlhf.generation.deepspeed_backend import DeepSpeedBackend
-from rlhf.numerics.cpu import can_run_side_by_side, side_by_side
+from rlhf.numerics.cpu import WORKERS, can_run_side_by_side, side_by_side
 from rlhf.types import TokenizedResponse
 from tests.algorithms.test_ppo_checklist import make_trainer  # noqa: F401  (a fixture)
+from tests.support.local_engine import LocalModels
 
 TENSORS = ("logprobs", "ref_logprobs", "values", "scores")
 
 
 def scored(trainer, iteration=1):
-    return trainer.rollouts.run(trainer.prompts, iteration)
+    return trainer.rollouts.run(trainer.prompts.train, iteration)
+
+
+def side_by_side_trainer(make_trainer, together, *, plan, **options):  # noqa: F811
+    """A trainer whose models compute at the same time or one after the other."""
+    four = make_trainer(reference_noise=0.1).engine
+    engine = LocalModels(four.actor.module, four.critic.module, four.reference, plan, side_by_side=together)
+    assert engine.jobs_at_a_time == (WORKERS if together else 1)
+    return make_trainer(engine=engine, plan=plan, **options)
 
 
 @pytest.fixture
@@ -35,14 +44,14 @@ def two_threads():
 
 def test_the_first_rollout_decides_by_measurement_and_the_captured_ones_are_used_from_then_on(make_trainer):  # noqa: F811
     trainer = make_trainer(reference_noise=0.1)
-    rollout, found = scored(trainer)
+    found = scored(trainer)
     assert trainer.rollouts.old_logprobs == "sampled"
     assert 0 < trainer.rollouts.captured_error < 1e-5
-    assert torch.equal(found["logprobs"], rollout.logprobs)
+    assert torch.equal(found.logprobs, found.rollout.logprobs)
     calls = []
     trainer.engine.actor.module.gpt_neox.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     before = len(calls)
-    trainer.rollouts.score(rollout, [prompt.text for prompt in trainer.prompts])
+    trainer.rollouts.score(found.rollout, trainer.prompts.train)
     assert len(calls) == before  # the actor is not asked again
 
 
@@ -53,13 +62,13 @@ def test_captured_log_probabilities_that_are_not_exact_are_recomputed_for_good(m
         rollout = generate(*arguments, **named)
         return dataclasses.replace(rollout, logprobs=rollout.logprobs + 2e-4 * rollout.response_mask)
 
-    exact = scored(make_trainer(reference_noise=0.1, old_logprobs="recomputed"))[1]["logprobs"]
+    exact = scored(make_trainer(reference_noise=0.1, old_logprobs="recomputed")).logprobs
     monkeypatch.setattr(rlhf.generation.actor_backend, "generate", off)
     for _ in range(2):
-        rollout, found = scored(trainer)
+        found = scored(trainer)
         assert trainer.rollouts.old_logprobs == "recomputed"
         assert trainer.rollouts.captured_error == pytest.approx(2e-4, rel=0.05)
-        torch.testing.assert_close(found["logprobs"], exact, atol=2e-6, rtol=0)
+        torch.testing.assert_close(found.logprobs, exact, atol=2e-6, rtol=0)
 
 
 def test_sampled_and_recomputed_ones_train_alike(make_trainer):  # noqa: F811
@@ -79,14 +88,15 @@ def test_sampled_and_recomputed_ones_train_alike(make_trainer):  # noqa: F811
 
 @pytest.mark.parametrize("tokens", [1, 13, 40, 10**6])
 def test_the_size_of_scoring_passes_changes_no_number(make_trainer, tokens):  # noqa: F811
-    rollout, expected = scored(make_trainer(reference_noise=0.1))
+    expected = scored(make_trainer(reference_noise=0.1))
+    rollout = expected.rollout
     trainer = make_trainer(reference_noise=0.1)
     trainer.rollouts.scoring_tokens = tokens
     passes = []
     trainer.engine.critic.module.backbone.register_forward_pre_hook(lambda *_: passes.append(1))
-    found = trainer.rollouts.score(rollout, [prompt.text for prompt in trainer.prompts])
+    found = trainer.rollouts.score(rollout, trainer.prompts.train)
     for name in TENSORS:
-        torch.testing.assert_close(found[name], expected[name], atol=3e-6, rtol=1e-5)
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=3e-6, rtol=1e-5)
     total = int(rollout.prompt_mask.sum() + rollout.response_mask.sum())
     assert len(passes) == min(8, -(-total // tokens))
 
@@ -94,14 +104,17 @@ def test_the_size_of_scoring_passes_changes_no_number(make_trainer, tokens):  # 
 def test_side_by_side_gives_the_same_rollout_scores_and_updates(make_trainer, two_threads):  # noqa: F811
     results = []
     for together in (True, False):
-        trainer = make_trainer(reference_noise=0.1, rollout=7, plan=BatchPlan(7, 7, 1), concurrent=together)
-        assert trainer.together is together
+        trainer = side_by_side_trainer(make_trainer, together, rollout=7, plan=BatchPlan(7, 7, 1))
+        rollouts = []
+        run = trainer.rollouts.run
+        trainer.rollouts.run = lambda *given, run=run, kept=rollouts: kept.append(run(*given)) or kept[-1]
         experience = trainer.make_experience(1)
         metrics = trainer.update(experience, 1)
-        results.append((experience, metrics, trainer.engine))
+        results.append((experience, metrics, trainer.engine, rollouts[0].ref_logprobs))
     first, second = results
     assert torch.equal(first[0].rollout.response_ids, second[0].rollout.response_ids)
-    for name in ("ref_logprobs", "values", "scores", "advantages"):
+    torch.testing.assert_close(first[3], second[3], atol=1e-5, rtol=1e-4)
+    for name in ("values", "scores", "advantages"):
         torch.testing.assert_close(getattr(first[0], name), getattr(second[0], name), atol=1e-5, rtol=1e-4)
     timing = {name for name in first[1] if name.startswith("seconds")} | {"sampling_logprob_error", "approx_kl"}
     for name in first[1].keys() - timing:
@@ -112,9 +125,16 @@ def test_side_by_side_gives_the_same_rollout_scores_and_updates(make_trainer, tw
             torch.testing.assert_close(gradient, theirs[name], atol=2e-5, rtol=1e-3)
 
 
-def test_models_of_zero_3_never_run_at_the_same_time(make_trainer, two_threads):  # noqa: F811
-    assert make_trainer().together
-    assert not make_trainer(synchronised=True).together  # its hooks keep process-wide notes of the module that runs
+@pytest.mark.parametrize(("zero_stage", "at_a_time"), [(0, WORKERS), (3, 1)])
+def test_models_of_zero_3_never_run_at_the_same_time(tiny_models, two_threads, zero_stage, at_a_time):
+    """Its hooks keep process-wide notes of the module that runs."""
+    settings = EngineConfig(zero_stage=zero_stage, precision="fp32")
+    assert settings.side_by_side
+    four = RLHFEngine.build(
+        tiny_models["gpt_neox"], critic_model=tiny_models["gpt_neox"], model=ModelConfig(), engine=settings,
+        optimizer=OptimizerConfig(), plan=BatchPlan(2, 1, 1), total_steps=1,
+    )  # fmt: skip
+    assert four.jobs_at_a_time == at_a_time
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -125,8 +145,8 @@ def test_ptx_rows_may_be_much_shorter_or_longer_than_the_rollout(make_trainer, t
     ]
     gradients = []
     for micro in (4, 16):
-        trainer = make_trainer(
-            ptx=rows, ptx_coef=2.0, rollout=16, plan=BatchPlan(16, micro, 1), concurrent=together, reference_noise=0.1
+        trainer = side_by_side_trainer(
+            make_trainer, together, ptx=rows, ptx_coef=2.0, rollout=16, plan=BatchPlan(16, micro, 1)
         )
         metrics = trainer.update(trainer.make_experience(1), 1)
         gradients.append(trainer.engine.actor.gradients[0])
