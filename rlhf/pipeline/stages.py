@@ -93,10 +93,10 @@ class PPOStageConfig(StageConfig):
 class Stage:
     """One stage. A new one is a row in `STAGES` and a script.
 
-    `label`: its name in the summary table; `title`: what `run_all.sh` calls it. `takes`: configuration field -> the stage whose saved model it is where it is unset. `short_run`: what
-    `run_all.sh --short` sets. `unit`: what its metrics are numbered by. `figures`: its lines in the summary;
-    `result_keys`: further entries of its `result.json` that `summary.json` holds. `checks`: the doctor's; `curves`:
-    metrics that the doctor shows as first -> last value.
+    `label`: its name in the summary table; `title`: what `run_all.sh` calls it. `short_run`: what `--short` sets.
+    `takes`: configuration field -> the stage whose saved model it is where it is unset. `unit`: what its metrics are
+    numbered by. `figures`: its lines in the summary; `result_keys`: further entries of its `result.json` that
+    `summary.json` holds. `checks`: the doctor's; `curves`: metrics that the doctor shows as first -> last value.
     """
 
     name: str
