@@ -17,7 +17,9 @@ _INVISIBLE_RANGES = (
     # control characters that are no white space, and the blank of Braille
     *((0x00, 0x08), (0x0E, 0x1B), (0x7F, 0x84), (0x86, 0x9F), (0x2800, 0x2800)),
 )
-_INVISIBLE = {code: None for first, last in _INVISIBLE_RANGES for code in range(first, last + 1)}
+INVISIBLE = frozenset(chr(code) for first, last in _INVISIBLE_RANGES for code in range(first, last + 1))
+"""Characters that show nothing and are no white space."""
+_WITHOUT_INVISIBLE = {ord(character): None for character in INVISIBLE}
 _EOS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<eos>", "[EOS]")
 _ROLES = {
     "system": "system",
@@ -57,7 +59,7 @@ def prompt_key(text: str) -> str:
 
 def content_of(text: str) -> str:
     """A text without white space around it, invisible characters and literal end-of-sequence tokens at its end."""
-    text = text.translate(_INVISIBLE).strip()
+    text = text.translate(_WITHOUT_INVISIBLE).strip()
     end = len(text)
     while ending := next((eos for eos in _EOS if text.endswith(eos, 0, end)), None):
         end -= len(ending)

@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rlhf.data.row_values import INVISIBLE
 from rlhf.distributed import is_main
 from rlhf.types import (
     PreferenceRecord,
@@ -168,10 +169,10 @@ class TextEncoder:
         return ()
 
     def _without_trailing_eos(self, text: str) -> str:
-        """`text` up to the ends of sequence that close it, and to the white space among and after those."""
+        """`text` without the ends of sequence that close it; white and invisible characters may stand among them."""
         kept = end = len(text)
         while True:
-            while end and text[end - 1].isspace():
+            while end and (text[end - 1].isspace() or text[end - 1] in INVISIBLE):
                 end -= 1
             ending = next((eos for eos in self._eos_texts if text.endswith(eos, 0, end)), None)
             if ending is None:
