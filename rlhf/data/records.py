@@ -21,14 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.formats import SCORE_GAP, Layout, category_of, layout_of
+from rlhf.data.printed_lists import parse_printed
 from rlhf.data.row_values import (
     BadRow,
     DroppedRow,
     content_of,
-    decoded,
     json_value,
     prompt_key,
     read_answer,
+    read_cell,
     read_label,
     read_list,
     read_messages,
@@ -216,7 +217,7 @@ class _Reader:
     def _read_scored_pair(self, row: Row) -> Record:
         columns = self.layout.columns
         prompt = self._prompt(row, self._input(row))
-        responses = [read_text(row.values.get(columns[name]), columns[name]) for name in ("response1", "response2")]
+        responses = [read_answer(self._value(row, columns[name]), columns[name]) for name in ("response1", "response2")]
         sums = [self._sum(row, "sum1", "scores1"), self._sum(row, "sum2", "scores2")]
         if sums[0] == sums[1]:
             raise DroppedRow(columns["sum1"], f"and `{columns['sum2']}` are equal ({sums[0]:g}): a tie")
@@ -240,7 +241,10 @@ class _Reader:
             values = [row.values.get(column) for column in self.layout.response_columns]
             while len(values) > 2 and values[-1] in (None, ""):
                 values.pop()  # a file may hold prompts with fewer responses than its widest row
-            responses = [read_text(v, c) for v, c in zip(values, self.layout.response_columns, strict=False)]
+            responses = [
+                read_answer(self._value(row, column), column)
+                for column, _ in zip(self.layout.response_columns, values, strict=False)
+            ]
         else:
             name = columns["responses"]
             values = read_list(row.values.get(name), name)
@@ -276,8 +280,8 @@ class _Reader:
         if "prompt" not in columns:
             return self._pair_texts(row)[0]
         if "instances" in columns:
-            instances = row.values.get(columns["instances"])
-            first = instances[0] if isinstance(instances, list) and instances else {}
+            value = row.values.get(columns["instances"])
+            first = read_list(value, columns["instances"])[0] if value else {}
             return self._prompt(row, first.get("input") if isinstance(first, Mapping) else None)
         return self._prompt(row, self._input(row))
 
@@ -289,15 +293,19 @@ class _Reader:
             prompt, response = self._rendered_text(row, columns["text"])
             return prompt, read_text(response, columns["text"])
         return self._prompt(row, self._input(row)), read_answer(
-            row.values.get(columns["response"]), columns["response"]
+            self._value(row, columns["response"]), columns["response"]
         )
+
+    def _value(self, row: Row, column: str) -> Any:
+        value = row.values.get(column)
+        return read_cell(value, column) if row.text_cells else value
 
     def _input(self, row: Row) -> Any:
         return row.values.get(self.layout.columns["input"]) if "input" in self.layout.columns else None
 
     def _prompt(self, row: Row, input_value: Any) -> _Prompt:
         column = self.layout.columns["prompt"]
-        value = decoded(row.values.get(column))
+        value = self._value(row, column)
         if isinstance(value, list):
             return self._conversation(read_messages(value, column), column)
         instruction = read_text(value, column)
@@ -336,7 +344,7 @@ class _Reader:
         """Prompt, chosen and rejected, whose texts may be answers, messages, or whole dialogues with the prompt."""
         columns = self.layout.columns
         names = (columns["chosen"], columns["rejected"])
-        sides = [decoded(row.values.get(name)) for name in names]
+        sides = [self._value(row, name) for name in names]
         dialogues = [isinstance(side, list) and len(side) > 1 for side in sides]
         if any(dialogues) and all(isinstance(side, list) for side in sides):
             parts = [read_messages(side, name) for side, name in zip(sides, names, strict=True)]
@@ -371,7 +379,7 @@ class _Reader:
 
     def _check_prompt_in(self, row: Row, turns: Sequence[Mapping[str, str]]) -> None:
         column = self.layout.columns["prompt"]
-        value = decoded(row.values.get(column))
+        value = self._value(row, column)
         given = (
             [turn["content"] for turn in read_messages(value, column)]
             if isinstance(value, list)
@@ -383,7 +391,8 @@ class _Reader:
     def _sum(self, row: Row, name: str, scores_name: str) -> float:
         column = self.layout.columns[name]
         total = read_number(row.values.get(column), column)
-        scores = decoded(row.values.get(self.layout.columns.get(scores_name, "")))
+        scores = row.values.get(self.layout.columns.get(scores_name, ""))
+        scores = parse_printed(scores) if isinstance(scores, str) else scores
         entries = list(scores.values()) if isinstance(scores, Mapping) else scores
         if isinstance(entries, list) and entries and all(isinstance(score, int | float) for score in entries):
             scores_column = self.layout.columns[scores_name]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.data.json_text import JsonError, parse_json
+from rlhf.data.printed_lists import parse_printed
 
 _INVISIBLE_RANGES = (
     # Unicode's Default_Ignorable_Code_Point: zero-width and directional marks, fillers, variation selectors, tags
@@ -36,6 +37,9 @@ _LABELS = {
     **dict.fromkeys(("1", "1.0", "true", "yes", "y", "safe", "acceptable", "desirable"), True),
     **dict.fromkeys(("0", "0.0", "-1", "false", "no", "n", "unsafe", "unacceptable", "undesirable"), False),
 }
+_MESSAGES_AS_TEXT = re.compile(
+    r"""\s*\[\s*(?=\{.*(['"])(?:role|from)\1\s*:)(?=\{.*(['"])(?:content|value)\2\s*:).*\]\s*\Z""", re.DOTALL
+)
 
 
 class BadRow(Exception):
@@ -122,7 +126,7 @@ def json_value(value: Any) -> Any:
 
 def read_answer(value: Any, column: str) -> str:
     """A response: a text, a message, or a list of one assistant message."""
-    messages = [value] if isinstance(value, Mapping) else decoded(value)
+    messages = [value] if isinstance(value, Mapping) else value
     if not isinstance(messages, list):
         return read_text(value, column)
     turns = read_messages(messages, column)
@@ -131,16 +135,22 @@ def read_answer(value: Any, column: str) -> str:
     return read_text(turns[0]["content"], column)
 
 
-def decoded(value: Any) -> Any:
-    """A list of messages that a text table holds as JSON; any other text stays a text."""
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        try:
-            content = parse_json(value)
-        except JsonError:
-            return value
-        if content and all(isinstance(entry, dict) and _is_message(entry) for entry in content):
-            return content
-    return value
+def read_cell(cell: Any, column: str) -> Any:
+    """A cell of a text table: the message or the list of messages that it holds as text, else the text itself.
+
+    Raises BadRow for a list of messages that cannot be read back, such as one that numpy shortened.
+    """
+    if not isinstance(cell, str) or cell.lstrip()[:1] not in ("[", "{"):
+        return cell
+    content = parse_printed(cell)
+    entries = content if isinstance(content, list) else [content]
+    if entries and all(isinstance(entry, dict) and _is_message(entry) for entry in entries):
+        return content
+    if _MESSAGES_AS_TEXT.match(cell):
+        raise BadRow(
+            column, f"looks like a list of messages and cannot be read as one: {shown(cell)}; write it as JSON"
+        )
+    return cell
 
 
 def _is_message(entry: Mapping[str, Any]) -> bool:
@@ -156,12 +166,12 @@ def read_label(value: Any, column: str) -> bool:
 
 
 def read_list(value: Any, column: str) -> list[Any]:
-    """A list that is not empty, or the JSON of one."""
+    """A list that is not empty, or the text of one: JSON, or as pandas writes it."""
     if isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except JsonError as error:
-            raise BadRow(column, f"needs a list, got {shown(value)}") from error
+        content = parse_printed(value)
+        if content is None:
+            raise BadRow(column, f"needs a list, got {shown(value)}")
+        value = content
     if value is None:
         raise BadRow(column, "is missing")
     if not isinstance(value, list) or not value:
@@ -187,8 +197,11 @@ def read_number(value: Any, column: str) -> float:
 
 
 def read_messages(value: Any, column: str) -> list[dict[str, str]]:
-    """Messages of {role, content} or {from, value} as {role, content}, roles named system, user, assistant."""
-    entries = decoded(value)
+    """Messages of {role, content} or {from, value} as {role, content}, roles named system, user, assistant.
+
+    A text must be the text of such a list: JSON, or as pandas writes it.
+    """
+    entries = parse_printed(value) if isinstance(value, str) else value
     if not isinstance(entries, list) or not entries:
         raise BadRow(column, "is missing" if value is None else f"needs a list of messages, got {shown(value)}")
     messages = []

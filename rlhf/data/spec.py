@@ -33,12 +33,13 @@ class Row:
     """One row of a data set.
 
     `line` counts from 1: the line of a text file where the row begins, the element of a JSON array, or the row of a
-    parquet, Arrow or hub table.
+    parquet, Arrow or hub table. `text_cells`: the values are cells of a text table, which holds lists as text.
     """
 
     values: Mapping[str, Any]
     file: str
     line: int
+    text_cells: bool = False
 
 
 @dataclass(frozen=True)
