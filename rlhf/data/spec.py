@@ -50,7 +50,8 @@ class DatasetSpec:
     `columns`: our name -> the file's column.
     `format`: a file format (`FILE_FORMATS`) where the suffix does not tell, or a row format
     (`rlhf.data.formats.ROW_FORMATS`) where the fields do not tell. `weight`: see `mixture.blend`. `split`: of a hub
-    data set or a saved DatasetDict. `subset`: the configuration of a hub data set that has several. `category`: of
+    data set or a saved DatasetDict (None: `train`), or of a directory whose files or folders are named for splits.
+    `subset`: the configuration of a hub data set that has several, or the folder of a local directory. `category`: of
     every row. `delimiter`: of a text table, one character.
     """
 
@@ -58,7 +59,7 @@ class DatasetSpec:
     columns: Mapping[str, str] = field(default_factory=dict)
     format: str | None = None
     weight: float = 1.0
-    split: str = "train"
+    split: str | None = None
     category: str | None = None
     delimiter: str | None = None
     subset: str | None = None
@@ -83,8 +84,6 @@ class DatasetSpec:
             )
         if not isinstance(given.get("path"), str) or not given["path"]:
             raise DataError(f"data set {_start(text)} needs `path` (a file, a directory, a hub name or `sample:NAME`)")
-        if given.get("split") is None:
-            given.pop("split", None)
         for name in ("format", "split", "subset", "category", "delimiter"):
             if given.get(name) is not None and not isinstance(given[name], str):
                 raise DataError(f"data set {_start(text)}: `{name}` must be a text, not {given[name]!r}")
