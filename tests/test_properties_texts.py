@@ -11,9 +11,10 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from rlhf.data.rendered import is_rendered, raw_prompt, split_rendered
 from rlhf.data.row_values import INVISIBLE
 from rlhf.data.sources import DataError
-from rlhf.data.templates import TEXT_TEMPLATES, Template, is_rendered, load_template, raw_prompt, split_rendered
+from rlhf.data.templates import TEXT_TEMPLATES, Template, load_template
 from rlhf.data.token_cache import cached_tokens, record_key_parts
 from rlhf.data.tokenize import TextEncoder, tokenize_records
 from rlhf.types import PreferenceRecord, PromptRecord, RankedRecord, ResponseRecord

@@ -82,9 +82,14 @@ def _beginning(value: Any) -> str:
     return f"{text[:60]}{'...' if len(text) > 60 else ''}"
 
 
+def is_missing(value: Any) -> bool:
+    """Whether there is no value: None, or the NaN that pandas puts in its place."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def read_text(value: Any, column: str, *, blank: bool = False) -> str:
     """A text in NFC; with `blank`, one without visible content is "" and not an error."""
-    if value is None:
+    if is_missing(value):
         raise BadRow(column, "is missing")
     if not isinstance(value, str):
         raise BadRow(column, f"needs a text, got {shown(value)}")

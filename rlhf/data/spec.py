@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -26,6 +27,18 @@ class SkippedRow:
     line: int
     field: str
     reason: str
+
+
+@dataclass
+class ReadingNotes:
+    """What a user should know of how a data set was read; none of it is an error.
+
+    `ignored_columns`: columns that nothing is read from, with the number of rows that have a value there. `warnings`:
+    sentences, with the number of rows that they are about.
+    """
+
+    ignored_columns: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True)
