@@ -179,7 +179,7 @@ def _optional(optional: Mapping[str, Sequence[str]], there: Sequence[str]) -> di
 def _ignored(layout: Layout, there: Sequence[str], kind: str, spec: DatasetSpec) -> tuple[str, ...]:
     used = {*layout.columns.values(), *layout.response_columns}
     used |= set() if "id" in layout.columns else {"id", "id3"}
-    used |= set() if spec.category is not None else {"category"}
+    used |= set() if "category" in layout.columns or spec.category is not None else {"category"}
     if SCORE_GAP in used:
         used |= {"sum1", "sum2"}
     if kind == "prompt":  # the answers beside a prompt

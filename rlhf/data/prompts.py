@@ -310,8 +310,10 @@ def _keys(texts: Iterable[str]) -> set[str]:
 
 def _history(value: Any, column: str) -> list[Message]:
     """Earlier turns: pairs of question and answer, as LLaMA-Factory has them, or messages."""
-    entries = parse_printed(value) if isinstance(value, str) and value.strip() else value
-    if is_missing(entries) or entries in ("", []) or (isinstance(entries, str) and not entries.strip()):
+    if is_missing(value) or value == [] or (isinstance(value, str) and not value.strip()):
+        return []
+    entries = parse_printed(value) if isinstance(value, str) else value
+    if entries == []:
         return []
     if not isinstance(entries, list):
         raise BadRow(column, f"needs a list of [question, answer] or of messages, got {shown(value)}")
