@@ -13,7 +13,7 @@ SAVE_AS_UTF8 = "save the file as UTF-8 (Korean files are often CP949: `iconv -f 
 _UNDECODED = re.compile("[\udc80-\udcff]")
 """Bytes that are not UTF-8, as "surrogateescape" decodes them; UTF-8 itself cannot give these characters."""
 
-_MISSING = frozenset({"nan", "NaN", "NaT", "None", "<NA>", "NULL", "null", "\\N", "#N/A"})
+MISSING_WORDS = frozenset({"nan", "NaN", "NaT", "None", "<NA>", "NULL", "null", "\\N", "#N/A"})
 """What pandas, SQL exports and spreadsheets write where there is no value."""
 
 
@@ -28,7 +28,7 @@ def table_rows(
 ) -> Iterator[Row]:
     """The rows of a text table whose first record names the columns; a column without a name is passed over.
 
-    A cell that holds a word for a missing value (`_MISSING`) is None; an empty one is an empty text.
+    A cell that holds a word for a missing value (`MISSING_WORDS`) is None; an empty one is an empty text.
 
     `quotes_enclose` False takes quotation marks for characters of the text where every line then has the header's
     number of fields; where they could enclose a field all the same, `quotes_are_text` decides. `bad_row(name, line,
@@ -60,7 +60,7 @@ def table_rows(
 
 
 def _cell_value(cell: str) -> str | None:
-    return None if cell.strip() in _MISSING else cell
+    return None if cell.strip() in MISSING_WORDS else cell
 
 
 def _plain_records(
