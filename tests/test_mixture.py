@@ -70,6 +70,10 @@ def test_stage_share() -> None:
         stage_share(records, "0,1,1", "sft")
     with pytest.raises(DataError, match="rl.*not one of sft, reward, ppo"):
         stage_share(records, "1,1,1", "rl")
+    halves = [stage_share(records, "1,1", stage, stages=("sft", "dpo")) for stage in ("sft", "dpo")]
+    assert keys(halves[0]) | keys(halves[1]) == keys(records) and not keys(halves[0]) & keys(halves[1])
+    with pytest.raises(DataError, match="2 numbers of at least 0 for sft, dpo, such as"):
+        stage_share(records, "1,1,1", "dpo", stages=("sft", "dpo"))
 
 
 def test_hold_out_composes_with_the_stages() -> None:

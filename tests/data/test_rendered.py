@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ import pytest
 
 from rlhf.data.records import rows_to_records
 from rlhf.data.rendered import is_rendered, raw_prompt, split_rendered
-from rlhf.data.sources import DataError, DatasetSpec, Row, SkippedRow
+from rlhf.data.sources import DataError, DatasetSpec, Row, SkippedRow, read_rows
 from rlhf.data.spec import ReadingNotes
 from rlhf.data.templates import load_template
 from rlhf.data.token_cache import record_key_parts
 from rlhf.data.tokenize import tokenize_records
 from rlhf.models.tiny_base import train_tokenizer
 from rlhf.types import PromptRecord
+
+DATA = Path(os.environ.get("RLHF_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 
 
 def records_of(kind: str, *rows: dict[str, Any], notes: ReadingNotes | None = None, **spec: Any) -> list[Any]:
@@ -170,6 +173,23 @@ def test_a_prompt_beside_whole_transcripts_is_read_once(prompt: str, front: str,
     if not front.startswith("아래"):  # one transcript alone must begin with a marker
         (imitated,) = records_of("response", row, columns={"response": "chosen"})
         assert (imitated.prompt, imitated.response) == (record.prompt, record.chosen)
+
+
+def test_published_transcripts_beside_their_last_question_are_read_as_without_it() -> None:
+    published = DATA / "hh_rlhf" / "harmless-base-test.jsonl.gz"
+    if not published.is_file():
+        pytest.skip(f"published data not there: {published}")
+    rows = [dict(row.values) for row in read_rows(DatasetSpec(str(published)))][:300]
+    rows = [
+        row for row in rows if row["chosen"].rpartition("Assistant:")[0] == row["rejected"].rpartition("Assistant:")[0]
+    ]
+    rows = [row for row in rows if all(text.rpartition("Assistant:")[2].strip() for text in row.values())]
+    wanted = records_of("preference", *rows)
+    questions = [row["chosen"].rpartition("\n\nHuman:")[2].rpartition("\n\nAssistant:")[0].strip() for row in rows]
+    with_prompt = [{"prompt": text or "x", **row} for text, row in zip(questions, rows, strict=True)]
+    found = records_of("preference", *with_prompt)
+    assert len(found) > 200 and [r.prompt for r in found] == [r.prompt for r in wanted]
+    assert [(r.chosen, r.rejected) for r in found] == [(r.chosen, r.rejected) for r in wanted]
 
 
 def test_transcripts_that_do_not_fit_are_errors() -> None:

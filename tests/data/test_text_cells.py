@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rlhf.data.records import rows_to_records
 from rlhf.data.sources import DataError, DatasetSpec, SkippedRow, read_rows
 from rlhf.data.templates import load_template
 
+DATA = Path(os.environ.get("RLHF_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 HOSTILE = 'it\'s "so"\n} {\\ [1] {\'role\': \'user\'}\u2028{"content": "} {"} 한글'
 TURNS = [{"role": "user", "content": "질문 " + HOSTILE}, {"role": "assistant", "content": HOSTILE}]
 
@@ -47,6 +49,22 @@ def test_messages_as_pandas_writes_them_to_csv(pandas: Any, tmp_path: Path, thro
             assert record.response == HOSTILE and record.prompt.startswith("질문 it's")
     answers = records_of(tmp_path / "pairs.csv", columns={"prompt": "prompt", "response": "chosen"})
     assert [record.response for record in answers] == [HOSTILE] * 2
+
+
+@pytest.mark.parametrize("name", ["dpo_en_demo.json", "v1_dpo_demo.jsonl", "kto_en_demo.json"])
+def test_published_conversations_are_the_same_through_csv(pandas: Any, tmp_path: Path, name: str) -> None:
+    published = DATA / "llama_factory_demo" / name
+    if not published.is_file():
+        pytest.skip(f"published data not there: {published}")
+    rows = [dict(row.values) for row in read_rows(DatasetSpec(str(published)))]
+    pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
+    for kind in ("prompt", "response") if "kto" in name else ("prompt", "preference"):
+        wanted, found = (records_of(path, kind, skipped=[]) for path in (published, tmp_path / "a.csv"))
+        assert len(wanted) == len(found) >= 10
+        for first, second in zip(wanted, found, strict=True):
+            assert first.prompt == second.prompt
+            for field in {"response", "chosen", "rejected"} & vars(first).keys():
+                assert getattr(first, field) == getattr(second, field)
 
 
 @pytest.mark.parametrize(
