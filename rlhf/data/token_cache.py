@@ -71,6 +71,7 @@ def record_key_parts(records: Sequence[Record]) -> Iterator[str]:
     """Everything of each record that its tokenised row depends on, as text."""
     for record in records:
         values: list[Any] = [record.id, record.prompt, str(record.meta.get("category") or "")]
+        values += [bool(record.meta.get("special_tokens"))]
         if isinstance(record, ResponseRecord):
             values += ["response", record.response]
         elif isinstance(record, PreferenceRecord):

@@ -59,17 +59,21 @@ def test_share_of_zero_and_wrong_shares() -> None:
 
 def test_stage_share() -> None:
     records = prompts(1000)
-    stages = [stage_share(records, "2, 4,4", stage) for stage in ("sft", "reward", "ppo")]  # type: ignore[arg-type]
+    stages = [stage_share(records, "2, 4,4", stage) for stage in ("sft", "reward", "ppo")]
     assert sum(map(len, stages)) == 1000 and 150 < len(stages[0]) < 250
     assert not keys(stages[0]) & keys(stages[1]) | keys(stages[1]) & keys(stages[2]) | keys(stages[0]) & keys(stages[2])
     assert len(stage_share(records, "0,1,1", "reward")) > 400
     for wrong in ("2,4", "a,b,c", "2,4,4,1", "", "1,-1,1", "nan,1,1"):
-        with pytest.raises(DataError, match="three numbers"):
+        with pytest.raises(DataError, match="3 numbers"):
             stage_share(records, wrong, "sft")
     with pytest.raises(DataError, match="leaves nothing to the stage sft"):
         stage_share(records, "0,1,1", "sft")
     with pytest.raises(DataError, match="rl.*not one of sft, reward, ppo"):
-        stage_share(records, "1,1,1", "rl")  # type: ignore[arg-type]
+        stage_share(records, "1,1,1", "rl")
+    halves = [stage_share(records, "1,1", stage, stages=("sft", "dpo")) for stage in ("sft", "dpo")]
+    assert keys(halves[0]) | keys(halves[1]) == keys(records) and not keys(halves[0]) & keys(halves[1])
+    with pytest.raises(DataError, match="2 numbers of at least 0 for sft, dpo, such as"):
+        stage_share(records, "1,1,1", "dpo", stages=("sft", "dpo"))
 
 
 def test_hold_out_composes_with_the_stages() -> None:
