@@ -43,9 +43,7 @@ def split_by_prompt(records: Sequence[RecordT], shares: Sequence[float], seed_te
     return parts
 
 
-def stage_share(
-    records: Sequence[RecordT], stage_split: str, stage: str, stages: Sequence[str] = ("sft", "reward", "ppo")
-) -> list[RecordT]:
+def stage_share(records: Sequence[RecordT], stage_split: str, stage: str, stages: Sequence[str]) -> list[RecordT]:
     """The records of one stage where one corpus feeds them all: `stage_split` has a share for each, "2,4,4".
 
     Raises DataError for a text that is not one number for each stage, or a stage whose share is 0.

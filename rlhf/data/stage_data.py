@@ -71,12 +71,12 @@ def load_stage_data(
     cache_dir: Path,
     report_dir: Path,
     report_name: str = "data",
-    stages: Sequence[str] = ("sft", "reward", "ppo"),
+    stages: Sequence[str] = (),
 ) -> StageData:
     """Read, render, split, blend and tokenise the data of one stage.
 
     `kind` is what a row must give: "prompt", "response" or "comparison". Each data set is cut to the share that
-    `config.stage_split` gives to `stage`, one of `stages`; `eval_specs`, or where there are none `config.eval_fraction`
+    `config.stage_split` gives to `stage`, one of all `stages`; `eval_specs`, or where there are none `config.eval_fraction`
     of each set, is held out, and training records with a held-out prompt are dropped. Columns that nothing is read from
     are logged and reported for each data set. Tokens are kept under `cache_dir`. Rank 0 writes
     `report_dir/data.json`, and `skipped_rows.jsonl` when rows were skipped. A second call for the same directory needs

@@ -93,6 +93,7 @@ class StageRun(Generic[Config]):
             seed=self.run.seed,
             cache_dir=Path(self.run.cache_dir),
             report_dir=self.directory,
+            stages=tuple(STAGES),
             **{"stage": self.stage.name, **options},
         )
 
