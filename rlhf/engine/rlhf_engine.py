@@ -90,7 +90,7 @@ class RLHFEngine:
         else:
             with loading():
                 critic_class = (
-                    ScalarModel.from_pretrained
+                    partial(ScalarModel.from_pretrained, as_critic=True)
                     if is_scalar_directory(critic_path)
                     else partial(ScalarModel.from_base, seed=seed)
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -42,9 +43,7 @@ class RewardScorer:
         `prompt_texts` are the prompts as they were before tokenisation.
         """
         ids, mask = rollout.sequences() if self.same_tokenizer else self._encode_again(rollout, prompt_texts)
-        scores = score_last(self.reward(ids, mask), mask)
-        module = getattr(self.reward, "module", self.reward)
-        return module.normalise(scores).float()
+        return score_last(self.reward(ids, mask), mask).float()
 
     def _encode_again(self, rollout: Rollout, prompt_texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         rows = []
@@ -68,5 +67,15 @@ class RewardScorer:
 
 
 def same_tokenizer(first: Any, second: Any) -> bool:
-    """True when two tokenizers give the same ids for every text: vocabulary, merges, normaliser, special tokens."""
-    return tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
+    """True when two tokenizers give the same ids for every text: vocabulary, merges, normaliser, special tokens.
+
+    What they pad with plays no part: a saved reward model pads with a token of its own (`rlhf.models.padding`).
+    """
+    padding = {tokenizer.pad_token for tokenizer in (first, second)}
+    padding -= {text for tokenizer in (first, second) for text in (tokenizer.eos_token, tokenizer.bos_token)}
+    fingerprints = set()
+    for tokenizer in (first, second):
+        own = copy.deepcopy(tokenizer)
+        own.pad_token = None
+        fingerprints.add(tokenizer_fingerprint(own, without=padding))
+    return len(fingerprints) == 1

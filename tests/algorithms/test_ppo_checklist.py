@@ -711,6 +711,7 @@ def test_21_minibatches_are_reshuffled_every_epoch_and_shared_by_all_ranks(make_
 def test_17_scores_are_normalised_to_mean_0_and_variance_1_on_the_reference_responses(tiny_models, tokenizer, tmp_path):
     """DeepSpeedExamples#316 for the padding: a long and a short reference response in one batch."""
     from rlhf.algorithms.reward import RewardConfig, RewardTrainer
+    from rlhf.checkpoint.export import export_scalar_model
     from rlhf.config import BatchConfig
     from rlhf.types import TokenizedRanking
     from tests.support.local_engine import LocalEngine
@@ -729,6 +730,8 @@ def test_17_scores_are_normalised_to_mean_0_and_variance_1_on_the_reference_resp
         config=RewardConfig(calibration_rows=6), pad_token_id=EOS,
     )  # fmt: skip
     model.set_normalisation(*trainer.calibrate())
+    export_scalar_model(model, tokenizer, tmp_path / "reward")
+    model = ScalarModel.from_pretrained(tmp_path / "reward", dtype=torch.float32).eval()
     scorer = RewardScorer(model, tokenizer, tokenizer, eos_ids=[EOS])
     chosen = trainer.calibration_examples()
     assert len(chosen) == 6 and chosen != examples[:6]  # drawn from all of them

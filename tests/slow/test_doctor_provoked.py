@@ -480,7 +480,7 @@ def test_a_reward_model_keeps_the_range_of_its_scores_and_a_critic_from_it_does_
     scorer = RewardScorer(loaded, tokenizer, tokenizer)
     rows = [candidate.input_ids for example in trainer.train for candidate in example.candidates]
     with torch.no_grad():
-        scores = [float(loaded.normalise(loaded(ids, torch.ones_like(ids))[0, -1])) for row in rows
+        scores = [float(loaded(ids, torch.ones_like(ids))[0, -1]) for row in rows
                   for ids in [torch.tensor([row])]]  # fmt: skip
     assert scorer.score_range["responses"] == len(rows)
     assert scorer.score_range["minimum"] == pytest.approx(min(scores), abs=1e-3)
