@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import ConfigError, ModelConfig
 from rlhf.models.adapters import name_base
+from rlhf.models.experts import check_no_experts
 from rlhf.models.scalar import ScalarModel
 
 ATTENTION_PROJECTIONS: dict[str, tuple[str, ...]] = {
@@ -37,7 +38,7 @@ def apply_lora(model: nn.Module, config: ModelConfig, *, seed: int | None = None
     A causal LM becomes a PeftModel; a ScalarModel keeps its class, its backbone is wrapped and its head trains in
     full. No targets: the attention projections. With a `seed` the adapter starts alike whatever was drawn from the
     global generator before (by a merge on first use, for one); without one it is drawn from that. Raises ConfigError
-    when a target matches no linear module or `lora_rank` is 0.
+    when a target matches no linear module, `lora_rank` is 0, or the model is a mixture of experts.
     """
     with nullcontext() if seed is None else _seeded(seed):
         if isinstance(model, ScalarModel):
@@ -59,6 +60,7 @@ def _adapted(base: Any, task: str, config: ModelConfig) -> nn.Module:
 
     if config.lora_rank < 1:
         raise ConfigError(f"lora_rank={config.lora_rank} must be at least 1")
+    check_no_experts(base.config)
     targets = resolve_targets(base, config.lora_targets)
     if config.quantization != "none":
         base = prepare_quantized(base)
