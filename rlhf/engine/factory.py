@@ -17,6 +17,7 @@ from rlhf.config import ConfigError, EngineConfig, OptimizerConfig
 from rlhf.distributed import init_world, logger, world_size
 from rlhf.engine.batch_plan import BatchPlan
 from rlhf.engine.deepspeed_config import compute_dtype, deepspeed_settings
+from rlhf.models.experts import check_no_experts
 from rlhf.numerics.cpu import speed_up_linears
 
 
@@ -41,6 +42,9 @@ def training_engine(
 
     device = init_world()
     _check(model, engine, plan)
+    model_config = getattr(model, "config", None)
+    if model_config is not None:
+        check_no_experts(model_config)
     if gradient_checkpointing:
         # ZeRO-3 frees a block's weights after its forward pass, which the non-reentrant form does not survive
         model.gradient_checkpointing_enable(  # type: ignore[operator]

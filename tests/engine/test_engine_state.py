@@ -103,7 +103,7 @@ def test_one_rank_goes_on_exactly(case, models, tmp_path):
         progress = json.loads((tmp_path / "whole" / "actor.json").read_text())["progress"]
         assert progress["skipped_steps"] == 2 and progress["loss_scale"]["cur_scale"] != 2**8
     if case.scalar:
-        assert saved_tensors(tmp_path / "saved")["buffer/score_std"] == SAVED_AFTER
+        assert saved_tensors(tmp_path / "saved")["buffer/seen"] == SAVED_AFTER
 
 
 @pytest.mark.parametrize(
