@@ -13,7 +13,7 @@ from rlhf.engine.batch_plan import BatchPlan
 ENGINE_OWNED = {
     "train_batch_size": "global_batch_size",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "gradient_accumulation_steps": "global_batch_size / (micro_batch_size * world_size)",
+    "gradient_accumulation_steps": "global_batch_size / (micro_batch_size * devices)",
     "gradient_clipping": "max_grad_norm",
     "zero_optimization.stage": "zero_stage",
     "zero_optimization.offload_optimizer.device": "offload",
@@ -76,7 +76,8 @@ def deepspeed_settings(
 ) -> dict[str, Any]:
     """The dict for DeepSpeed: generated settings with a user's merged in.
 
-    `hidden_size` sizes the communication buckets. Raises ConfigError for settings that contradict each other, with
+    A user's batch sizes are compared with those of `plan`; DeepSpeed gets `plan.deepspeed_numbers`. `hidden_size`
+    sizes the communication buckets. Raises ConfigError for settings that contradict each other, with
     both values.
     """
     _check_choices(zero_stage, offload, max_grad_norm)
@@ -110,7 +111,7 @@ def deepspeed_settings(
     }
     if user_config:
         _merge(generated, user_config)
-    return generated
+    return {**generated, **plan.deepspeed_numbers}
 
 
 def _check_choices(zero_stage: int, offload: str, max_grad_norm: float) -> None:

@@ -113,7 +113,7 @@ class RolloutWorker:
     def run(self, examples: Sequence[TokenizedPrompt], iteration: int) -> tuple[Rollout, dict[str, torch.Tensor]]:
         """Sample and score `examples` over all ranks; every rank gets all rows, in the order of `examples`.
 
-        Every rank must have equally many: len(examples) is a multiple of the number of ranks. Beside the rollout come
+        Every rank must have one at least: there are as many examples as ranks, or more. Beside the rollout come
         `logprobs`, `ref_logprobs`, `values` [B, T] and `scores` [B]; seconds go to `self.seconds`.
         """
         with self.engine.scoring():
@@ -181,10 +181,11 @@ class RolloutWorker:
 
         width = rollout.response_ids.shape[1]
         lengths = (rollout.prompt_mask.sum(1) + rollout.response_mask.sum(1)).tolist()
-        # as many passes on every rank: under ZeRO-3 each one gathers weights
+        # as many passes on every rank: under ZeRO-3 each one gathers weights; ranks may differ by a row
         factor = 1 if self.device.type == "cpu" else FORWARD_ONLY
         budget = self.scoring_tokens or factor * self.plan.token_budget(lengths)
-        passes = all_reduce_max(min(len(lengths), -(-sum(lengths) // budget)), self.device)
+        fewest_rows = -all_reduce_max(-len(lengths), self.device)
+        passes = min(fewest_rows, all_reduce_max(-(-sum(lengths) // budget), self.device))
         parts = [
             _Part(indices, rows, rollout.rows(rows).trimmed()[0])
             for indices in partition(lengths, passes)
