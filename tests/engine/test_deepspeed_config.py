@@ -27,16 +27,31 @@ def test_generated_values():
         3,
     )  # noqa: E501
     assert made["gradient_clipping"] == 1.0
-    assert made["bf16"] == {"enabled": True} and made["fp16"] == {"enabled": False}
+    assert made["bf16"]["enabled"] is True and made["fp16"] == {"enabled": False}
     assert made["zero_optimization"]["stage"] == 2
     assert "optimizer" not in made and "scheduler" not in made
     json.dumps(made)
 
 
 def test_stage_0_has_nothing_of_the_others():
-    assert config(zero_stage=0)["zero_optimization"] == {"stage": 0}
+    made = config(zero_stage=0, dtype=torch.float32)
+    assert made["zero_optimization"] == {"stage": 0}
+    assert "data_types" not in made and "communication_data_type" not in made
     assert not any(key.startswith("stage3") for key in config(zero_stage=2)["zero_optimization"])
     assert config(zero_stage=3)["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_gradients_are_summed_in_float32_and_stage_0_runs_as_the_stage_that_can(dtype):
+    for stage in (0, 1, 2, 3):
+        made = config(zero_stage=stage, dtype=dtype, user_config={"zero_optimization": {"stage": stage}})
+        assert made["data_types"] == {"grad_accum_dtype": "fp32"}
+        assert made["zero_optimization"]["stage"] == max(stage, 1)
+    assert config(zero_stage=0, dtype=dtype)["zero_optimization"] == config(zero_stage=1)["zero_optimization"]
+    with pytest.raises(ConfigError, match="stage=1 and zero_stage makes it 0"):
+        config(zero_stage=0, dtype=dtype, user_config={"zero_optimization": {"stage": 1}})
+    user = {"data_types": {"grad_accum_dtype": "bf16"}}  # a user may have the old sums and their memory
+    assert config(user_config=user)["data_types"] == user["data_types"]
 
 
 @pytest.mark.parametrize(("hidden", "bucket"), [(16, 1_000_000), (2048, 12 * 2048**2), (8192, 200_000_000)])
