@@ -78,10 +78,10 @@ def deepspeed_settings(
 
     Gradients of a 16-bit engine accumulate in float32: a sum of 32 micro-batches in bf16 is off by half a percent. For
     each trainable weight that takes 4 bytes in place of 2, divided over the ranks under stages 2 and 3. Stage 0 cannot
-    in DeepSpeed: in 16 bit it runs as stage 1, which computes the same in less memory.
+    in DeepSpeed: in 16 bit it runs as stage 1, which computes the same.
+
     A user's batch sizes are compared with those of `plan`; DeepSpeed gets `plan.deepspeed_numbers`. `hidden_size`
-    sizes the communication buckets. Raises ConfigError for settings that contradict each other, with
-    both values.
+    sizes the communication buckets. Raises ConfigError, with both values, for settings that contradict each other.
     """
     _check_choices(zero_stage, offload, max_grad_norm)
     sixteen_bit = dtype != torch.float32
