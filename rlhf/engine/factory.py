@@ -57,13 +57,12 @@ def training_engine(
         speed_up_linears(model)
     client = build_optimizer(model, optimizer, learning_rate=learning_rate, offload=engine.offload)
     schedule = build_schedule(client, optimizer, total_steps)
-    with _no_step_taken(client):
-        wrapped, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=client,
-            lr_scheduler=schedule,
-            config=_settings(engine, plan, getattr(model, "config", None)),
-        )
+    wrapped, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=client,
+        lr_scheduler=schedule,
+        config=_settings(engine, plan, getattr(model, "config", None)),
+    )
     wrapped.train()
     return wrapped
 
@@ -227,22 +226,6 @@ def _cast_new_weights(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "ds_id") and dtype != torch.float32:
             parameter.data = parameter.data.to(dtype)
-
-
-@contextmanager
-def _no_step_taken(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Undo the optimizer step on zero gradients that DeepSpeed takes to allocate states (16-bit without ZeRO).
-
-    It would decay the weights, and Adam's bias corrections would start at their second step: the first update of a
-    run would be a quarter too small.
-    """
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    yield
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    optimizer.state.clear()
 
 
 def _check(model: nn.Module, engine: EngineConfig, plan: BatchPlan, *, trains: bool = True) -> None:
