@@ -8,7 +8,8 @@ micro-batches of 8 pairs, AdamW. Both heads start from the same weights; ours ha
 
 from __future__ import annotations
 
-from offline import PeerSetting, Task, compare
+from offline import compare
+from offline_workloads import PeerSetting, Task
 
 NO_CHECKPOINTING = {"gradient_checkpointing": False}
 LENGTHS_KEPT = {**NO_CHECKPOINTING, "remove_unused_columns": False}

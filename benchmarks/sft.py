@@ -8,7 +8,8 @@ batch 32 in micro-batches of 8, AdamW. The rows are cut and tokenised once, so n
 
 from __future__ import annotations
 
-from offline import PeerSetting, Task, compare
+from offline import compare
+from offline_workloads import PeerSetting, Task
 
 NO_CHECKPOINTING = {"gradient_checkpointing": False}
 REBALANCE = {**NO_CHECKPOINTING, "train_sampling_strategy": "batch_rebalance"}

@@ -74,14 +74,13 @@ def run_side(
     import deepspeed  # noqa: F401  (imported before the first measurement)
     import peft  # noqa: F401
     import torch
+    from sides.stage_trainers import ppo_trainer, run_config
 
-    from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig, PPOTrainer
-    from rlhf.config import EngineConfig, ModelConfig, RunConfig
+    from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
+    from rlhf.config import EngineConfig, ModelConfig, PPODataConfig
     from rlhf.distributed import close_world, init_world, seed_everything
-    from rlhf.engine import BatchPlan, RLHFEngine
     from rlhf.models.loading import load_tokenizer
-    from rlhf.rewards.reward_model import RewardScorer
-    from rlhf.types import TokenizedPrompt
+    from rlhf.pipeline.stages import PPOStageConfig
 
     if quantization != "none":
         import bitsandbytes  # noqa: F401
@@ -90,59 +89,35 @@ def run_side(
     seed_everything(1)
     reset_peak_rss()
     before = current_rss_bytes()
-    tokenizer = load_tokenizer(directory / "sft")
-    plan, optimizer = BatchPlan(PROMPTS, MICRO_BATCH, 1), PPOOptimizerConfig(learning_rate=1e-4)
-    engine = RLHFEngine.build(
-        directory / "sft",
-        critic_model=directory / "reward",
-        reward_model=directory / "reward",
-        model=ModelConfig(
-            lora_rank=RANK,
-            share_base=share,
-            quantization=quantization,  # type: ignore[arg-type]
-            gradient_checkpointing=gradient_checkpointing,
-        ),
-        engine=EngineConfig(precision="fp32"),
-        optimizer=optimizer,
-        critic_learning_rate=1e-4,
-        plan=plan,
-        total_steps=iterations,
-    )
-    loaded, loading_peak = current_rss_bytes(), peak_rss_bytes()
-    reset_peak_rss()
     generator = random.Random(3)
-    prompts = [
-        TokenizedPrompt(str(row), tuple(generator.randrange(3, len(tokenizer)) for _ in range(PROMPT_TOKENS)), "")
-        for row in range(PROMPTS)
-    ]
+    vocabulary = len(load_tokenizer(directory / "sft"))
+    prompts = [[generator.randrange(3, vocabulary) for _ in range(PROMPT_TOKENS)] for _ in range(PROMPTS)]
     with tempfile.TemporaryDirectory() as out:
-        trainer = PPOTrainer(
-            engine,
-            prompts,
-            [],
-            tokenizer=tokenizer,
-            scorer=RewardScorer(engine.reward, load_tokenizer(directory / "reward"), tokenizer),
-            plan=plan,
-            batch=PPOBatchConfig(
-                global_batch_size=PROMPTS, micro_batch_size=MICRO_BATCH, max_steps=iterations,
-                rollout_batch_size=PROMPTS,
+        config = PPOStageConfig(
+            run=run_config(Path(out)),
+            model=ModelConfig(
+                lora_rank=RANK,
+                share_base=share,
+                quantization=quantization,  # type: ignore[arg-type]
+                gradient_checkpointing=gradient_checkpointing,
             ),
-            config=PPOConfig(),
-            run=RunConfig(output_dir=out, tensorboard=False),
-            directory=Path(out),
-            max_response_tokens=RESPONSE_TOKENS,
-            synchronised=False,
-            export=lambda: None,
-        )  # fmt: skip
+            engine=EngineConfig(precision="fp32"),
+            optimizer=PPOOptimizerConfig(learning_rate=1e-4, critic_learning_rate=1e-4),
+            batch=PPOBatchConfig(PROMPTS, MICRO_BATCH, max_steps=iterations, rollout_batch_size=PROMPTS),
+            data=PPODataConfig(max_response_tokens=RESPONSE_TOKENS),
+            ppo=PPOConfig(actor_model=str(directory / "sft"), reward_model=str(directory / "reward")),
+        )
+        trainer = ppo_trainer(config, prompts, Path(out))
+        loaded, loading_peak = current_rss_bytes(), peak_rss_bytes()
+        reset_peak_rss()
         for iteration in range(1, iterations + 1):
-            experience = trainer.make_experience(iteration)
-            metrics = trainer.update(experience, iteration)
+            metrics = trainer.update(trainer.make_experience(iteration), iteration)
     result = {
         "after_imports_mib": before / MIB,
         "added_by_models_mib": (loaded - before) / MIB,
         "peak_while_loading_mib": (loading_peak - before) / MIB,
         "peak_mib": (peak_rss_bytes() - before) / MIB,
-        "scores": experience.scores.tolist(),
+        "scores": [metrics[name] for name in ("score", "score_std", "score_min", "score_max")],
         "value_loss": float(metrics["value_loss"]),
         "threads": torch.get_num_threads(),
     }

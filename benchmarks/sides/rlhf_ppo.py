@@ -13,64 +13,33 @@ import deepspeed
 import torch
 import transformers
 from measure import current_rss_bytes, peak_rss_bytes, synchronise
+from sides.stage_trainers import ppo_trainer, run_config
 
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig, PPOTrainer
-from rlhf.config import EngineConfig, ModelConfig, RunConfig
+from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
+from rlhf.config import EngineConfig, ModelConfig, PPODataConfig
 from rlhf.distributed import close_world, init_world, seed_everything
-from rlhf.engine import BatchPlan, RLHFEngine
-from rlhf.models.inner_model import eos_token_ids
-from rlhf.models.loading import load_tokenizer
-from rlhf.rewards.reward_model import RewardScorer
-from rlhf.types import TokenizedPrompt
+from rlhf.pipeline.stages import PPOStageConfig
 
 
-def build_trainer(job: dict[str, Any], directory: Path) -> PPOTrainer:
-    """The trainer of step 3 on the job's models and prompts."""
-    workload, total = job["workload"], job["warmup"] + job["iterations"]
-    rows = workload["prompts"]
-    optimizer = PPOOptimizerConfig(
-        learning_rate=workload["learning_rate"], critic_learning_rate=workload["learning_rate"]
-    )
-    plan = BatchPlan(rows, workload["micro_batch_size"], 1)
-    tokenizer = load_tokenizer(job["actor"])
-    engine = RLHFEngine.build(
-        job["actor"],
-        critic_model=job["reward"],
-        reward_model=job["reward"],
+def stage_config(job: dict[str, Any], directory: Path) -> PPOStageConfig:
+    """The configuration of step 3 that does the job."""
+    workload = job["workload"]
+    return PPOStageConfig(
+        run=run_config(directory, seed=job["seed"]),
         model=ModelConfig(),
         engine=EngineConfig(precision=job["dtype"], max_grad_norm=0.0),  # TRL's PPO clips no gradient
-        optimizer=optimizer,
-        critic_learning_rate=optimizer.critic_learning_rate,
-        plan=plan,
-        total_steps=total * workload["ppo_epochs"],
-        seed=job["seed"],
-    )
-    prompts = [
-        TokenizedPrompt(id=str(index), input_ids=tuple(ids), text=tokenizer.decode(ids))
-        for index, ids in enumerate(job["prompts"])
-    ]
-    return PPOTrainer(
-        engine,
-        prompts,
-        [],
-        tokenizer=tokenizer,
-        scorer=RewardScorer(
-            engine.reward, load_tokenizer(job["reward"]), tokenizer, eos_ids=eos_token_ids(engine.actor, tokenizer)
+        optimizer=PPOOptimizerConfig(
+            learning_rate=workload["learning_rate"], critic_learning_rate=workload["learning_rate"]
         ),
-        plan=plan,
         batch=PPOBatchConfig(
-            global_batch_size=rows,
+            global_batch_size=workload["prompts"],
             micro_batch_size=workload["micro_batch_size"],
-            max_steps=total,
-            rollout_batch_size=rows,
+            max_steps=job["warmup"] + job["iterations"],
+            rollout_batch_size=workload["prompts"],
             ppo_epochs=workload["ppo_epochs"],
         ),
-        config=PPOConfig(kl_coef=workload["kl_coef"]),
-        run=RunConfig(output_dir=str(directory), seed=job["seed"], tensorboard=False),
-        directory=directory,
-        max_response_tokens=workload["max_new_tokens"],
-        synchronised=False,
-        export=lambda: None,
+        data=PPODataConfig(max_response_tokens=workload["max_new_tokens"]),
+        ppo=PPOConfig(actor_model=job["actor"], reward_model=job["reward"], kl_coef=workload["kl_coef"]),
     )
 
 
@@ -80,7 +49,7 @@ def main(job_file: str, out_file: str) -> None:
     device = init_world()
     seed_everything(job["seed"])
     with tempfile.TemporaryDirectory() as directory:
-        trainer = build_trainer(job, Path(directory))
+        trainer = ppo_trainer(stage_config(job, Path(directory)), job["prompts"], Path(directory))
         first = torch.tensor([job["prompts"][0]], device=device)
         with torch.no_grad():
             fingerprint = trainer.engine.actor.module(input_ids=first).logits[0, -1].float().logsumexp(-1).item()

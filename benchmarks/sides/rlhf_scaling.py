@@ -16,20 +16,18 @@ from typing import Any
 
 import measure
 import torch
-from sides.rlhf_offline import StepClock, build_trainer
+from sides.rlhf_offline import StepClock
+from sides.stage_trainers import offline_trainer, ppo_trainer, run_config
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig, PPOTrainer
+from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
 from rlhf.checkpoint.export import export_scalar_model
-from rlhf.config import EngineConfig, ModelConfig, OptimizerConfig, RunConfig
-from rlhf.distributed import close_world, init_world, rank, seed_everything, world_size
-from rlhf.engine import BatchPlan, RLHFEngine, compute_dtype, training_engine
-from rlhf.models.inner_model import eos_token_ids
-from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.config import BatchConfig, EngineConfig, ModelConfig, OptimizerConfig, PPODataConfig
+from rlhf.distributed import close_world, init_world, rank, seed_everything
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.tiny_base import train_tokenizer
-from rlhf.rewards.reward_model import RewardScorer
-from rlhf.types import TokenizedPrompt, TokenizedResponse
+from rlhf.pipeline.stages import PPOStageConfig
+from rlhf.types import TokenizedResponse
 
 
 class PhaseMeter:
@@ -117,40 +115,17 @@ def run_ppo(point: Mapping[str, Any], work: Path, device: torch.device) -> tuple
     """PPO iterations over one batch of prompts; the meter, the real and the padded tokens of an iteration."""
     rows = len(point["lengths"])
     iterations = point["warm_up"] + point["repeats"]
-    plan = BatchPlan(rows, point["micro_batch_size"], world_size())
-    actor, reward = str(work / "actor"), str(work / "reward")
-    tokenizer = load_tokenizer(actor)
-    engine = RLHFEngine.build(
-        actor,
-        critic_model=reward,
-        reward_model=reward,
-        model=ModelConfig(base_model=actor),
+    config = PPOStageConfig(
+        run=run_config(work / "run"),
+        model=ModelConfig(),
         engine=EngineConfig(precision=point["dtype"]),
         optimizer=PPOOptimizerConfig(),
-        critic_learning_rate=5e-6,
-        plan=plan,
-        total_steps=iterations,
-        seed=1,
-    )
-    prompts = [
-        TokenizedPrompt(id=str(number), input_ids=random_ids(tokens, point, number), text="")
-        for number, tokens in enumerate(point["lengths"])
-    ]
-    trainer = PPOTrainer(
-        engine,
-        prompts,
-        [],
-        tokenizer=tokenizer,
-        scorer=RewardScorer(engine.reward, tokenizer, tokenizer, eos_ids=eos_token_ids(engine.actor, tokenizer)),
-        plan=plan,
         batch=PPOBatchConfig(rows, point["micro_batch_size"], max_steps=iterations, rollout_batch_size=rows),
-        config=PPOConfig(),
-        run=RunConfig(output_dir=str(work / "run"), seed=1, tensorboard=False),
-        directory=work / "run",
-        max_response_tokens=point["response"],
-        synchronised=False,
-        export=lambda: None,
+        data=PPODataConfig(max_response_tokens=point["response"]),
+        ppo=PPOConfig(actor_model=str(work / "actor"), reward_model=str(work / "reward")),
     )
+    prompts = [random_ids(tokens, point, number) for number, tokens in enumerate(point["lengths"])]
+    trainer = ppo_trainer(config, prompts, work / "run")
     meter = PhaseMeter(device)
     score = trainer.rollouts.score
     trainer.rollouts.score = lambda *arguments: meter.run("scoring", score, *arguments)  # type: ignore[method-assign]
@@ -170,25 +145,22 @@ def run_ppo(point: Mapping[str, Any], work: Path, device: torch.device) -> tuple
 
 def run_sft(point: Mapping[str, Any], work: Path, device: torch.device) -> tuple[PhaseMeter, int, int]:
     """SFT steps over rows of the given lengths, half of each a prompt; as `run_ppo`."""
-    from offline import Run
-
     rows, lengths = len(point["lengths"]), point["lengths"]
-    steps = point["warm_up"] + point["repeats"]
     examples = [
         TokenizedResponse(id=str(number), input_ids=random_ids(tokens, point, number), prompt_tokens=tokens // 2)
         for number, tokens in enumerate(lengths)
     ]
-    tokenizer = load_tokenizer(str(work / "actor"))
-    run = Run(steps, point["warm_up"], 1, rows, point["micro_batch_size"])
-    trainer = build_trainer("response", examples, run, work / "run", pad_token_id=tokenizer.pad_token_id)
-    trainer.engine = training_engine(
-        load_causal_lm(str(work / "actor"), dtype=compute_dtype(point["dtype"])),
-        engine=EngineConfig(precision=point["dtype"]),
+    trainer = offline_trainer(
+        "sft",
+        str(work / "actor"),
+        examples,
+        work / "run",
+        batch=BatchConfig(rows, point["micro_batch_size"], max_steps=point["warm_up"] + point["repeats"]),
         optimizer=OptimizerConfig(),
-        plan=trainer.plan,
-        total_steps=trainer.total_steps,
+        precision=point["dtype"],
     )
-    clock = trainer.writer = StepClock(device)
+    clock: Any = StepClock(device)
+    trainer.writer = clock
     meter = PhaseMeter(device)
     meter.run("step", trainer.fit)
     meter.seconds["step"] = clock.seconds[point["warm_up"] :]

@@ -33,7 +33,7 @@ class RunConfig:
     wandb_project: str | None = setting(None, may_change_on_resume=True)
     """Also log to this Weights & Biases project; needs the `wandb` package."""
     resume: Literal["auto", "never"] | None = setting(None, may_change_on_resume=True)
-    """`auto` goes on from the newest whole training state of `output_dir`, or starts where there is none; `never`
+    """`auto` resumes from the newest whole training state of `output_dir`, or starts where there is none; `never`
     starts anew and removes what an unfinished run left. Unset starts, and refuses where an unfinished run lies."""
     save_every_steps: int = setting(0, may_change_on_resume=True)
     """Optimizer steps (PPO: iterations) between two saved training states; 0 saves ten times in a run."""
@@ -151,7 +151,8 @@ class BatchConfig:
     global_batch_size: int = 32
     """Sequences (reward: prompts) of one optimizer step over all devices."""
     micro_batch_size: int = setting(8, may_change_on_resume=True)
-    """Sequences (reward: prompts) of one forward pass on one device, were all as long as the longest of the step."""
+    """Sequences (reward: prompts) of one forward pass on one device at most, were all as long as the step's longest;
+    fewer where a device has fewer. It changes memory and speed, not what is learnt."""
     micro_batch_tokens: int = setting(0, may_change_on_resume=True)
     """Tokens of one forward pass on one device; 0 takes micro_batch_size times the longest sequence of the step."""
     epochs: float = 1.0

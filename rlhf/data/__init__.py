@@ -4,7 +4,7 @@ from rlhf.data.collate import collate_prompts, collate_rankings, collate_respons
 from rlhf.data.embedded import embedded_corpus
 from rlhf.data.spec import DataError, DatasetSpec
 from rlhf.data.stage_data import StageData, load_stage_data
-from rlhf.data.templates import load_template
+from rlhf.data.templates import load_template, render_messages
 from rlhf.data.tokenize import TextEncoder, TokenReport, tokenize_records
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "embedded_corpus",
     "load_stage_data",
     "load_template",
+    "render_messages",
     "tokenize_records",
 ]

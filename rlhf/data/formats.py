@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from rlhf.data.printed_lists import parse_printed
+from rlhf.data.rendered import holds_transcript
 from rlhf.data.sources import FILE_FORMATS, DataError, DatasetSpec, Row
 
 KINDS = ("prompt", "response", "preference", "ranked", "comparison")
@@ -28,62 +30,75 @@ class RowFormat:
     name: str
     fields: Mapping[str, str]
     kinds: Sequence[str]
-    optional: Mapping[str, str] = field(default_factory=dict)
+    optional: Mapping[str, Sequence[str]] = field(default_factory=dict)
     weak: bool = False
     """Used only when no other format fits."""
 
 
-_INPUT = {"input": "input"}
+_SYSTEM = {"system": ("system", "system_prompt")}
+_PROMPT = {"input": ("input",), **_SYSTEM, "history": ("history",)}  # `history`: LLaMA-Factory's earlier turns
+_INSTRUCTION = {**_PROMPT, "input": ("input", "context")}  # `context`: Dolly
 ROW_FORMATS = {
     row_format.name: row_format
     for row_format in (
         # instruction data: KULLM, Alpaca, KoAlpaca v1.1 (`output`); Law-Polyglot (`response`); KULLM's evaluation set
-        RowFormat("alpaca", {"prompt": "instruction", "response": "output"}, RESPONSE, _INPUT),
-        RowFormat("alpaca_response", {"prompt": "instruction", "response": "response"}, RESPONSE, _INPUT),
-        RowFormat("instances", {"prompt": "instruction", "instances": "instances"}, RESPONSE),
-        RowFormat("completion", {"prompt": "prompt", "response": "completion"}, RESPONSE),  # KoChatGPT SFT
-        RowFormat("response", {"prompt": "prompt", "response": "response"}, RESPONSE),
+        RowFormat("alpaca", {"prompt": "instruction", "response": "output"}, RESPONSE, _INSTRUCTION),
+        RowFormat("alpaca_response", {"prompt": "instruction", "response": "response"}, RESPONSE, _INSTRUCTION),
+        RowFormat(
+            "instances",
+            {"prompt": "instruction", "instances": "instances"},
+            RESPONSE,
+            {**_SYSTEM, "history": ("history",)},
+        ),
+        RowFormat("completion", {"prompt": "prompt", "response": "completion"}, RESPONSE, _PROMPT),  # KoChatGPT SFT
+        RowFormat("response", {"prompt": "prompt", "response": "response"}, RESPONSE, _PROMPT),
         RowFormat("text", {"text": "text"}, RESPONSE, weak=True),  # prompt and answer in one rendered text
         # conversations: `messages` of {role, content}, ShareGPT's `conversations` of {from, value}
-        RowFormat("messages", {"messages": "messages"}, RESPONSE),
-        RowFormat("sharegpt", {"messages": "conversations"}, RESPONSE),
+        RowFormat("messages", {"messages": "messages"}, RESPONSE, _SYSTEM),
+        RowFormat("sharegpt", {"messages": "conversations"}, RESPONSE, _SYSTEM),
         # pairs: KULLM-RLHF, DeepSpeed-Chat, TRL; LLaMA-Factory; hh-rlhf transcripts; G-Eval sums
-        RowFormat("preference", {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}, PREFERENCE),
+        RowFormat("preference", {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}, PREFERENCE, _PROMPT),
         RowFormat(
             "alpaca_preference",
             {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
             PREFERENCE,
-            _INPUT,
+            _INSTRUCTION,
         ),
         RowFormat(
-            "sharegpt_preference", {"prompt": "conversations", "chosen": "chosen", "rejected": "rejected"}, PREFERENCE
+            "sharegpt_preference",
+            {"prompt": "conversations", "chosen": "chosen", "rejected": "rejected"},
+            PREFERENCE,
+            _SYSTEM,
         ),
-        RowFormat("message_pairs", {"chosen": "chosen_messages", "rejected": "rejected_messages"}, PREFERENCE),
-        RowFormat("transcripts", {"chosen": "chosen", "rejected": "rejected"}, PREFERENCE),
+        RowFormat("message_pairs", {"chosen": "chosen_messages", "rejected": "rejected_messages"}, PREFERENCE, _SYSTEM),
+        RowFormat("transcripts", {"chosen": "chosen", "rejected": "rejected"}, PREFERENCE, _SYSTEM),
         RowFormat(
             "scored_pair",
             {"prompt": "prompt", "response1": "response1", "sum1": "sum1", "response2": "response2", "sum2": "sum2"},
             PREFERENCE,
-            {"scores1": "scores1", "scores2": "scores2"},
+            {"scores1": ("scores1",), "scores2": ("scores2",), **_PROMPT},
         ),
         # labelled responses (KTO): pairs are made of the rows of one prompt
-        RowFormat("labelled", {"prompt": "prompt", "response": "completion", "label": "label"}, LABELLED),
-        RowFormat("labelled_response", {"prompt": "prompt", "response": "response", "label": "label"}, LABELLED),
-        RowFormat("labelled_messages", {"messages": "messages", "label": "label"}, LABELLED),
-        RowFormat("labelled_sharegpt", {"messages": "conversations", "label": "label"}, LABELLED),
+        RowFormat("labelled", {"prompt": "prompt", "response": "completion", "label": "label"}, LABELLED, _PROMPT),
+        RowFormat(
+            "labelled_response", {"prompt": "prompt", "response": "response", "label": "label"}, LABELLED, _PROMPT
+        ),
+        RowFormat("labelled_messages", {"messages": "messages", "label": "label"}, LABELLED, _SYSTEM),
+        RowFormat("labelled_sharegpt", {"messages": "conversations", "label": "label"}, LABELLED, _SYSTEM),
         # rankings: KoChatGPT's reward model data; RRHF scores (higher is better); ranks (0 is best)
         RowFormat(
             "completions",
             {"prompt": "prompt", "completion_0": "completion_0", "completion_1": "completion_1", "ranks": "ranking"},
             RANKED,
+            _PROMPT,
         ),
-        RowFormat("rrhf", {"prompt": "query", "responses": "responses", "scores": "scores"}, RANKED),
-        RowFormat("rrhf_ranks", {"prompt": "query", "responses": "responses", "ranks": "ranks"}, RANKED),
-        RowFormat("scores", {"prompt": "prompt", "responses": "responses", "scores": "scores"}, RANKED),
-        RowFormat("ranks", {"prompt": "prompt", "responses": "responses", "ranks": "ranks"}, RANKED),
+        RowFormat("rrhf", {"prompt": "query", "responses": "responses", "scores": "scores"}, RANKED, _PROMPT),
+        RowFormat("rrhf_ranks", {"prompt": "query", "responses": "responses", "ranks": "ranks"}, RANKED, _PROMPT),
+        RowFormat("scores", {"prompt": "prompt", "responses": "responses", "scores": "scores"}, RANKED, _PROMPT),
+        RowFormat("ranks", {"prompt": "prompt", "responses": "responses", "ranks": "ranks"}, RANKED, _PROMPT),
         # prompts alone
-        RowFormat("prompts", {"prompt": "prompt"}, ("prompt",)),
-        RowFormat("instructions", {"prompt": "instruction"}, ("prompt",), _INPUT),
+        RowFormat("prompts", {"prompt": "prompt"}, ("prompt",), _PROMPT),
+        RowFormat("instructions", {"prompt": "instruction"}, ("prompt",), _INSTRUCTION),
     )
 }
 
@@ -102,7 +117,7 @@ _SHAPES["comparison"] = _SHAPES["ranked"] + _SHAPES["preference"][1:]
 """Our names that make up a record of each kind when `columns` says what they are."""
 
 CONTENT = ("prompt", "response", "chosen", "rejected", "responses", "ranks", "scores", "label", "messages", "text")
-NAMES = (*CONTENT, "input", "margin", "category", "id")
+NAMES = (*CONTENT, "input", "system", "history", "margin", "category", "id")
 """The names that `columns` may map."""
 SCORE_GAP = "sum1-sum2"
 """`columns: {"margin": "sum1-sum2"}` makes the distance of the sums of a scored pair its margin."""
@@ -110,11 +125,15 @@ SCORE_GAP = "sum1-sum2"
 
 @dataclass(frozen=True)
 class Layout:
-    """The columns of one file for one kind: our name -> the file's column (several for `responses`)."""
+    """The columns of one file for one kind: our name -> the file's column (several for `responses`).
+
+    `ignored` are the file's columns that nothing is read from. For prompts the columns of answers are not among them.
+    """
 
     format: str
     columns: Mapping[str, str]
     response_columns: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 def layout_of(rows: Sequence[Row], kind: str, spec: DatasetSpec) -> Layout:
@@ -135,7 +154,8 @@ def layout_of(rows: Sequence[Row], kind: str, spec: DatasetSpec) -> Layout:
     if any(name in CONTENT for name in mapped) or response_columns:
         if row_format is not None:
             raise DataError(f"{where}: give `columns` or the row format `{row_format}`, not both")
-        return _layout_of_mapping(mapped, response_columns, there, kind, where)
+        layout = _layout_of_mapping(mapped, response_columns, there, kind, where)
+        return replace(layout, ignored=_ignored(layout, there, kind, spec))
     if row_format is not None:
         candidates = [_named_format(row_format, there, kind, where)]
     else:
@@ -143,11 +163,29 @@ def layout_of(rows: Sequence[Row], kind: str, spec: DatasetSpec) -> Layout:
     if len(candidates) != 1:
         raise DataError(_choice_error(candidates, there, kind, where))
     chosen = candidates[0]
-    columns = {**chosen.fields, **{name: column for name, column in chosen.optional.items() if column in there}}
+    columns = {**chosen.fields, **_optional(chosen.optional, there)}
     if chosen.name == "completions":
         completions = [name for name in there if re.fullmatch(r"completion_\d+", name)]
         response_columns = tuple(sorted(completions, key=lambda name: int(name.rpartition("_")[2])))
-    return Layout(chosen.name, {**columns, **mapped}, response_columns)
+    layout = Layout(chosen.name, {**columns, **mapped}, response_columns)
+    return replace(layout, ignored=_ignored(layout, there, kind, spec))
+
+
+def _optional(optional: Mapping[str, Sequence[str]], there: Sequence[str]) -> dict[str, str]:
+    found = {name: next((column for column in columns if column in there), None) for name, columns in optional.items()}
+    return {name: column for name, column in found.items() if column is not None}
+
+
+def _ignored(layout: Layout, there: Sequence[str], kind: str, spec: DatasetSpec) -> tuple[str, ...]:
+    used = {*layout.columns.values(), *layout.response_columns}
+    used |= set() if "id" in layout.columns else {"id", "id3"}
+    used |= set() if "category" in layout.columns or spec.category is not None else {"category"}
+    if SCORE_GAP in used:
+        used |= {"sum1", "sum2"}
+    if kind == "prompt":  # the answers beside a prompt
+        used |= {column for item in ROW_FORMATS.values() for column in item.fields.values()} - {"prompt", "instruction"}
+        used |= {column for column in there if re.fullmatch(r"completion_\d+", column)}
+    return tuple(column for column in there if column not in used)
 
 
 def _mapped(spec: DatasetSpec, there: Sequence[str], where: str) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -233,7 +271,7 @@ def _holds_transcripts(rows: Iterable[Row]) -> bool:
     """Whether `chosen` holds whole dialogues, so that no column with the prompt is needed."""
     for row in rows:
         value = row.values.get("chosen")
-        if isinstance(value, list) or (isinstance(value, str) and "\n\nAssistant:" in value):
+        if isinstance(value, list) or (isinstance(value, str) and (holds_transcript(value) or parse_printed(value))):
             return True
     return False
 

@@ -12,13 +12,12 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from rlhf.data.row_values import prompt_key
 from rlhf.data.spec import DataError
 from rlhf.types import Record
 
-STAGES = ("sft", "reward", "ppo")
 _STAGE_SALT = "stage"
 _HOLD_OUT_SALT = "hold-out"
 
@@ -44,25 +43,27 @@ def split_by_prompt(records: Sequence[RecordT], shares: Sequence[float], seed_te
     return parts
 
 
-def stage_share(records: Sequence[RecordT], stage_split: str, stage: Literal["sft", "reward", "ppo"]) -> list[RecordT]:
-    """The records of one stage where one corpus feeds all three: `stage_split` is such as "2,4,4" (sft, reward, ppo).
+def stage_share(records: Sequence[RecordT], stage_split: str, stage: str, stages: Sequence[str]) -> list[RecordT]:
+    """The records of one stage where one corpus feeds them all: `stage_split` has a share for each, "2,4,4".
 
-    Raises DataError for a text that is not three numbers, or a stage whose share is 0.
+    Raises DataError for a text that is not one number for each stage, or a stage whose share is 0.
     """
-    if stage not in STAGES:
-        raise DataError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
+    if stage not in stages:
+        raise DataError(f"stage {stage!r} is not one of {', '.join(stages)}")
     wrong = DataError(
-        f"stage_split={stage_split!r} must be three numbers of at least 0 for {', '.join(STAGES)}, such as 2,4,4"
+        f"stage_split={stage_split!r} must be {len(stages)} numbers of at least 0 for {', '.join(stages)}, "
+        f"such as {','.join('2' * len(stages))}"
     )
     try:
         shares = [float(part) for part in stage_split.split(",")]
     except ValueError:
         raise wrong from None
-    if len(shares) != len(STAGES) or any(not math.isfinite(share) or share < 0 for share in shares):
+    if len(shares) != len(stages) or any(not math.isfinite(share) or share < 0 for share in shares):
         raise wrong
-    if shares[STAGES.index(stage)] == 0:
+    place = list(stages).index(stage)
+    if shares[place] == 0:
         raise DataError(f"stage_split={stage_split!r} leaves nothing to the stage {stage}; give it a share above 0")
-    return split_by_prompt(records, shares, _STAGE_SALT)[STAGES.index(stage)]
+    return split_by_prompt(records, shares, _STAGE_SALT)[place]
 
 
 def hold_out(records: Sequence[RecordT], fraction: float) -> tuple[list[RecordT], list[RecordT]]:

@@ -7,7 +7,8 @@ What a record takes from a row:
 - A record of kind "prompt" also keeps the conversation as `messages`, and the row's other columns, so that a reward
   can read a reference answer, or render the prompt with another model's template.
 - A prompt that is already rendered (hh-rlhf transcripts, one-`text` rows, a prompt with a template's markers) does not
-  go through the template again: `meta["rendered"]` is True.
+  go through the template again: `meta["rendered"]` is True, and `meta["special_tokens"]` where its markers are special
+  tokens (ChatML, Llama).
 - `meta["source"]` is "file:line"; `meta["prompt_key"]` identifies the prompt whatever its template and spacing;
   `meta["category"]` is from the mapped column, else `DatasetSpec.category`, else a column `category`, else "".
 """
@@ -21,25 +22,25 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.data.formats import SCORE_GAP, Layout, category_of, layout_of
+from rlhf.data.printed_lists import parse_printed
+from rlhf.data.prompts import REPEATING_ROWS, Prompt, PromptReader, answers_begin_with_prompt, read_input
 from rlhf.data.row_values import (
     BadRow,
     DroppedRow,
     content_of,
-    decoded,
-    json_value,
     prompt_key,
     read_answer,
     read_label,
     read_list,
-    read_messages,
     read_number,
     read_text,
     shown,
     whole_characters,
 )
 from rlhf.data.sources import DataError, DatasetSpec, Row, SkippedRow
-from rlhf.data.templates import Template, is_rendered, raw_prompt, split_rendered, user_message
-from rlhf.types import Message, PreferenceRecord, PromptRecord, RankedRecord, Record, ResponseRecord
+from rlhf.data.spec import ReadingNotes
+from rlhf.data.templates import Template
+from rlhf.types import PreferenceRecord, PromptRecord, RankedRecord, Record, ResponseRecord
 
 __all__ = ["SkippedRow", "prompt_key", "rows_to_records"]
 
@@ -47,21 +48,11 @@ MAX_PAIRS_PER_PROMPT = 4
 """Pairs made of the labelled responses to one prompt, so that one prompt does not outweigh the others."""
 
 
-@dataclass(frozen=True)
-class _Prompt:
-    """A prompt as the model sees it (`text`), as the user wrote it (`raw`), and as turns where those are known."""
-
-    text: str
-    raw: str
-    rendered: bool = False
-    messages: tuple[Message, ...] = ()
-
-
 @dataclass
 class _Labelled:
     """The responses to one prompt that people called acceptable, and the others."""
 
-    prompt: _Prompt
+    prompt: Prompt
     good: list[tuple[Row, str]] = field(default_factory=list)
     bad: list[tuple[Row, str]] = field(default_factory=list)
 
@@ -74,6 +65,7 @@ def rows_to_records(
     spec: DatasetSpec,
     on_bad_row: str = "error",
     skipped: list[SkippedRow] | None = None,
+    notes: ReadingNotes | None = None,
 ) -> list[Record]:
     """The records of one data set.
 
@@ -82,11 +74,13 @@ def rows_to_records(
     `MAX_PAIRS_PER_PROMPT` a prompt), and prompts can be read from every format. A bad row raises DataError with file,
     line and field, or with `on_bad_row="skip"` is appended to `skipped`. Ties and labelled prompts without both labels
     teach nothing: they are appended to `skipped` in either case. Responses labelled as bad are left out of "response".
-    Ids are unique in the result. Raises DataError where no record is left.
+    Ids are unique in the result. `notes` is told what else a user should know. Raises DataError where no record is
+    left.
     """
     if on_bad_row not in ("error", "skip"):
         raise DataError(f"on_bad_row={on_bad_row!r} is not one of error, skip")
     skipped = [] if skipped is None else skipped
+    notes = ReadingNotes() if notes is None else notes
     files: dict[str, list[Row]] = {}
     for row in rows:
         files.setdefault(row.file, []).append(row)
@@ -96,7 +90,10 @@ def rows_to_records(
     ids: set[str] = set()
     records: list[Record] = []
     for file_rows in files.values():
-        reader = _Reader(kind, template, spec, layout_of(file_rows, kind, spec))
+        layout = layout_of(file_rows, kind, spec)
+        answers_repeat = kind != "prompt" and _notice_repetition(file_rows, layout, notes)
+        _notice_ignored(file_rows, layout, notes)
+        reader = _Reader(kind, spec, layout, PromptReader(template, layout, answers_repeat=answers_repeat))
         for row in file_rows:
             try:
                 made = reader.read(row)
@@ -114,6 +111,23 @@ def rows_to_records(
     return records
 
 
+def _notice_ignored(rows: Sequence[Row], layout: Layout, notes: ReadingNotes) -> None:
+    for column in layout.ignored:
+        count = sum(row.values.get(column) not in (None, "", [], {}) for row in rows)
+        if count:
+            notes.ignored_columns[column] += count
+
+
+def _notice_repetition(rows: Sequence[Row], layout: Layout, notes: ReadingNotes) -> bool:
+    """Whether the answers of all rows begin with the prompt; where only those of some do, they are counted."""
+    repeating = sum(answers_begin_with_prompt(row, layout) for row in rows)
+    if repeating == len(rows) >= REPEATING_ROWS:
+        return True
+    if repeating:
+        notes.warnings["answers begin with their prompt and were kept as they are"] += repeating
+    return False
+
+
 def _with_unique_id(record: Record, ids: set[str]) -> Record:
     unique, count = record.id, 1
     while unique in ids:
@@ -126,19 +140,19 @@ def _with_unique_id(record: Record, ids: set[str]) -> Record:
 class _Reader:
     """Reads the rows of one file with one layout."""
 
-    def __init__(self, kind: str, template: Template, spec: DatasetSpec, layout: Layout) -> None:
+    def __init__(self, kind: str, spec: DatasetSpec, layout: Layout, prompts: PromptReader) -> None:
         self.kind = kind
-        self.template = template
         self.spec = spec
         self.layout = layout
+        self.prompts = prompts
         self.labelled: dict[str, _Labelled] = {}
 
     def read(self, row: Row) -> list[Record]:
         """The records of one row; none for a labelled row, which waits for `labelled_pairs`."""
         columns = self.layout.columns
         if self.kind == "prompt":
-            prompt = self._prompt_only(row)
-            meta, columns = self._meta(row, prompt), self._other_columns(row)
+            prompt = self.prompts.prompt_alone(row)
+            meta, columns = self._meta(row, prompt), self.prompts.other_columns(row)
             return [PromptRecord(self._id(row), prompt.text, meta, prompt.messages, columns)]
         if "label" in columns:
             return self._read_labelled(row)
@@ -178,7 +192,7 @@ class _Reader:
     def _read_responses(self, row: Row) -> list[Record]:
         if "instances" in self.layout.columns:
             return self._read_instances(row)
-        prompt, response = self._prompt_and_response(row)
+        prompt, response = self.prompts.prompt_and_response(row)
         return [ResponseRecord(self._id(row), prompt.text, response, self._meta(row, prompt))]
 
     def _read_instances(self, row: Row) -> list[Record]:
@@ -188,7 +202,7 @@ class _Reader:
         for index, instance in enumerate(instances):
             if not isinstance(instance, Mapping):
                 raise BadRow(column, f"needs objects with input and output, got {shown(instance)}")
-            prompt = self._prompt(row, instance.get("input"))
+            prompt = self.prompts.prompt(row, read_input(instance.get("input"), f"{column}[{index}].input"))
             response = read_text(instance.get("output"), f"{column}[{index}].output")
             name = self._id(row) if len(instances) == 1 else f"{self._id(row)}-{index}"
             records.append(ResponseRecord(name, prompt.text, response, self._meta(row, prompt)))
@@ -197,7 +211,7 @@ class _Reader:
     def _read_labelled(self, row: Row) -> list[Record]:
         column = self.layout.columns["label"]
         label = read_label(row.values.get(column), column)
-        prompt, response = self._prompt_and_response(row)
+        prompt, response = self.prompts.prompt_and_response(row)
         if self.kind == "response":
             if not label:
                 raise DroppedRow(column, "labels the response as bad, which is not to be imitated")
@@ -207,7 +221,7 @@ class _Reader:
         return []
 
     def _read_pair(self, row: Row) -> Record:
-        prompt, chosen, rejected = self._pair_texts(row)
+        prompt, chosen, rejected = self.prompts.pair(row)
         if content_of(chosen) == content_of(rejected):
             columns = self.layout.columns
             raise BadRow(columns["rejected"], f"is the same text as `{columns['chosen']}`")
@@ -215,8 +229,10 @@ class _Reader:
 
     def _read_scored_pair(self, row: Row) -> Record:
         columns = self.layout.columns
-        prompt = self._prompt(row, self._input(row))
-        responses = [read_text(row.values.get(columns[name]), columns[name]) for name in ("response1", "response2")]
+        prompt = self.prompts.prompt_of(row)
+        responses = [
+            read_answer(self.prompts.value(row, columns[name]), columns[name]) for name in ("response1", "response2")
+        ]
         sums = [self._sum(row, "sum1", "scores1"), self._sum(row, "sum2", "scores2")]
         if sums[0] == sums[1]:
             raise DroppedRow(columns["sum1"], f"and `{columns['sum2']}` are equal ({sums[0]:g}): a tie")
@@ -227,20 +243,23 @@ class _Reader:
         margin = read_number(abs(sums[0] - sums[1]), columns["sum1"]) if by_sums else self._margin(row)
         return self._pair_record(row, prompt, responses[best], responses[1 - best], margin)
 
-    def _pair_record(self, row: Row, prompt: _Prompt, chosen: str, rejected: str, margin: float) -> Record:
+    def _pair_record(self, row: Row, prompt: Prompt, chosen: str, rejected: str, margin: float) -> Record:
         if self.kind == "ranked":
             return RankedRecord(self._id(row), prompt.text, (chosen, rejected), (0, 1), self._meta(row, prompt))
         return PreferenceRecord(self._id(row), prompt.text, chosen, rejected, margin, self._meta(row, prompt))
 
     def _read_ranking(self, row: Row) -> Record:
         columns = self.layout.columns
-        prompt = self._prompt(row, self._input(row))
+        prompt = self.prompts.prompt_of(row)
         if self.layout.response_columns:
             name = self.layout.response_columns[-1]
             values = [row.values.get(column) for column in self.layout.response_columns]
             while len(values) > 2 and values[-1] in (None, ""):
                 values.pop()  # a file may hold prompts with fewer responses than its widest row
-            responses = [read_text(v, c) for v, c in zip(values, self.layout.response_columns, strict=False)]
+            responses = [
+                read_answer(self.prompts.value(row, column), column)
+                for column, _ in zip(self.layout.response_columns, values, strict=False)
+            ]
         else:
             name = columns["responses"]
             values = read_list(row.values.get(name), name)
@@ -264,126 +283,11 @@ class _Reader:
 
     # parts of a row
 
-    def _prompt_only(self, row: Row) -> _Prompt:
-        columns = self.layout.columns
-        if "messages" in columns:
-            messages = read_messages(row.values.get(columns["messages"]), columns["messages"])
-            if messages[-1]["role"] == "assistant":
-                messages.pop()
-            return self._conversation(messages, columns["messages"])
-        if "text" in columns:
-            return self._rendered_text(row, columns["text"])[0]
-        if "prompt" not in columns:
-            return self._pair_texts(row)[0]
-        if "instances" in columns:
-            instances = row.values.get(columns["instances"])
-            first = instances[0] if isinstance(instances, list) and instances else {}
-            return self._prompt(row, first.get("input") if isinstance(first, Mapping) else None)
-        return self._prompt(row, self._input(row))
-
-    def _prompt_and_response(self, row: Row) -> tuple[_Prompt, str]:
-        columns = self.layout.columns
-        if "messages" in columns:
-            return self._dialogue(row.values.get(columns["messages"]), columns["messages"])
-        if "text" in columns:
-            prompt, response = self._rendered_text(row, columns["text"])
-            return prompt, read_text(response, columns["text"])
-        return self._prompt(row, self._input(row)), read_answer(
-            row.values.get(columns["response"]), columns["response"]
-        )
-
-    def _input(self, row: Row) -> Any:
-        return row.values.get(self.layout.columns["input"]) if "input" in self.layout.columns else None
-
-    def _prompt(self, row: Row, input_value: Any) -> _Prompt:
-        column = self.layout.columns["prompt"]
-        value = decoded(row.values.get(column))
-        if isinstance(value, list):
-            return self._conversation(read_messages(value, column), column)
-        instruction = read_text(value, column)
-        extra = (
-            "" if input_value is None else read_text(input_value, self.layout.columns.get("input", "input"), blank=True)
-        )
-        if not extra and is_rendered(instruction):
-            return _Prompt(instruction, raw_prompt(instruction), rendered=True)
-        raw = f"{instruction}\n{extra}" if extra else instruction
-        return _Prompt(self.template.render(instruction, extra), raw, messages=(user_message(instruction, extra),))
-
-    def _rendered_text(self, row: Row, column: str) -> tuple[_Prompt, str]:
-        parts = split_rendered(read_text(row.values.get(column), column))
-        if parts is None:
-            raise BadRow(
-                column, "has no answer marker (### 답변:, ### 응답:, ### Response:, Assistant:) to split it at"
-            )
-        if not content_of(raw_prompt(parts[0])):
-            raise BadRow(column, "has an empty prompt before its answer marker")
-        return _Prompt(parts[0], raw_prompt(parts[0]), rendered=True), parts[1]
-
-    def _conversation(self, messages: Sequence[Mapping[str, str]], column: str) -> _Prompt:
-        try:
-            text = self.template.render_messages(messages)
-        except DataError as error:
-            raise BadRow(column, f"cannot be rendered: {error}") from error
-        return _Prompt(text, "\n".join(message["content"] for message in messages), messages=tuple(messages))
-
-    def _dialogue(self, value: Any, column: str) -> tuple[_Prompt, str]:
-        messages = read_messages(value, column)
-        if messages[-1]["role"] != "assistant":
-            raise BadRow(column, f"ends with the {messages[-1]['role']}'s turn: there is no response")
-        return self._conversation(messages[:-1], column), read_text(messages[-1]["content"], column)
-
-    def _pair_texts(self, row: Row) -> tuple[_Prompt, str, str]:
-        """Prompt, chosen and rejected, whose texts may be answers, messages, or whole dialogues with the prompt."""
-        columns = self.layout.columns
-        names = (columns["chosen"], columns["rejected"])
-        sides = [decoded(row.values.get(name)) for name in names]
-        dialogues = [isinstance(side, list) and len(side) > 1 for side in sides]
-        if any(dialogues) and all(isinstance(side, list) for side in sides):
-            parts = [read_messages(side, name) for side, name in zip(sides, names, strict=True)]
-            if parts[0][:-1] != parts[1][:-1]:
-                raise BadRow(names[1], f"has no common prompt with `{names[0]}`: the turns before the last one differ")
-            if "prompt" in columns:
-                self._check_prompt_in(row, parts[0][:-1])
-            prompt, chosen = self._dialogue(sides[0], names[0])
-            return prompt, chosen, self._dialogue(sides[1], names[1])[1]
-        if "prompt" in columns:
-            prompt = self._prompt(row, self._input(row))
-            return prompt, read_answer(sides[0], names[0]), read_answer(sides[1], names[1])
-        texts = [read_text(side, name) for side, name in zip(sides, names, strict=True)]
-        cuts = [text.rfind("\n\nAssistant:") + len("\n\nAssistant:") for text in texts]
-        for name, text in zip(names, texts, strict=True):
-            if "\n\nAssistant:" not in text:
-                raise BadRow(
-                    name, "holds no `\\n\\nAssistant:` turn; where the prompt has its own column, map `prompt`"
-                )
-        if texts[0][: cuts[0]] != texts[1][: cuts[1]]:
-            raise BadRow(
-                names[1], f"has no common prompt with `{names[0]}`: the dialogues before the last answer differ"
-            )
-        rendered = texts[0][: cuts[0]]
-        if not content_of(raw_prompt(rendered)):
-            raise BadRow(names[0], "has an empty prompt before its last answer")
-        answers = [read_text(text[cut:], name) for text, cut, name in zip(texts, cuts, names, strict=True)]
-        for name, answer in zip(names, answers, strict=True):
-            if "\n\nHuman:" in answer:
-                raise BadRow(name, "ends with a `\\n\\nHuman:` turn: there is no last answer")
-        return _Prompt(rendered, raw_prompt(rendered), rendered=True), answers[0], answers[1]
-
-    def _check_prompt_in(self, row: Row, turns: Sequence[Mapping[str, str]]) -> None:
-        column = self.layout.columns["prompt"]
-        value = decoded(row.values.get(column))
-        given = (
-            [turn["content"] for turn in read_messages(value, column)]
-            if isinstance(value, list)
-            else [read_text(value, column)]
-        )
-        if not set(map(prompt_key, given)) <= {prompt_key(turn["content"]) for turn in turns}:
-            raise BadRow(column, f"is not among the turns of `{self.layout.columns['chosen']}`")
-
     def _sum(self, row: Row, name: str, scores_name: str) -> float:
         column = self.layout.columns[name]
         total = read_number(row.values.get(column), column)
-        scores = decoded(row.values.get(self.layout.columns.get(scores_name, "")))
+        scores = row.values.get(self.layout.columns.get(scores_name, ""))
+        scores = parse_printed(scores) if isinstance(scores, str) else scores
         entries = list(scores.values()) if isinstance(scores, Mapping) else scores
         if isinstance(entries, list) and entries and all(isinstance(score, int | float) for score in entries):
             scores_column = self.layout.columns[scores_name]
@@ -399,17 +303,6 @@ class _Reader:
         column = self.layout.columns.get("margin")
         return 0.0 if column is None else read_number(row.values.get(column), column)
 
-    def _other_columns(self, row: Row) -> dict[str, Any]:
-        """The columns that are not part of the prompt; those it was cut out of, which hold an answer too, are kept."""
-        columns = self.layout.columns
-        used = {columns[name] for name in ("prompt", "input") if name in columns}
-        if "messages" in columns:
-            messages = read_messages(row.values.get(columns["messages"]), columns["messages"])
-            if messages[-1]["role"] != "assistant":
-                used.add(columns["messages"])
-        others = {name: value for name, value in row.values.items() if value is not None and name not in used}
-        return {str(json_value(name)): json_value(value) for name, value in others.items()}
-
     def _id(self, row: Row) -> str:
         mapped = self.layout.columns.get("id")
         for column in (mapped,) if mapped else ("id", "id3"):
@@ -418,7 +311,7 @@ class _Reader:
                 return whole_characters(str(value).strip(), str(column))
         return f"{_stem(row.file)}-{row.line}"
 
-    def _meta(self, row: Row, prompt: _Prompt) -> dict[str, Any]:
+    def _meta(self, row: Row, prompt: Prompt) -> dict[str, Any]:
         column = self.layout.columns.get("category")
         if column is None and self.spec.category is not None:
             category = self.spec.category
@@ -430,6 +323,8 @@ class _Reader:
         meta["prompt_key"] = prompt_key(prompt.raw)
         if prompt.rendered:
             meta["rendered"] = True
+        if prompt.special:
+            meta["special_tokens"] = True
         return meta
 
 

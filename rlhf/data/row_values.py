@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.data.json_text import JsonError, parse_json
+from rlhf.data.printed_lists import parse_printed
 
 _INVISIBLE_RANGES = (
     # Unicode's Default_Ignorable_Code_Point: zero-width and directional marks, fillers, variation selectors, tags
@@ -17,7 +18,9 @@ _INVISIBLE_RANGES = (
     # control characters that are no white space, and the blank of Braille
     *((0x00, 0x08), (0x0E, 0x1B), (0x7F, 0x84), (0x86, 0x9F), (0x2800, 0x2800)),
 )
-_INVISIBLE = {code: None for first, last in _INVISIBLE_RANGES for code in range(first, last + 1)}
+INVISIBLE = frozenset(chr(code) for first, last in _INVISIBLE_RANGES for code in range(first, last + 1))
+"""Characters that show nothing and are no white space."""
+_WITHOUT_INVISIBLE = {ord(character): None for character in INVISIBLE}
 _EOS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<eos>", "[EOS]")
 _ROLES = {
     "system": "system",
@@ -34,6 +37,9 @@ _LABELS = {
     **dict.fromkeys(("1", "1.0", "true", "yes", "y", "safe", "acceptable", "desirable"), True),
     **dict.fromkeys(("0", "0.0", "-1", "false", "no", "n", "unsafe", "unacceptable", "undesirable"), False),
 }
+_MESSAGES_AS_TEXT = re.compile(
+    r"""\s*\[\s*(?=\{.*(['"])(?:role|from)\1\s*:)(?=\{.*(['"])(?:content|value)\2\s*:).*\]\s*\Z""", re.DOTALL
+)
 
 
 class BadRow(Exception):
@@ -57,7 +63,7 @@ def prompt_key(text: str) -> str:
 
 def content_of(text: str) -> str:
     """A text without white space around it, invisible characters and literal end-of-sequence tokens at its end."""
-    text = text.translate(_INVISIBLE).strip()
+    text = text.translate(_WITHOUT_INVISIBLE).strip()
     end = len(text)
     while ending := next((eos for eos in _EOS if text.endswith(eos, 0, end)), None):
         end -= len(ending)
@@ -76,9 +82,14 @@ def _beginning(value: Any) -> str:
     return f"{text[:60]}{'...' if len(text) > 60 else ''}"
 
 
+def is_missing(value: Any) -> bool:
+    """Whether there is no value: None, or the NaN that pandas puts in its place."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def read_text(value: Any, column: str, *, blank: bool = False) -> str:
     """A text in NFC; with `blank`, one without visible content is "" and not an error."""
-    if value is None:
+    if is_missing(value):
         raise BadRow(column, "is missing")
     if not isinstance(value, str):
         raise BadRow(column, f"needs a text, got {shown(value)}")
@@ -120,7 +131,7 @@ def json_value(value: Any) -> Any:
 
 def read_answer(value: Any, column: str) -> str:
     """A response: a text, a message, or a list of one assistant message."""
-    messages = [value] if isinstance(value, Mapping) else decoded(value)
+    messages = [value] if isinstance(value, Mapping) else value
     if not isinstance(messages, list):
         return read_text(value, column)
     turns = read_messages(messages, column)
@@ -129,16 +140,22 @@ def read_answer(value: Any, column: str) -> str:
     return read_text(turns[0]["content"], column)
 
 
-def decoded(value: Any) -> Any:
-    """A list of messages that a text table holds as JSON; any other text stays a text."""
-    if isinstance(value, str) and value.lstrip()[:1] == "[":
-        try:
-            content = parse_json(value)
-        except JsonError:
-            return value
-        if content and all(isinstance(entry, dict) and _is_message(entry) for entry in content):
-            return content
-    return value
+def read_cell(cell: Any, column: str) -> Any:
+    """A cell of a text table: the message or the list of messages that it holds as text, else the text itself.
+
+    Raises BadRow for a list of messages that cannot be read back, such as one that numpy shortened.
+    """
+    if not isinstance(cell, str) or cell.lstrip()[:1] not in ("[", "{"):
+        return cell
+    content = parse_printed(cell)
+    entries = content if isinstance(content, list) else [content]
+    if entries and all(isinstance(entry, dict) and _is_message(entry) for entry in entries):
+        return content
+    if _MESSAGES_AS_TEXT.match(cell):
+        raise BadRow(
+            column, f"looks like a list of messages and cannot be read as one: {shown(cell)}; write it as JSON"
+        )
+    return cell
 
 
 def _is_message(entry: Mapping[str, Any]) -> bool:
@@ -154,12 +171,12 @@ def read_label(value: Any, column: str) -> bool:
 
 
 def read_list(value: Any, column: str) -> list[Any]:
-    """A list that is not empty, or the JSON of one."""
+    """A list that is not empty, or the text of one: JSON, or as pandas writes it."""
     if isinstance(value, str):
-        try:
-            value = parse_json(value)
-        except JsonError as error:
-            raise BadRow(column, f"needs a list, got {shown(value)}") from error
+        content = parse_printed(value)
+        if content is None:
+            raise BadRow(column, f"needs a list, got {shown(value)}")
+        value = content
     if value is None:
         raise BadRow(column, "is missing")
     if not isinstance(value, list) or not value:
@@ -185,8 +202,11 @@ def read_number(value: Any, column: str) -> float:
 
 
 def read_messages(value: Any, column: str) -> list[dict[str, str]]:
-    """Messages of {role, content} or {from, value} as {role, content}, roles named system, user, assistant."""
-    entries = decoded(value)
+    """Messages of {role, content} or {from, value} as {role, content}, roles named system, user, assistant.
+
+    A text must be the text of such a list: JSON, or as pandas writes it.
+    """
+    entries = parse_printed(value) if isinstance(value, str) else value
     if not isinstance(entries, list) or not entries:
         raise BadRow(column, "is missing" if value is None else f"needs a list of messages, got {shown(value)}")
     messages = []

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 from rlhf.data.json_text import JsonError, parse_elements, parse_json
 from rlhf.data.spec import FILE_FORMATS, DataError, DatasetSpec, Row, SkippedRow
+from rlhf.data.splits import files_of_split
 from rlhf.data.text_tables import SAVE_AS_UTF8, table_rows
 
 __all__ = ["FILE_FORMATS", "DataError", "DatasetSpec", "Row", "SkippedRow", "read_rows"]
@@ -32,6 +33,8 @@ DATA_SUFFIXES = {
 }
 METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 """JSON files that describe a data set and hold no rows of it; passed over when a directory is read."""
+DEFAULT_SPLIT = "train"
+"""Of a hub data set and of a saved DatasetDict."""
 LFS_HEADER = b"version https://git-lfs"
 BOM = b"\xef\xbb\xbf"
 
@@ -52,7 +55,7 @@ class _Problems:
 
 
 def read_rows(spec: DatasetSpec, on_bad_row: str = "error", skipped: list[SkippedRow] | None = None) -> Iterator[Row]:
-    """The rows of a data set, in file order; a directory's files by name.
+    """The rows of a data set, in file order; a directory's files by name, those of `spec.split` where it is given.
 
     A line that is not a JSON object, not UTF-8, or has more fields than the header raises DataError
     (`on_bad_row="error"`) or is appended to `skipped` ("skip"). What is wrong with a file as a whole always raises:
@@ -63,6 +66,7 @@ def read_rows(spec: DatasetSpec, on_bad_row: str = "error", skipped: list[Skippe
         wanted = "one character, no quotation mark and no line end"
         raise DataError(f"{spec.path}: `delimiter` must be {wanted}, not {spec.delimiter!r}")
     if spec.path.startswith("sample:"):
+        _refuse_parts(spec, "a sample data set")
         name = spec.path.removeprefix("sample:")
         known = sorted(path.stem for path in SAMPLE_DIRECTORY.glob("*.jsonl"))
         if name not in known:
@@ -77,6 +81,7 @@ def read_rows(spec: DatasetSpec, on_bad_row: str = "error", skipped: list[Skippe
     if is_directory:
         yield from _read_directory(path, spec, problems)
     elif exists:
+        _refuse_parts(spec, "a file")
         yield from _read_file(path, spec.path, spec, problems)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", spec.path) and not _is_data_file(path) and not spec.path.startswith("."):
         yield from _read_hub(spec)
@@ -93,18 +98,42 @@ def _suffix_format(name: str) -> str | None:
 
 
 def _read_directory(path: Path, spec: DatasetSpec, problems: _Problems) -> Iterator[Row]:
+    if spec.subset is not None:
+        path = _folder_in(path, spec.subset, "subset")
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         yield from _read_saved_dataset(path, spec)
         return
-    files = sorted(entry for entry in path.iterdir() if entry.is_file() and _is_data_file(entry))
+    files = _data_files(path)
+    split = spec.split
+    if split is not None and not files and "+" not in split:
+        path, split = _folder_in(path, split, "split"), None
+        files = _data_files(path)
     if not files:
         entries = sorted(entry.name for entry in path.iterdir())
         raise DataError(
             f"directory without data files: {path} holds {', '.join(entries[:8]) or 'nothing'}; "
             f"needed: files ending in {', '.join(DATA_SUFFIXES)} (or these with .gz), directly in it"
         )
-    for entry in files:
+    for entry in files_of_split(path, files, split):
         yield from _read_file(entry, str(entry), spec, problems)
+
+
+def _data_files(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_file() and _is_data_file(entry))
+
+
+def _folder_in(path: Path, name: str, key: str) -> Path:
+    folders = sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+    if name not in folders:
+        raise DataError(f"{path}: no folder for `{key}` {name!r} in it; there are: {', '.join(folders[:8]) or 'none'}")
+    return path / name
+
+
+def _refuse_parts(spec: DatasetSpec, what: str) -> None:
+    given = [key for key in ("split", "subset") if getattr(spec, key) is not None]
+    if given:
+        parts = " and ".join(f"`{key}` {getattr(spec, key)!r}" for key in given)
+        raise DataError(f"{spec.path}: {what} has no parts to choose from, but {parts} is given; leave it out")
 
 
 def _read_saved_dataset(path: Path, spec: DatasetSpec) -> Iterator[Row]:
@@ -116,21 +145,25 @@ def _read_saved_dataset(path: Path, spec: DatasetSpec) -> Iterator[Row]:
         reason = f"{type(error).__name__}: {error}"
         raise DataError(f"{path} looks saved by `save_to_disk` but cannot be loaded: {reason}") from error
     if isinstance(saved, datasets.DatasetDict):
-        if spec.split not in saved:
-            raise DataError(f"{path}: no split `{spec.split}`; there are: {', '.join(saved)}")
-        saved = saved[spec.split]
+        split = DEFAULT_SPLIT if spec.split is None else spec.split
+        if split not in saved:
+            raise DataError(f"{path}: no split `{split}`; there are: {', '.join(saved)}")
+        saved = saved[split]
+    elif spec.split not in (None, str(saved.split)):
+        raise DataError(f"{path} is one saved data set (split `{saved.split}`), not `{spec.split}`; leave `split` out")
     yield from _table_rows(saved, str(path))
 
 
 def _read_hub(spec: DatasetSpec) -> Iterator[Row]:
     import datasets
 
+    split = DEFAULT_SPLIT if spec.split is None else spec.split
     try:
-        loaded = datasets.load_dataset(spec.path, spec.subset, split=spec.split)
+        loaded = datasets.load_dataset(spec.path, spec.subset, split=split)
     except Exception as error:  # the libraries below raise a dozen unrelated types; each is reported with its cause
         reason = str(error).strip().splitlines()
         raise DataError(
-            f"{spec.path}: no such file, and not reachable as a hub data set (split `{spec.split}`): "
+            f"{spec.path}: no such file, and not reachable as a hub data set (split `{split}`): "
             f"{type(error).__name__}: {reason[0] if reason else 'no reason given'}; "
             "check the path, or the name and the network"
         ) from error

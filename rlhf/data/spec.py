@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -28,17 +29,30 @@ class SkippedRow:
     reason: str
 
 
+@dataclass
+class ReadingNotes:
+    """What a user should know of how a data set was read; none of it is an error.
+
+    `ignored_columns`: columns that nothing is read from, with the number of rows that have a value there. `warnings`:
+    sentences, with the number of rows that they are about.
+    """
+
+    ignored_columns: Counter[str] = field(default_factory=Counter)
+    warnings: Counter[str] = field(default_factory=Counter)
+
+
 @dataclass(frozen=True)
 class Row:
     """One row of a data set.
 
     `line` counts from 1: the line of a text file where the row begins, the element of a JSON array, or the row of a
-    parquet, Arrow or hub table.
+    parquet, Arrow or hub table. `text_cells`: the values are cells of a text table, which holds lists as text.
     """
 
     values: Mapping[str, Any]
     file: str
     line: int
+    text_cells: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,8 @@ class DatasetSpec:
     `columns`: our name -> the file's column.
     `format`: a file format (`FILE_FORMATS`) where the suffix does not tell, or a row format
     (`rlhf.data.formats.ROW_FORMATS`) where the fields do not tell. `weight`: see `mixture.blend`. `split`: of a hub
-    data set or a saved DatasetDict. `subset`: the configuration of a hub data set that has several. `category`: of
+    data set or a saved DatasetDict (None: `train`), or of a directory whose files or folders are named for splits.
+    `subset`: the configuration of a hub data set that has several, or the folder of a local directory. `category`: of
     every row. `delimiter`: of a text table, one character.
     """
 
@@ -57,7 +72,7 @@ class DatasetSpec:
     columns: Mapping[str, str] = field(default_factory=dict)
     format: str | None = None
     weight: float = 1.0
-    split: str = "train"
+    split: str | None = None
     category: str | None = None
     delimiter: str | None = None
     subset: str | None = None
@@ -82,8 +97,6 @@ class DatasetSpec:
             )
         if not isinstance(given.get("path"), str) or not given["path"]:
             raise DataError(f"data set {_start(text)} needs `path` (a file, a directory, a hub name or `sample:NAME`)")
-        if given.get("split") is None:
-            given.pop("split", None)
         for name in ("format", "split", "subset", "category", "delimiter"):
             if given.get(name) is not None and not isinstance(given[name], str):
                 raise DataError(f"data set {_start(text)}: `{name}` must be a text, not {given[name]!r}")

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf.config import DataConfig
 from rlhf.data.mixture import blend, drop_leaked, hold_out, stage_share
 from rlhf.data.records import rows_to_records
 from rlhf.data.sources import read_rows
-from rlhf.data.spec import DataError, DatasetSpec, SkippedRow
+from rlhf.data.spec import DataError, DatasetSpec, ReadingNotes, SkippedRow
 from rlhf.data.templates import Template, load_template
 from rlhf.data.token_cache import cached_tokens, record_key_parts, tokenizer_fingerprint
 from rlhf.data.tokenize import Tokenized, TokenReport, tokenize_records
 from rlhf.distributed import is_main, logger
 from rlhf.types import Record
-
-Stage = Literal["sft", "reward", "ppo"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +43,14 @@ class _Part:
     heldout: list[Record]
     read: int
     after_stage_split: int
+    notes: ReadingNotes
     leaked: int = 0
 
     def counts(self) -> dict[str, Any]:
         return {
             "path": self.spec.path,
             "weight": self.spec.weight,
+            **_noted(self.notes),
             "read": self.read,
             "after_stage_split": self.after_stage_split,
             "held_out": len(self.heldout),
@@ -65,35 +65,37 @@ def load_stage_data(
     eval_specs: Sequence[str],
     *,
     config: DataConfig,
-    stage: Stage,
+    stage: str,
     tokenizer: Any,
     seed: int,
     cache_dir: Path,
     report_dir: Path,
     report_name: str = "data",
+    stages: Sequence[str] = (),
 ) -> StageData:
     """Read, render, split, blend and tokenise the data of one stage.
 
-    `kind` is what a row must give: "prompt", "response" or "comparison". Each data set is cut to its share of
-    `config.stage_split`; `eval_specs`, or where there are none `config.eval_fraction` of each set, is held out, and
-    training records with a held-out prompt are dropped. Tokens are kept under `cache_dir`. Rank 0 writes
-    `report_dir/data.json`, and `skipped_rows.jsonl` when rows were skipped. A second call for the same directory needs
-    a `report_name` of its own (`ptx`: `ptx.json`, `ptx_skipped_rows.jsonl`). Raises DataError when no row is left.
+    `kind` is what a row must give: "prompt", "response" or "comparison". Each data set is cut to the share that
+    `config.stage_split` gives to `stage`, one of all `stages`; `eval_specs`, or where there are none
+    `config.eval_fraction` of each set, is held out, and training records with a held-out prompt are dropped. Columns
+    that nothing is read from are logged and reported for each data set. Tokens are kept under `cache_dir`. Rank 0
+    writes `report_dir/data.json`, and `skipped_rows.jsonl` when rows were skipped. A second call for the same directory
+    needs a `report_name` of its own (`ptx`: `ptx.json`, `ptx_skipped_rows.jsonl`). DataError when no row is left.
     """
     template = load_template(config.template, tokenizer)
     skipped_file = report_dir / ("skipped_rows.jsonl" if report_name == "data" else f"{report_name}_skipped_rows.jsonl")
     skipped: list[SkippedRow] = []
     try:
-        parts = [_read_part(kind, DatasetSpec.parse(text), template, config, stage, skipped) for text in specs]
-        eval_records = [
-            (spec, _read(kind, spec, template, config, skipped)) for spec in map(DatasetSpec.parse, eval_specs)
-        ]
+        parts = [_read(kind, text, template, config, skipped) for text in specs]
+        eval_parts = [_read(kind, text, template, config, skipped) for text in eval_specs]
     finally:  # also when reading fails: the list says which rows led to it
         if is_main():
             _write_skipped(skipped_file, skipped)
-    if not eval_records:
+    if config.stage_split:
+        parts = [_with_share(part, stage_share(part.records, config.stage_split, stage, stages)) for part in parts]
+    if not eval_parts:
         parts = [_with_heldout(part, config.eval_fraction) for part in parts]
-    heldout = [record for _, records in eval_records for record in records]
+    heldout = [record for part in eval_parts for record in part.records]
     heldout += [record for part in parts for record in part.heldout]
     parts = [_without_leaks(part, heldout) for part in parts]
     report: dict[str, Any] = {
@@ -101,11 +103,13 @@ def load_stage_data(
         "kind": kind,
         "template": template.name,
         "datasets": [part.counts() for part in parts],
-        "evaluation_datasets": [{"path": spec.path, "read": len(records)} for spec, records in eval_records],
+        "evaluation_datasets": [
+            {"path": part.spec.path, "read": part.read, **_noted(part.notes)} for part in eval_parts
+        ],
         "dropped_leaks": sum(part.leaked for part in parts),
         "skipped": {"rows": len(skipped), "by_reason": dict(Counter(row.reason for row in skipped).most_common())},
     }
-    _check_not_empty(kind, parts, report, eval_records, stage, config)
+    _check_not_empty(kind, parts, report, eval_parts, stage, config)
     kept = [part for part in parts if part.records]
     records = blend([part.records for part in kept], [part.spec.weight for part in kept], seed)
     if not records:
@@ -120,6 +124,9 @@ def load_stage_data(
     if is_main():
         text = json.dumps(report, ensure_ascii=False, indent=2)
         (report_dir / f"{report_name}.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+    for part in [*parts, *eval_parts]:
+        for line in _warnings(kind, part):
+            logger.warning(line)
     for line in _summary(report, config, skipped_file):
         logger.info(line)
     return StageData(train, evaluation, report, f"{train_report.key} {eval_report.key}")
@@ -133,34 +140,43 @@ def reads_special_tokens(template: Template, tokenizer: Any) -> bool:
     return any(text in written for text in special if text)
 
 
-def _read(
-    kind: str, spec: DatasetSpec, template: Template, config: DataConfig, skipped: list[SkippedRow]
-) -> list[Record]:
+def _read(kind: str, text: str, template: Template, config: DataConfig, skipped: list[SkippedRow]) -> _Part:
+    spec = DatasetSpec.parse(text)
+    notes = ReadingNotes()
     rows = read_rows(spec, config.on_bad_row, skipped)
-    return list(
-        rows_to_records(rows, kind, template=template, spec=spec, on_bad_row=config.on_bad_row, skipped=skipped)
+    records = rows_to_records(
+        rows, kind, template=template, spec=spec, on_bad_row=config.on_bad_row, skipped=skipped, notes=notes
     )
+    return _Part(spec, records, [], len(records), len(records), notes)
 
 
-def _read_part(
-    kind: str, spec: DatasetSpec, template: Template, config: DataConfig, stage: Stage, skipped: list[SkippedRow]
-) -> _Part:
-    records = _read(kind, spec, template, config, skipped)
-    share = list(stage_share(records, config.stage_split, stage)) if config.stage_split else records
-    return _Part(spec, share, [], len(records), len(share))
+def _with_share(part: _Part, records: list[Record]) -> _Part:
+    return replace(part, records=records, after_stage_split=len(records))
 
 
 def _with_heldout(part: _Part, fraction: float) -> _Part:
     if fraction == 0:
         return part
     train, heldout = hold_out(part.records, fraction)
-    return _Part(part.spec, list(train), list(heldout), part.read, part.after_stage_split)
+    return replace(part, records=train, heldout=heldout)
 
 
 def _without_leaks(part: _Part, heldout: Sequence[Record]) -> _Part:
-    kept, _ = drop_leaked(part.records, heldout)
-    leaked = len(part.records) - len(kept)
-    return _Part(part.spec, list(kept), part.heldout, part.read, part.after_stage_split, leaked)
+    kept, leaked = drop_leaked(part.records, heldout)
+    return replace(part, records=kept, leaked=leaked)
+
+
+def _noted(notes: ReadingNotes) -> dict[str, Any]:
+    return {"ignored_columns": dict(notes.ignored_columns), "warnings": dict(notes.warnings)}
+
+
+def _warnings(kind: str, part: _Part) -> list[str]:
+    lines = [f"data: {part.spec.path}: {count} rows: {what}" for what, count in part.notes.warnings.items()]
+    names = ", ".join(f"`{column}` ({count} rows)" for column, count in part.notes.ignored_columns.items())
+    if names and not part.spec.path.startswith("sample:"):  # whose README says what its columns are
+        is_not = "are no part of the prompt, rewards can read them" if kind == "prompt" else "are not used"
+        lines.append(f"data: {part.spec.path}: columns that {is_not}: {names}; `columns` maps what should be")
+    return lines
 
 
 def _tokens(
@@ -186,13 +202,13 @@ def _check_not_empty(
     kind: str,
     parts: Sequence[_Part],
     report: dict[str, Any],
-    eval_records: Iterable[tuple[DatasetSpec, list[Record]]],
+    eval_parts: Sequence[_Part],
     stage: str,
     config: DataConfig,
 ) -> None:
     if not parts:
         raise DataError(f"no data set is named for stage {stage}; name at least one with rows of kind {kind}")
-    empty_eval = [spec.path for spec, records in eval_records if not records]
+    empty_eval = [part.spec.path for part in eval_parts if not part.records]
     if empty_eval:
         raise DataError(f"no evaluation row of kind {kind} in {', '.join(empty_eval)}{_skip_reasons(report)}")
     if any(part.records for part in parts):

@@ -57,12 +57,6 @@ TEXT_TEMPLATES = {
 }
 """Name -> (prompt without an input, prompt with one)."""
 
-_ANSWER = re.compile(r"(?:### (?:답변|응답|Response):|\n\nAssistant:)(?:\n(?!\n))?")
-_MARKER = re.compile(
-    r"(?:^|\n)### (?:명령어|입력|응답|질문|맥락|답변|Instruction|Input|Response):|(?:^|\n\n)(?:Human|Assistant):"
-)
-_QUESTION = re.compile(r"(?:^|\n)### (?:명령어|질문|Instruction):|(?:^|\n\n)Human:")
-
 
 @dataclass(frozen=True)
 class Template:
@@ -77,6 +71,18 @@ class Template:
         if input.strip():
             return _fill(self.with_input, {"instruction": instruction, "input": input})
         return _fill(self.without_input, {"instruction": instruction})
+
+    def render_after(self, before: Sequence[Message], instruction: str, input: str = "") -> str:
+        """The prompt of an instruction that follows a system text and earlier turns (either may be missing).
+
+        After earlier turns the input follows the instruction after a blank line, under no heading of its own.
+        Raises DataError where the roles do not allow it.
+        """
+        if any(message["role"] != "system" for message in before):
+            return self.render_messages([*before, user_message(instruction, input)])
+        prompt = self.render(instruction, input)
+        system = "\n\n".join(message["content"] for message in before)
+        return f"{system}\n\n" + prompt.lstrip("\n") if system else prompt
 
     def render_messages(self, messages: Sequence[Message]) -> str:
         """The prompt of a conversation of {role, content} that ends with the user's turn.
@@ -107,6 +113,10 @@ class ChatTemplate(Template):
     def render(self, instruction: str, input: str = "") -> str:
         """The prompt of one user turn, the input after a blank line."""
         return self.render_messages([user_message(instruction, input)])
+
+    def render_after(self, before: Sequence[Message], instruction: str, input: str = "") -> str:
+        """The conversation of the earlier messages and the instruction, in the tokenizer's format."""
+        return self.render_messages([*before, user_message(instruction, input)])
 
     def render_messages(self, messages: Sequence[Message]) -> str:
         """The conversation in the tokenizer's format, up to where the assistant begins."""
@@ -163,24 +173,6 @@ def render_messages(messages: Sequence[Message], tokenizer: Any) -> str:
     Raises DataError where the tokenizer has no chat template, or its template does not take these roles.
     """
     return load_template("chat", tokenizer).render_messages(messages)
-
-
-def is_rendered(prompt: str) -> bool:
-    """Whether a prompt already went through a known template: it has a question marker and ends in an answer marker."""
-    ends = [match.end() for match in _ANSWER.finditer(prompt)]
-    return bool(ends) and not prompt[ends[-1] :].strip() and _QUESTION.search(prompt) is not None
-
-
-def split_rendered(text: str) -> tuple[str, str] | None:
-    """A rendered prompt with its answer, cut after the last answer marker; None where the text holds no such marker."""
-    ends = [match.end() for match in _ANSWER.finditer(text)]
-    return (text[: ends[-1]], text[ends[-1] :]) if ends else None
-
-
-def raw_prompt(rendered: str) -> str:
-    """What the user wrote in a rendered prompt: the turns without markers and without the introduction."""
-    pieces = _MARKER.split(rendered)
-    return "\n".join(piece.strip() for piece in pieces[1:] if piece.strip()) if len(pieces) > 1 else rendered
 
 
 def _fill(text: str, values: Mapping[str, str]) -> str:

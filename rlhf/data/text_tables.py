@@ -13,6 +13,9 @@ SAVE_AS_UTF8 = "save the file as UTF-8 (Korean files are often CP949: `iconv -f 
 _UNDECODED = re.compile("[\udc80-\udcff]")
 """Bytes that are not UTF-8, as "surrogateescape" decodes them; UTF-8 itself cannot give these characters."""
 
+MISSING_WORDS = frozenset({"nan", "NaN", "NaT", "None", "<NA>", "NULL", "null", "\\N", "#N/A"})
+"""What pandas, SQL exports and spreadsheets write where there is no value."""
+
 
 def table_rows(
     raw_lines: Iterable[bytes],
@@ -24,6 +27,8 @@ def table_rows(
     quotes_are_text: bool = False,
 ) -> Iterator[Row]:
     """The rows of a text table whose first record names the columns; a column without a name is passed over.
+
+    A cell that holds a word for a missing value (`MISSING_WORDS`) is None; an empty one is an empty text.
 
     `quotes_enclose` False takes quotation marks for characters of the text where every line then has the header's
     number of fields; where they could enclose a field all the same, `quotes_are_text` decides. `bad_row(name, line,
@@ -50,7 +55,12 @@ def table_rows(
             reason = f"too many fields: {len(cells)}, but the header has {len(header)} ({', '.join(header)})"
             bad_row(name, number, reason + f"; a text that holds {delimiter!r} must be in quotes")
         else:
-            yield Row({column: cell for column, cell in zip(header, cells, strict=False) if column}, name, number)
+            named_cells = zip(header, map(_cell_value, cells), strict=False)
+            yield Row({column: cell for column, cell in named_cells if column}, name, number, text_cells=True)
+
+
+def _cell_value(cell: str) -> str | None:
+    return None if cell.strip() in MISSING_WORDS else cell
 
 
 def _plain_records(

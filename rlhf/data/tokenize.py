@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from rlhf.data.row_values import INVISIBLE
 from rlhf.distributed import is_main
 from rlhf.types import (
     PreferenceRecord,
@@ -105,18 +106,24 @@ class TextEncoder:
         self._guarded_ids = frozenset(int(tokenizer.convert_tokens_to_ids(text)) for text in guarded)
         self._guarded_text = re.compile("|".join(re.escape(text) for text in sorted(guarded, key=len, reverse=True)))
 
-    def prompts(self, texts: Sequence[str]) -> list[EncodedText]:
-        """Ids of each prompt: what the tokenizer puts before a text (once), then the END of the prompt's tokens."""
-        if not self.prompt_has_special_tokens:
-            texts = [self._without_start_text(text) for text in texts]
+    def prompts(self, texts: Sequence[str], special: Sequence[bool] | None = None) -> list[EncodedText]:
+        """Ids of each prompt: what the tokenizer puts before a text (once), then the END of the prompt's tokens.
+
+        `special` says of each prompt whether its special tokens are read as such; without it
+        `prompt_has_special_tokens` says it of all.
+        """
+        reads = [self.prompt_has_special_tokens] * len(texts) if special is None else list(special)
         room = self.max_prompt_tokens - len(self.start_ids)
-        encoded = []
-        for ids in self._encode(texts, read_special_tokens=self.prompt_has_special_tokens):
-            if self.start_ids and tuple(ids[: len(self.start_ids)]) == self.start_ids:
-                ids = ids[len(self.start_ids) :]
-            kept = ids[-room:] if len(ids) > room else ids
-            encoded.append(EncodedText(self.start_ids + tuple(kept), len(ids) > room, not ids))
-        return encoded
+        encoded: dict[int, EncodedText] = {}
+        for read_special in sorted(set(reads)):
+            places = [place for place, read in enumerate(reads) if read == read_special]
+            part = [texts[place] if read_special else self._without_start_text(texts[place]) for place in places]
+            for place, ids in zip(places, self._encode(part, read_special_tokens=read_special), strict=True):
+                if self.start_ids and tuple(ids[: len(self.start_ids)]) == self.start_ids:
+                    ids = ids[len(self.start_ids) :]
+                kept = ids[-room:] if len(ids) > room else ids
+                encoded[place] = EncodedText(self.start_ids + tuple(kept), len(ids) > room, not ids)
+        return [encoded[place] for place in range(len(texts))]
 
     def responses(self, texts: Sequence[str], *, append_eos: bool = True) -> list[EncodedText]:
         """Ids of each response with exactly one end of sequence; a response that is too long loses its end and it.
@@ -168,10 +175,10 @@ class TextEncoder:
         return ()
 
     def _without_trailing_eos(self, text: str) -> str:
-        """`text` up to the ends of sequence that close it, and to the white space among and after those."""
+        """`text` without the ends of sequence that close it; white and invisible characters may stand among them."""
         kept = end = len(text)
         while True:
-            while end and text[end - 1].isspace():
+            while end and (text[end - 1].isspace() or text[end - 1] in INVISIBLE):
                 end -= 1
             ending = next((eos for eos in self._eos_texts if text.endswith(eos, 0, end)), None)
             if ending is None:
@@ -193,6 +200,7 @@ def tokenize_records(
 ) -> tuple[list[Tokenized], TokenReport]:
     """Tokenise records in order: prompts, prompt-response rows, or (pairs and rankings alike) rankings.
 
+    Special tokens in a prompt are read as such where `prompt_has_special_tokens`, or the record's meta, says so.
     A long prompt keeps its end; a long response keeps its beginning and has no end of sequence then. Both are counted.
     Raises ValueError for a PromptRecord without a single token, which nothing could be sampled from.
     """
@@ -202,7 +210,8 @@ def tokenize_records(
         max_response_tokens=max_response_tokens,
         prompt_has_special_tokens=prompt_has_special_tokens,
     )
-    prompts = encoder.prompts([record.prompt for record in records])
+    special = [prompt_has_special_tokens or bool(record.meta.get("special_tokens")) for record in records]
+    prompts = encoder.prompts([record.prompt for record in records], special)
     answers = [_responses_of(record) for record in records]
     responses = encoder.responses([text for texts in answers for text in texts])
     rows: list[Tokenized] = []

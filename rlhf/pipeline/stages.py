@@ -93,13 +93,14 @@ class PPOStageConfig(StageConfig):
 class Stage:
     """One stage. A new one is a row in `STAGES` and a script.
 
-    `takes`: configuration field -> the stage whose saved model it is where it is unset. `short_run`: what
-    `run_all.sh --short` sets. `unit`: what its metrics are numbered by. `figures`: its lines in the summary;
-    `result_keys`: further entries of its `result.json` that `summary.json` holds. `checks`: the doctor's; `curves`:
-    metrics that the doctor shows as first -> last value.
+    `label`: its name in the summary table; `title`: what `run_all.sh` calls it. `short_run`: what `--short` sets.
+    `takes`: configuration field -> the stage whose saved model it is where it is unset. `unit`: what its metrics are
+    numbered by. `figures`: its lines in the summary; `result_keys`: further entries of its `result.json` that
+    `summary.json` holds. `checks`: the doctor's; `curves`: metrics that the doctor shows as first -> last value.
     """
 
     name: str
+    label: str
     script: str
     title: str
     config: type[StageConfig]
@@ -137,6 +138,7 @@ STAGES = {
     for stage in (
         Stage(
             name="sft",
+            label="SFT",
             script="step1_sft/main.py",
             title="supervised fine-tuning",
             config=SFTStageConfig,
@@ -147,6 +149,7 @@ STAGES = {
         ),
         Stage(
             name="reward",
+            label="reward",
             script="step2_reward/main.py",
             title="reward model",
             config=RewardStageConfig,
@@ -162,6 +165,7 @@ STAGES = {
         ),
         Stage(
             name="ppo",
+            label="PPO",
             script="step3_ppo/main.py",
             title="PPO",
             config=PPOStageConfig,

@@ -25,6 +25,8 @@ class SummarisedStage(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def label(self) -> str: ...
+    @property
     def script(self) -> str: ...
     @property
     def figures(self) -> Sequence[Figure]: ...
@@ -74,8 +76,7 @@ def closing_table(
     rows = []
     for stage in stages:
         stage_lines = [line for figure in stage.figures for line in figure.lines(summary[stage.name])]
-        title = stage.name if stage.name == "reward" else stage.name.upper()
-        rows += [("" if index else title, *line) for index, line in enumerate(stage_lines)]
+        rows += [("" if index else stage.label, *line) for index, line in enumerate(stage_lines)]
     label_columns = max(_columns(label) for _, label, *_ in rows)
     lines = [f"{'stage':<8}{_pad('figure', label_columns)}  {'before':>9} {'after':>9}"]
     for title, label, before, after, note in rows:

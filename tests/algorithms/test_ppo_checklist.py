@@ -1,4 +1,4 @@
-"""The 28 details that make PPO for language models right, one test or a pointer to it for each.
+"""The details that make PPO for language models right, one test or a pointer to it for each.
 
 Each is a detail that a published implementation got wrong; the issue that shows it is named in the test. Numbers are
 used in the names of the tests: `test_07_...` is detail 7. `ELSEWHERE` points to tests that live beside what they test;
@@ -39,7 +39,6 @@ from rlhf.pipeline import parse_stage
 from rlhf.training.metrics import MeanMeter
 from rlhf.training.scoring import label_loss, response_logprobs, response_values
 from rlhf.types import PromptBatch, Rollout, TokenizedPrompt, TokenizedResponse
-from tests.support.launch import run_ranks
 from tests.support.local_engine import LocalModels
 from tests.support.on_policy import FunctionReward, context, ppo_trainer, responses_to, reward_of, stage_data
 from tests.support.tiny_models import TOKENS, save_tiny_model
@@ -116,7 +115,7 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
 
     def make(
         *, architecture="gpt_neox", engine=None, plan=None, rollout=8, ppo_epochs=1, new_tokens=6, scorer=letter_score,
-        ptx=(), reference_noise=0.0, iterations=2, actor_eos=None, **config,
+        ptx=(), reference_noise=0.0, iterations=2, actor_eos=None, critic_warmup_iterations=0, **config,
     ):  # fmt: skip
         plan = plan or BatchPlan(rollout, 4, 1)
         if engine is None:
@@ -142,7 +141,7 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
             directory=tmp_path / "ppo",
             new_tokens=new_tokens,
             ptx=ptx,
-            config=PPOConfig(**config),
+            config=PPOConfig(critic_warmup_iterations=critic_warmup_iterations, **config),
             batch=PPOBatchConfig(rollout_batch_size=rollout, ppo_epochs=ppo_epochs, max_steps=iterations),
         )
 
@@ -301,7 +300,7 @@ def reward_directory(tiny_models, tokenizer, tmp_path_factory):
     return path
 
 
-def real_engine(actor, reward, plan, *, total_steps=4, **model):
+def real_engine(actor, reward, plan, *, total_steps=4, zero_critic_head=False, **model):
     return RLHFEngine.build(
         actor,
         critic_model=reward,
@@ -312,6 +311,7 @@ def real_engine(actor, reward, plan, *, total_steps=4, **model):
         critic_learning_rate=1e-3,
         plan=plan,
         total_steps=total_steps,
+        zero_critic_head=zero_critic_head,
     )
 
 
@@ -596,98 +596,6 @@ def test_15_the_gradient_is_that_of_the_token_mean_written_out(make_trainer, tin
             torch.testing.assert_close(critic_gradients[name], parameter.grad, atol=2e-6, rtol=1e-3)
 
 
-RANKS = '''
-"""Experience and the weights after one update of PPO, on as many ranks as the launcher starts."""
-import sys
-from pathlib import Path
-import torch
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOOptimizerConfig
-from rlhf.config import EngineConfig, ModelConfig
-from rlhf.distributed import init_world, rank, world_size
-from rlhf.engine import BatchPlan, RLHFEngine
-from rlhf.models.loading import load_tokenizer
-from rlhf.types import TokenizedPrompt
-from tests.support.on_policy import FunctionReward, ppo_trainer
-
-actor, reward, out = [item for item in sys.argv[1:] if not item.startswith("--local_rank")]
-init_world()
-plan = BatchPlan(8, 2, world_size())
-engine = RLHFEngine.build(
-    actor, critic_model=reward, reward_model=reward, model=ModelConfig(),
-    engine=EngineConfig(precision="fp32", max_grad_norm=0.0),
-    optimizer=PPOOptimizerConfig(learning_rate=1e-2, adam_eps=1e-2, lr_schedule="constant"),
-    critic_learning_rate=1e-2, plan=plan, total_steps=4,
-)
-same = (5, 6, 7)
-rows = [same, same, (8,), (9, 10), (11, 12, 13, 14), same, (15, 16), (17,)]
-trainer = ppo_trainer(
-    engine, FunctionReward(lambda rollout, texts: (rollout.response_ids * rollout.response_mask).sum(1).float() / 50),
-    [TokenizedPrompt(id=str(i), input_ids=row, text="") for i, row in enumerate(rows)],
-    tokenizer=load_tokenizer(actor), plan=plan, directory=Path(out) / "ppo", new_tokens=5,
-    batch=PPOBatchConfig(rollout_batch_size=8, max_steps=1, ppo_epochs=2),
-)
-mine, share = None, None
-with engine.scoring():
-    mine, share = trainer.rollouts.sample([trainer.prompts.train[i] for i in trainer.order.indices(0)], 1)
-experience = trainer.make_experience(1)
-metrics = trainer.update(experience, 1)
-torch.save(
-    {
-        "share": share, "mine": mine.response_ids, "prompts": experience.rollout.prompt_ids,
-        "responses": experience.rollout.response_ids, "advantages": experience.advantages, "metrics": metrics,
-        "returns": experience.returns, "actor": engine.actor.module.state_dict(),
-        "critic": engine.critic.module.state_dict(),
-    },
-    Path(out) / f"rank{rank()}.pt",
-)
-torch.distributed.destroy_process_group()
-'''
-
-
-@pytest.fixture(scope="module")
-def one_and_two_ranks(tiny_models, reward_directory, tmp_path_factory):
-    """What every rank saved: {1: [rank 0], 2: [rank 0, rank 1]}."""
-    found = {}
-    for world in (1, 2):
-        directory = tmp_path_factory.mktemp(f"world{world}")
-        arguments = [str(tiny_models["gpt2"]), str(reward_directory), str(directory)]
-        done = run_ranks(RANKS, world, directory, arguments)
-        assert done.returncode == 0, done.stdout[-4000:]
-        found[world] = [torch.load(directory / f"rank{index}.pt", weights_only=False) for index in range(world)]
-    return found
-
-
-def test_14_two_ranks_whiten_as_one(one_and_two_ranks):
-    one = one_and_two_ranks[1][0]
-    for two in one_and_two_ranks[2]:
-        assert torch.equal(one["responses"], two["responses"])
-        torch.testing.assert_close(one["advantages"], two["advantages"], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(one["returns"], two["returns"], atol=1e-5, rtol=1e-4)
-
-
-def test_15_two_ranks_take_the_same_steps_as_one(one_and_two_ranks):
-    one = one_and_two_ranks[1][0]
-    for two in one_and_two_ranks[2]:
-        for model in ("actor", "critic"):
-            for name, weight in one[model].items():
-                torch.testing.assert_close(two[model][name], weight, atol=1e-4, rtol=1e-3)
-        for name in ("policy_loss", "value_loss", "ratio", "clip_fraction", "score", "kl_per_token"):
-            assert two["metrics"][name] == pytest.approx(one["metrics"][name], abs=1e-4), name
-    assert one["metrics"]["ratio_first"] == pytest.approx(1, abs=1e-5)
-
-
-def test_21_two_ranks_sample_different_responses_to_the_same_prompt(one_and_two_ranks):
-    first, second = one_and_two_ranks[2]
-    assert sorted(first["share"] + second["share"]) == list(range(8))
-    prompts = [tuple(row) for row in first["prompts"].tolist()]
-    same = [index for index, prompt in enumerate(prompts) if prompts.count(prompt) == 3]
-    assert len(same) == 3
-    answers = [tuple(first["responses"][index].tolist()) for index in same]
-    assert len(set(answers)) == 3
-    # and they do come from two ranks
-    assert {index % 2 for index in same} == {0, 1}
-
-
 def test_21_minibatches_are_reshuffled_every_epoch_and_shared_by_all_ranks(make_trainer, monkeypatch):
     import rlhf.algorithms.ppo as ppo
 
@@ -715,6 +623,7 @@ def test_21_minibatches_are_reshuffled_every_epoch_and_shared_by_all_ranks(make_
 def test_17_scores_are_normalised_to_mean_0_and_variance_1_on_the_reference_responses(tiny_models, tokenizer, tmp_path):
     """DeepSpeedExamples#316 for the padding: a long and a short reference response in one batch."""
     from rlhf.algorithms.reward import RewardConfig, RewardTrainer
+    from rlhf.checkpoint.export import export_scalar_model
     from rlhf.types import TokenizedRanking
     from tests.support.local_engine import LocalEngine
 
@@ -731,7 +640,9 @@ def test_17_scores_are_normalised_to_mean_0_and_variance_1_on_the_reference_resp
         total_steps=1, export=lambda: None, context=context(tmp_path, "reward"),
     )  # fmt: skip
     model.set_normalisation(*trainer.calibrate())
-    reward = reward_of(model, tokenizer)
+    export_scalar_model(model, tokenizer, tmp_path / "reward")
+    saved = ScalarModel.from_pretrained(tmp_path / "reward", dtype=torch.float32).eval()
+    reward = reward_of(saved, tokenizer)
     chosen = trainer.calibration_examples()
     assert len(chosen) == 6 and chosen != examples[:6]  # drawn from all of them
     rows = [example.candidates[1].input_ids for example in chosen]
@@ -906,6 +817,38 @@ def test_28_some_empty_responses_are_counted_and_learnt_from(make_trainer):
     alone = (lengths == 1) & (experience.rollout.response_ids[:, 0] == 1)
     assert 0 < alone.sum() < 64
     assert trainer.experience_metrics["empty_responses"] == pytest.approx(float(alone.float().mean()))
+
+
+# ------------------------------------------------------------------------------------------- critic's start
+
+
+def test_29_in_the_warm_up_the_critic_alone_learns(make_trainer):
+    """Its values are worth nothing at first; advantages made of them would only shake the actor."""
+    trainer = make_trainer(critic_warmup_iterations=2, iterations=3, kl_target=0.1, kl_horizon=10)
+    first = [parameter.detach().clone() for parameter in trainer.engine.actor.parameters()]
+    for iteration in (1, 2):
+        metrics = trainer.update(trainer.make_experience(iteration), iteration)
+        assert "policy_loss" not in metrics and "ratio_first" not in metrics and metrics["value_loss"] > 0
+        assert trainer.kl.value == 0.1 and trainer.optimizer_step == 0  # nothing to steer, no step of the actor's
+    assert all(torch.equal(*pair) for pair in zip(first, trainer.engine.actor.parameters(), strict=True))
+    assert len(trainer.engine.critic.gradients) == 2 and trainer.engine.actor.gradients == []
+    metrics = trainer.update(trainer.make_experience(3), 3)
+    assert metrics["ratio_first"] == pytest.approx(1, abs=1e-5) and trainer.kl.value != 0.1
+    assert len(trainer.engine.critic.gradients) == 3 and len(trainer.engine.actor.gradients) == 1
+
+
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_29_a_critic_with_a_zero_head_knows_nothing_and_learns(make_trainer, tiny_models, reward_directory, lora_rank):
+    plan = BatchPlan(4, 2, 1)
+    engine = real_engine(
+        tiny_models["gpt2"], reward_directory, plan, total_steps=100, zero_critic_head=True, lora_rank=lora_rank
+    )
+    trainer = make_trainer(engine=engine, plan=plan, rollout=8)
+    experience = trainer.make_experience(1)
+    assert not experience.values.any()
+    assert abs(trainer.experience_metrics["explained_variance"]) < 1e-6
+    trainer.update(experience, 1)
+    assert trainer.make_experience(2).values.abs().max() > 0
 
 
 # ---------------------------------------------------------------------------------------------- end to end

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data.formats import ROW_FORMATS, layout_of
+from rlhf.data.formats import NAMES, ROW_FORMATS, layout_of
 from rlhf.data.records import rows_to_records
+from rlhf.data.rendered import MARKUPS, markup_of
 from rlhf.data.sources import read_rows
 from rlhf.data.spec import DatasetSpec
 from rlhf.data.templates import TEXT_TEMPLATES, load_template
+from rlhf.data.text_tables import MISSING_WORDS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
@@ -38,6 +40,25 @@ def test_every_format_and_template_is_named_on_the_page() -> None:
     names = set(re.findall(r"`(\w+)`", PAGE))
     assert set(ROW_FORMATS) <= names
     assert set(TEXT_TEMPLATES) <= names
+
+
+def test_the_page_names_every_column_word_and_marker_that_counts() -> None:
+    listed = re.search(r"`columns` maps these names: (.*)\.\n", PAGE)
+    assert listed is not None and set(re.findall(r"`(\w+)`", listed.group(1))) == set(NAMES)
+    words = re.search(r"The words (.*) alone in a cell", PAGE)
+    assert words is not None and set(re.findall(r"`([^`]+)`", words.group(1))) == MISSING_WORDS
+    section = PAGE.partition("### Prompts that are already rendered")[2].partition("\n## ")[0]
+    for markup in MARKUPS:
+        (row,) = [line for line in section.replace("\\|", "¦").splitlines() if line.startswith(f"| {markup.name}")]
+        question, answer = (re.findall(r"`([^`]+)`", cell.replace("¦", "|")) for cell in row.split(" | ")[1:])
+        for asked in question:
+            blank = "\n\n" if markup.name == "Human/Assistant" else ""
+            prompt = f"{blank}{asked}\n물음\n\n{answer[0]}"
+            assert markup_of(prompt) is markup
+    columns = set(re.findall(r"`(\w+)`", PAGE.partition("### Columns beside the prompt")[2].partition("```")[0]))
+    assert {column for item in ROW_FORMATS.values() for names in item.optional.values() for column in names} <= (
+        columns | {"scores1", "scores2"}
+    )
 
 
 def test_the_readme_counts_the_formats_rightly() -> None:

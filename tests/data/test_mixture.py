@@ -10,6 +10,8 @@ from rlhf.data.mixture import blend, drop_leaked, hold_out, split_by_prompt, sta
 from rlhf.data.sources import DataError
 from rlhf.types import PreferenceRecord, PromptRecord
 
+STAGES = ("sft", "reward", "ppo")
+
 
 def prompts(count: int, start: int = 0) -> list[PromptRecord]:
     return [PromptRecord(str(n), f"t {n}", {"prompt_key": f"질문{n}"}) for n in range(start, start + count)]
@@ -59,17 +61,21 @@ def test_share_of_zero_and_wrong_shares() -> None:
 
 def test_stage_share() -> None:
     records = prompts(1000)
-    stages = [stage_share(records, "2, 4,4", stage) for stage in ("sft", "reward", "ppo")]  # type: ignore[arg-type]
+    stages = [stage_share(records, "2, 4,4", stage, STAGES) for stage in ("sft", "reward", "ppo")]
     assert sum(map(len, stages)) == 1000 and 150 < len(stages[0]) < 250
     assert not keys(stages[0]) & keys(stages[1]) | keys(stages[1]) & keys(stages[2]) | keys(stages[0]) & keys(stages[2])
-    assert len(stage_share(records, "0,1,1", "reward")) > 400
+    assert len(stage_share(records, "0,1,1", "reward", STAGES)) > 400
     for wrong in ("2,4", "a,b,c", "2,4,4,1", "", "1,-1,1", "nan,1,1"):
-        with pytest.raises(DataError, match="three numbers"):
-            stage_share(records, wrong, "sft")
+        with pytest.raises(DataError, match="3 numbers"):
+            stage_share(records, wrong, "sft", STAGES)
     with pytest.raises(DataError, match="leaves nothing to the stage sft"):
-        stage_share(records, "0,1,1", "sft")
+        stage_share(records, "0,1,1", "sft", STAGES)
     with pytest.raises(DataError, match="rl.*not one of sft, reward, ppo"):
-        stage_share(records, "1,1,1", "rl")  # type: ignore[arg-type]
+        stage_share(records, "1,1,1", "rl", STAGES)
+    halves = [stage_share(records, "1,1", stage, stages=("sft", "dpo")) for stage in ("sft", "dpo")]
+    assert keys(halves[0]) | keys(halves[1]) == keys(records) and not keys(halves[0]) & keys(halves[1])
+    with pytest.raises(DataError, match="2 numbers of at least 0 for sft, dpo, such as"):
+        stage_share(records, "1,1,1", "dpo", stages=("sft", "dpo"))
 
 
 def test_hold_out_composes_with_the_stages() -> None:
@@ -77,7 +83,7 @@ def test_hold_out_composes_with_the_stages() -> None:
     train, heldout = hold_out(records, 0.1)
     assert abs(len(heldout) / 4000 - 0.1) < 0.015 and len(train) + len(heldout) == 4000
     for stage in ("sft", "reward", "ppo"):
-        part = stage_share(records, "1,1,1", stage)
+        part = stage_share(records, "1,1,1", stage, STAGES)
         part_train, part_heldout = hold_out(part, 0.1)
         assert keys(part_heldout) == keys(part) & keys(heldout)
         assert abs(len(part_heldout) / len(part) - 0.1) < 0.03  # not emptied by the stage split: independent hashes

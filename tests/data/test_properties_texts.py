@@ -11,8 +11,10 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from rlhf.data.rendered import is_rendered, raw_prompt, split_rendered
+from rlhf.data.row_values import INVISIBLE
 from rlhf.data.sources import DataError
-from rlhf.data.templates import TEXT_TEMPLATES, Template, is_rendered, load_template, raw_prompt, split_rendered
+from rlhf.data.templates import TEXT_TEMPLATES, Template, load_template
 from rlhf.data.token_cache import cached_tokens, record_key_parts
 from rlhf.data.tokenize import TextEncoder, tokenize_records
 from rlhf.types import PreferenceRecord, PromptRecord, RankedRecord, ResponseRecord
@@ -156,7 +158,7 @@ TOKENIZERS = {
 def without_end(text: str) -> str:
     """The response without the ends of sequence that close it, by another road than the code: splitting."""
     pieces = text.split(EOS)
-    while len(pieces) > 1 and not pieces[-1].strip():
+    while len(pieces) > 1 and not "".join(pieces[-1].split()).strip("".join(INVISIBLE)):
         pieces.pop()
     if len(pieces) == len(text.split(EOS)):
         return text

@@ -41,6 +41,7 @@ def load(tokenizer, tmp_path):
             cache_dir=tmp_path / "cache",
             report_dir=tmp_path / "report",
             report_name=name,
+            stages=("sft", "reward", "ppo"),
         )
 
     return call

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.data.rendered import is_rendered, raw_prompt, split_rendered
 from rlhf.data.sources import DataError
-from rlhf.data.templates import TEXT_TEMPLATES, is_rendered, load_template, raw_prompt, split_rendered
+from rlhf.data.templates import TEXT_TEMPLATES, load_template
 
 DATA = Path(os.environ.get("RLHF_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 EXPECTED = {

@@ -59,10 +59,18 @@ def test_boundary_is_where_the_prompt_ends_even_when_a_merge_would_cross_it(toke
     assert response_ids == (*plain(tokenizer, response), tokenizer.eos_token_id)
 
 
-@pytest.mark.parametrize("ending", ["", EOS, EOS * 3, f"{EOS} {EOS}\n", f"{EOS}\n\n{EOS}"])
+@pytest.mark.parametrize(
+    "ending", ["", EOS, EOS * 3, f"{EOS} {EOS}\n", f"{EOS}\n\n{EOS}", f"{EOS}\u200b", f"{EOS}\ufeff {EOS}\u2060"]
+)
 def test_exactly_one_eos_ends_a_response(tokenizer, ending):
     _, ids = encode(tokenizer, "질문", "네 잘 지내요" + ending)
     assert ids == (*plain(tokenizer, "네 잘 지내요"), tokenizer.eos_token_id)
+
+
+def test_invisible_characters_stay_where_no_eos_stands(tokenizer):
+    for text in ("네 ❤\ufe0f", "네\u200b", "❤\ufe0f <|endof"):
+        assert tokenizer.decode(encode(tokenizer, "질문", text)[1][:-1]) == text
+    assert tokenizer.decode(encode(tokenizer, "질문", f"❤\ufe0f{EOS}\u200b")[1][:-1]) == "❤\ufe0f"
 
 
 def test_own_eos_and_the_common_one_are_stripped_but_other_text_is_kept():

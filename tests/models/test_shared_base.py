@@ -17,20 +17,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig, PPOTrainer
+from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
 from rlhf.checkpoint.export import export_causal_lm, export_scalar_model, full_state_dict
-from rlhf.config import ConfigError, EngineConfig, ModelConfig, RunConfig
+from rlhf.config import ConfigError, EngineConfig, ModelConfig
 from rlhf.distributed import world_size
 from rlhf.engine import BatchPlan, RLHFEngine
+from rlhf.models.adapters import load_adapter
 from rlhf.models.directories import base_key
 from rlhf.models.forward import forward_logits
 from rlhf.models.loading import backbone_of, load_causal_lm
-from rlhf.models.lora import apply_lora, load_adapter, prepare_quantized
+from rlhf.models.lora import apply_lora, prepare_quantized
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.shared import share_modules
-from rlhf.rewards.reward_model import RewardScorer
+from rlhf.training.rollouts import ScoredRollout
 from rlhf.types import TokenizedPrompt
 from tests.support.launch import run_ranks
+from tests.support.on_policy import ppo_trainer, reward_of
 from tests.support.tiny_models import save_tiny_model
 
 FP32 = torch.float32
@@ -126,20 +128,22 @@ def run_ppo(four: RLHFEngine, tokenizer: Any, iterations: int = 2) -> dict[str, 
     """Whole PPO iterations; everything they computed and what they trained, by name."""
     prompts = [TokenizedPrompt(str(row), tuple(ids), "") for row, ids in enumerate(PROMPTS)]
     with tempfile.TemporaryDirectory() as place:
-        trainer = PPOTrainer(
-            four, prompts, [], tokenizer=tokenizer, scorer=RewardScorer(four.reward, tokenizer, tokenizer), plan=plan(),
+        trainer = ppo_trainer(
+            four, reward_of(four.reward, tokenizer), prompts, tokenizer=tokenizer, plan=plan(), directory=Path(place),
+            config=PPOConfig(ema_decay=four.averaged_actor.decay if four.averaged_actor else 0.0),
             batch=PPOBatchConfig(global_batch_size=4, micro_batch_size=2, max_steps=iterations, rollout_batch_size=8,
                                  ppo_epochs=2),
-            config=PPOConfig(ema_decay=four.averaged_actor.decay if four.averaged_actor else 0.0),
-            run=RunConfig(output_dir=place, tensorboard=False), directory=Path(place),
-            max_response_tokens=6, synchronised=inner(four.reward) is not four.reward, export=lambda: None,
         )  # fmt: skip
+        run = trainer.rollouts.run
+        rollouts: list[ScoredRollout] = []
+        trainer.rollouts.run = lambda *given: rollouts.append(run(*given)) or rollouts[-1]  # type: ignore
         found: dict[str, torch.Tensor] = {}
         for iteration in range(1, iterations + 1):
             experience = trainer.make_experience(iteration)
             metrics = trainer.update(experience, iteration)
-            for name in ("scores", "values", "ref_logprobs", "advantages"):
+            for name in ("scores", "values", "advantages"):
                 found[f"{iteration} {name}"] = getattr(experience, name)
+            found[f"{iteration} ref_logprobs"] = rollouts[-1].ref_logprobs
             found[f"{iteration} logprobs"] = experience.rollout.logprobs
             numbers = {name: value for name, value in metrics.items() if "seconds" not in name}
             found.update({f"{iteration} {name}": torch.tensor(float(value)) for name, value in numbers.items()})
@@ -351,7 +355,8 @@ def test_wrong_directories(models, tokenizer, tmp_path):
         build(models.base, models.base)
     broken = shutil.copytree(models.reward, tmp_path / "broken")
     tensors = load_file(broken / "adapter_model.safetensors")
-    save_file(dict(list(tensors.items())[1:]), broken / "adapter_model.safetensors")
+    del tensors[next(name for name in tensors if ".lora_A." in name)]
+    save_file(tensors, broken / "adapter_model.safetensors")
     with pytest.raises(ConfigError, match="lacks 1 of its weights"):
         build(models.base, broken)
     small = save_tiny_model(tmp_path / "small", "gpt_neox", tokenizer)
@@ -462,7 +467,8 @@ def test_saved_models_load_apart(models, tokenizer, tmp_path):
     for name, count in (("actor", 2 * 2), ("actor_ema", 2 * 2), ("critic", 2 * 2 * 2)):
         settings = json.loads((tmp_path / name / "adapter_config.json").read_text())
         assert settings["base_model_name_or_path"] == str(models.base)
-        assert len(load_file(tmp_path / name / "adapter_model.safetensors")) == count  # its own adapter and no base
+        stored = load_file(tmp_path / name / "adapter_model.safetensors").keys() - {"base_model.model.score.weight"}
+        assert len(stored) == count  # its own adapter and no base
         assert not (tmp_path / name / "model.safetensors").exists()
     code = f"""
 import torch

@@ -34,7 +34,7 @@ def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
     assert set(written["reward"]) == {"accuracy", "length_baseline_accuracy", "accuracy_by_category", "mean_margin"}
     assert set(written["ppo"]) == {
         *("score_before", "score_after", "score_std_before", "kl_per_token", "eos_rate_before", "eos_rate_after"),
-        *("mean_response_tokens_before", "mean_response_tokens_after"),
+        *("mean_response_tokens_before", "mean_response_tokens_after", "reward_before", "reward_after"),
     }
     assert [set(sample) for sample in written["samples"]] == [{"prompt", "sft", "ppo", "score_sft", "score_ppo"}]
     assert written["seconds"] == {"sft": 10.0, "reward": 20.0, "ppo": 30.5, "total": 60.5}

@@ -103,14 +103,8 @@ def chat_responses(tokenizer, messages) -> Responses:
     """A response "yes" that ended, to a prompt which the actor read in markup of its own."""
     text = "".join(f"[{turn['role']}]{turn['content']}" for turn in messages) or "[user]Hi"
     prompt, response = tokenizer(text)["input_ids"], [*tokenizer("yes")["input_ids"], tokenizer.eos_token_id]
-    rows = [torch.tensor([ids]) for ids in (prompt, response)]
-    rollout = Rollout(
-        rows[0],
-        torch.ones_like(rows[0]).bool(),
-        rows[1],
-        torch.ones_like(rows[1]).bool(),
-        torch.zeros(1, len(response)),
-    )
+    asked, said = torch.tensor([prompt]), torch.tensor([response])
+    rollout = Rollout(asked, torch.ones_like(asked).bool(), said, torch.ones_like(said).bool(), torch.zeros(said.shape))
     example = TokenizedPrompt("row 7", tuple(prompt), text, messages=tuple(messages))
     return Responses(rollout, [example], ["yes"], torch.tensor([True]))
 
@@ -122,15 +116,9 @@ def test_a_chat_is_rendered_with_the_reward_models_own_template(tiny_models, tok
     base.resize_token_embeddings(len(chat_tokenizer))
     model = ScalarModel(base.base_model, seed=3).eval()
     reward = RewardModel(RewardSources(tokenizer, (tokenizer.eos_token_id,), model, chat_tokenizer, chat=True))
-    turns = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Yo"},
-        {"role": "user", "content": "Q"},
-    ]
-    given = chat_responses(tokenizer, turns)
-    user, assistant, end = (
-        chat_tokenizer.convert_tokens_to_ids(f"<|{name}|>") for name in ("user", "assistant", "end")
-    )
+    said = (("user", "Hi"), ("assistant", "Yo"), ("user", "Q"))
+    given = chat_responses(tokenizer, [{"role": role, "content": content} for role, content in said])
+    user, assistant, end = chat_tokenizer.convert_tokens_to_ids(["<|user|>", "<|assistant|>", "<|end|>"])
 
     def letters(text):
         return chat_tokenizer(text, add_special_tokens=False)["input_ids"]

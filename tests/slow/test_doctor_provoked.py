@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 
 import rlhf.algorithms.ppo as ppo
 import rlhf.generation.actor_backend
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOTrainer
+from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig
 from rlhf.algorithms.reward import RewardConfig, RewardTrainer
 from rlhf.algorithms.sft import SFTConfig, SFTTrainer
-from rlhf.checkpoint.export import full_state_dict
+from rlhf.checkpoint.export import export_scalar_model, full_state_dict
 from rlhf.cli.__main__ import main
-from rlhf.config import BatchConfig, EngineConfig, OptimizerConfig, RunConfig
+from rlhf.config import EngineConfig, OptimizerConfig
 from rlhf.engine import BatchPlan, training_engine
 from rlhf.models.scalar import ScalarModel
 from rlhf.training.metrics import MeanMeter
@@ -32,6 +32,7 @@ from rlhf.training.step import accumulate_step
 from rlhf.types import TokenizedPrompt, TokenizedRanking, TokenizedResponse
 from tests.support.launch import run_ranks
 from tests.support.local_engine import LocalEngine, LocalModels
+from tests.support.on_policy import FunctionReward, context, ppo_trainer, reward_of, stage_data
 from tests.support.tiny_models import save_tiny_model
 
 EOS = 1
@@ -68,11 +69,10 @@ def make_ppo(tiny_models, tokenizer, tmp_path):
             TokenizedPrompt(str(i), tuple(torch.randint(2, 90, (4,), generator=generator).tolist()), f"prompt {i}")
             for i in range(2 * rollout)
         ]
-        return PPOTrainer(
-            engine, prompts, prompts[:4], tokenizer=tokenizer, scorer=scorer, plan=plan,
-            batch=PPOBatchConfig(rollout_batch_size=rollout, max_steps=iterations), config=PPOConfig(**config),
-            run=RunConfig(tensorboard=False, log_every_steps=1, seed=seed), directory=tmp_path / "ppo",
-            max_response_tokens=tokens, synchronised=False, export=lambda: None, concurrent=False,
+        return ppo_trainer(
+            engine, FunctionReward(scorer), prompts, prompts[:4], tokenizer=tokenizer, plan=plan,
+            directory=tmp_path / "ppo", new_tokens=tokens, config=PPOConfig(**config), seed=seed,
+            batch=PPOBatchConfig(rollout_batch_size=rollout, max_steps=iterations),
         )  # fmt: skip
 
     return make
@@ -239,11 +239,8 @@ def test_an_actor_that_has_one_answer(make_ppo):
 
 
 def test_scores_the_reward_model_never_gave(make_ppo):
-    def scorer(rollout, texts):
-        return even_score(rollout, texts)
-
-    scorer.score_range = {"minimum": -5.0, "maximum": -1.0}
-    trainer = make_ppo(iterations=3, scorer=scorer)
+    trainer = make_ppo(iterations=3)
+    trainer.rollouts.reward.training_range = {"minimum": -5.0, "maximum": -1.0}
     trainer.fit()
     assert set(found_in(trainer)) == {"score_out_of_range"}
 
@@ -261,7 +258,7 @@ def test_scores_that_are_not_finite_stop_the_run_and_name_row_and_prompt(make_pp
     with pytest.raises(NonFiniteError, match="engine reward: scores.*1 of 16 rows, first row.*'5'.*prompt 5") as error:
         trainer.fit()
     kept = load_file(trainer.directory / "nonfinite_batch_rank0.safetensors")
-    assert kept["0.prompt_ids"][0].tolist() == list(trainer.prompts[5].input_ids)
+    assert kept["0.prompt_ids"][0].tolist() == list(trainer.prompts.train[5].input_ids)
     assert str(trainer.directory / "nonfinite_batch_rank0.safetensors") in str(error.value)
     assert main(["doctor", str(trainer.directory)]) == 1
 
@@ -290,9 +287,8 @@ def sft_trainer(path, tmp_path, *, lr=0.05, steps=6):
     plan = BatchPlan(4, 2, 1)
     rows = [response(5 + i, 7, 9 + i, 11, 0) for i in range(8)]
     return SFTTrainer(
-        LocalEngine(load(path), plan, lr=lr), rows, rows[:2], plan=plan, batch=BatchConfig(max_steps=steps),
-        run=RunConfig(tensorboard=False, log_every_steps=1), directory=tmp_path / "sft", export=lambda: None,
-        config=SFTConfig(), pad_token_id=0,
+        LocalEngine(load(path), plan, lr=lr), stage_data(rows, rows[:2]), SFTConfig(), pad_token_id=0, plan=plan,
+        total_steps=steps, export=lambda: None, context=context(tmp_path / "sft", "sft", log_every_steps=1),
     )  # fmt: skip
 
 
@@ -388,7 +384,8 @@ from pathlib import Path
 from rlhf.config import EngineConfig, OptimizerConfig
 from rlhf.distributed import rank
 from rlhf.engine import BatchPlan, training_engine
-from rlhf.training.offline import NonFiniteError, accumulate_step
+from rlhf.training.nonfinite import NonFiniteError
+from rlhf.training.step import accumulate_step
 
 directory = Path(sys.argv[-1])
 engine = training_engine(
@@ -442,9 +439,8 @@ def reward_trainer(model, tmp_path, *, steps):
         for i in range(4)
     ]
     return RewardTrainer(
-        LocalEngine(model, plan, lr=0.05), rows, rows,
-        plan=plan, batch=BatchConfig(max_steps=steps), run=RunConfig(tensorboard=False, log_every_steps=1),
-        directory=tmp_path / "reward", export=lambda: None, config=RewardConfig(), pad_token_id=0,
+        LocalEngine(model, plan, lr=0.05), stage_data(rows, rows), RewardConfig(), pad_token_id=0, plan=plan,
+        total_steps=steps, export=lambda: None, context=context(tmp_path / "reward", "reward", log_every_steps=1),
     )  # fmt: skip
 
 
@@ -472,9 +468,6 @@ def test_a_reward_model_that_says_the_same_of_everything(tiny_models, tmp_path):
 
 
 def test_a_reward_model_keeps_the_range_of_its_scores_and_a_critic_from_it_does_not(tiny_models, tokenizer, tmp_path):
-    from rlhf.checkpoint.export import export_scalar_model
-    from rlhf.rewards.reward_model import RewardScorer
-
     untrained = ScalarModel.from_base(tiny_models["gpt2"], dtype=torch.float32, seed=4).eval()
     trainer = reward_trainer(untrained, tmp_path, steps=4)
     trainer.fit()
@@ -483,14 +476,14 @@ def test_a_reward_model_keeps_the_range_of_its_scores_and_a_critic_from_it_does_
     model.set_normalisation(mean, std)
     export_scalar_model(trainer.engine, tokenizer, tmp_path / "model")
     loaded = ScalarModel.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    scorer = RewardScorer(loaded, tokenizer, tokenizer)
+    known = reward_of(loaded, tokenizer).training_range
     rows = [candidate.input_ids for example in trainer.train for candidate in example.candidates]
     with torch.no_grad():
-        scores = [float(loaded.normalise(loaded(ids, torch.ones_like(ids))[0, -1])) for row in rows
+        scores = [float(loaded(ids, torch.ones_like(ids))[0, -1]) for row in rows
                   for ids in [torch.tensor([row])]]  # fmt: skip
-    assert scorer.score_range["responses"] == len(rows)
-    assert scorer.score_range["minimum"] == pytest.approx(min(scores), abs=1e-3)
-    assert scorer.score_range["maximum"] == pytest.approx(max(scores), abs=1e-3)
-    assert scorer.score_range["quantiles"]["0.5"] in [pytest.approx(score, abs=1e-3) for score in scores]
+    assert known["responses"] == len(rows)
+    assert known["minimum"] == pytest.approx(min(scores), abs=1e-3)
+    assert known["maximum"] == pytest.approx(max(scores), abs=1e-3)
+    assert known["quantiles"]["0.5"] in [pytest.approx(score, abs=1e-3) for score in scores]
     export_scalar_model(loaded, tokenizer, tmp_path / "critic")
     assert ScalarModel.from_pretrained(tmp_path / "critic", dtype=torch.float32).score_range is None

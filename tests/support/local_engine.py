@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from rlhf.engine import BatchPlan
+from rlhf.engine import BatchPlan, RLHFEngine
 
 
 class LocalEngine(nn.Module):
@@ -44,28 +44,19 @@ class LocalEngine(nn.Module):
         self.optimizer.zero_grad()
 
 
-class LocalModels:
-    """Actor, critic, reference and reward in evaluation mode all the time: RLHFEngine without DeepSpeed."""
+class LocalModels(RLHFEngine):
+    """Actor, critic and reference of an RLHFEngine in plain torch, in evaluation mode also while they train."""
 
-    def __init__(self, actor: nn.Module, critic: nn.Module, reference: nn.Module, plan: BatchPlan) -> None:
-        self.actor = LocalEngine(actor.eval(), plan)
-        self.critic = LocalEngine(critic.eval(), plan)
-        self.reference = reference.eval()
-        self.reward = None
-        self.averaged_actor = None
-        self.has_reference = True
-        self.jobs_at_a_time = 1
+    def __init__(
+        self, actor: nn.Module, critic: nn.Module, reference: nn.Module, plan: BatchPlan, *, side_by_side: bool = False
+    ) -> None:
+        super().__init__(
+            LocalEngine(actor.eval(), plan),
+            critic=LocalEngine(critic.eval(), plan),
+            reference=reference.eval(),
+            side_by_side=side_by_side,
+        )
 
     @contextmanager
-    def reference_model(self) -> Iterator[nn.Module]:
-        yield self.reference
-
-    def run_jobs(self, jobs):
-        for job in jobs:
-            job()
-
-    def scoring(self):
-        return nullcontext()
-
-    def updating(self, engine: nn.Module):
-        return nullcontext()
+    def updating(self, engine: nn.Module) -> Iterator[None]:
+        yield

@@ -72,13 +72,14 @@ def ppo_trainer(
     ptx: Sequence[TokenizedResponse] = (),
     config: PPOConfig | None = None,
     batch: PPOBatchConfig | None = None,
+    seed: int = 1,
 ) -> PPOTrainer:
-    """A trainer with our own backend, seed 1 and a line of metrics for every iteration."""
+    """A trainer that writes a line of metrics for every iteration."""
     config, batch = config or PPOConfig(), batch or PPOBatchConfig()
     eos_ids = eos_token_ids(engine.actor, tokenizer)
     pad = tokenizer.pad_token_id
     backend = make_backend(
-        config.generation_backend, engine.actor, eos_ids=eos_ids, pad_token_id=pad, seed=1,
+        config.generation_backend, engine.actor, eos_ids=eos_ids, pad_token_id=pad, seed=seed,
         slots=batch.generation_batch_size,
     )  # fmt: skip
     rollouts = RolloutWorker(
@@ -92,13 +93,13 @@ def ppo_trainer(
         scoring_tokens=batch.scoring_batch_tokens,
         old_logprobs=config.old_logprobs,
     )
-    mixture = PtxMixture(stage_data(ptx), plan, coef=config.ptx_coef, pad_token_id=pad, seed=1) if ptx else None
+    mixture = PtxMixture(stage_data(ptx), plan, coef=config.ptx_coef, pad_token_id=pad, seed=seed) if ptx else None
     return PPOTrainer(
         rollouts,
         stage_data(prompts, evaluation),
         config,
         batch=batch,
         export=lambda: None,
-        context=context(directory, log_every_steps=1),
+        context=context(directory, log_every_steps=1, seed=seed),
         ptx=mixture,
     )

@@ -27,6 +27,14 @@ from rlhf.checkpoint.state_directory import SavedState, StateDirectory
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir")
 
 
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def steps(*numbers: int) -> list[str]:
+    return [f"step-{number:08d}" for number in numbers]
+
+
 def bytes_of(step: int, rank: int, size: int = 100_000) -> bytes:
     return (hashlib.sha256(f"{step} {rank}".encode()).digest() * (size // 32 + 1))[:size]
 

@@ -1,0 +1,245 @@
+"""Prompts and transcripts that carry markers: known, split at the right place, read once, never rendered again."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf.data.records import rows_to_records
+from rlhf.data.rendered import is_rendered, raw_prompt, split_rendered
+from rlhf.data.sources import DataError, DatasetSpec, Row, SkippedRow, read_rows
+from rlhf.data.spec import ReadingNotes
+from rlhf.data.templates import load_template
+from rlhf.data.token_cache import record_key_parts
+from rlhf.data.tokenize import tokenize_records
+from rlhf.models.tiny_base import train_tokenizer
+from rlhf.types import PromptRecord
+
+DATA = Path(os.environ.get("RLHF_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
+
+
+def records_of(kind: str, *rows: dict[str, Any], notes: ReadingNotes | None = None, **spec: Any) -> list[Any]:
+    made = [Row(row, "set/f.jsonl", line) for line, row in enumerate(rows, start=1)]
+    dataset = DatasetSpec("set/f.jsonl", **spec)
+    return rows_to_records(made, kind, template=load_template("kullm"), spec=dataset, notes=notes)
+
+
+CHATML = "<|im_start|>system\n짧게.<|im_end|>\n<|im_start|>user\n물음<|im_end|>\n<|im_start|>assistant\n"
+PROMPTS = {
+    "ChatML": CHATML,
+    "ChatML without its last line break": CHATML.rstrip(),
+    "Llama-2": "<s>[INST] <<SYS>>\n짧게.\n<</SYS>>\n\n물음 [/INST]",
+    "Mistral": "[INST] 짧게. [/INST] 네 </s>[INST] 물음 [/INST] ",
+    "Solar": "### System:\n짧게.\n\n### User:\n물음\n\n### Assistant:\n",
+    "Guanaco": "### Human: 짧게.### Assistant: 네### Human: 물음### Assistant:",
+    "Llama-3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n짧게.<|eot_id|>"
+    "<|start_header_id|>user<|end_header_id|>\n\n물음<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "Gemma": "<start_of_turn>user\n짧게.\n\n물음<end_of_turn>\n<start_of_turn>model\n",
+}
+
+
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
+def test_a_prompt_of_a_chat_model_gets_no_other_template(prompt: str) -> None:
+    assert is_rendered(prompt) and "".join(raw_prompt(prompt).split()) in ("짧게.물음", "짧게.네물음")
+    for kind, answers in (
+        ("prompt", {}),
+        ("response", {"response": "답"}),
+        ("preference", {"chosen": "좋은 답", "rejected": "나쁜 답"}),
+    ):
+        (record,) = records_of(kind, {"prompt": prompt, **answers})
+        assert record.prompt == prompt and record.meta["rendered"] is True
+    (record,) = records_of("response", {"instruction": prompt, "output": "답"})
+    assert record.prompt == prompt
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["<|im_start|>user 는 무슨 뜻이에요?", "[INST] 물음", "<|start_header_id|>user<|end_header_id|>\n\n물음<|eot_id|>"],
+)
+def test_markers_without_the_place_of_the_answer_are_an_error(prompt: str) -> None:
+    with pytest.raises(DataError, match=r"field `prompt` begins with the markers of .* does not end where the answer"):
+        records_of("response", {"prompt": prompt, "response": "답"})
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "### User: 라는 표기는 뭐예요?",
+        "[INST]는 뭐예요?\n[/INST]는?",
+        "이게 뭐야: <|im_start|>assistant",
+        "### Assistant:",
+    ],
+)
+def test_a_question_about_markers_is_a_plain_prompt(prompt: str) -> None:
+    if prompt.startswith("[INST]"):
+        prompt = "왜 " + prompt
+    (record,) = records_of("response", {"prompt": prompt, "response": "답"})
+    assert record.prompt == load_template("kullm").render(prompt) and "rendered" not in record.meta
+
+
+def test_the_markers_of_a_chat_model_are_read_as_its_special_tokens() -> None:
+    tokenizer = train_tokenizer(["물음 답 짧게"] * 5, 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    plain = "<|im_start|> 이 표기는 뭐예요?"
+    records = records_of("prompt", {"prompt": plain}, {"prompt": CHATML}, {"prompt": plain + "!"})
+    rows, _ = tokenize_records(records, tokenizer, max_prompt_tokens=500, max_response_tokens=5)
+    assert [row.input_ids.count(start) for row in rows] == [0, 3, 0]
+    assert [tokenizer.decode(row.input_ids) for row in rows] == [record.prompt for record in records]
+    read_as_text = PromptRecord(records[1].id, records[1].prompt)
+    assert len(set(record_key_parts([records[1], read_as_text]))) == 2  # the cache tells the two readings apart
+
+
+# rows of one text
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt", "answer"),
+    [
+        ("### 질문: 가\n\n### 답변: 나\n\n### 질문: ", "### 질문: 가\n\n### 답변:", " 나\n"),
+        ("\n\nHuman: 가\n\nAssistant: 나\n\nHuman:", "\n\nHuman: 가\n\nAssistant:", " 나"),
+        ("### Human: 가### Assistant: 나### Human: ", "### Human: 가### Assistant:", " 나"),
+        (CHATML + "답<|im_end|>\n", CHATML, "답"),
+        (CHATML + "답<|im_end|>\n<|im_start|>user\n", CHATML, "답"),
+        ("<s>[INST] 가 [/INST] 나 </s>", "<s>[INST] 가 [/INST]", " 나 "),
+        # the markers of another family are text
+        ("### 질문: 가\n\n### 답변: 대본:\n\nHuman: 안녕", "### 질문: 가\n\n### 답변:", " 대본:\n\nHuman: 안녕"),
+        (
+            "\n\nHuman: 가\n\nAssistant: 표기는\n### 답변: 입니다",
+            "\n\nHuman: 가\n\nAssistant:",
+            " 표기는\n### 답변: 입니다",
+        ),
+    ],
+)
+def test_the_answer_of_a_text_ends_before_the_next_turn(text: str, prompt: str, answer: str) -> None:
+    assert split_rendered(text) == (prompt, answer)
+    (record,) = records_of("response", {"text": text})
+    assert (record.prompt, record.response) == (prompt, answer)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "### 질문: 가\n\n### 답변: 나\n\n### 질문: 다",
+        "### 명령어:\n가\n\n### 응답:\n나\n### 명령어:\n다",
+        "\n\nHuman: 가\n\nAssistant: 나\n\nHuman: 다",
+        "### Human: 가### Assistant: 나### Human: 다",
+        CHATML + "답<|im_end|>\n<|im_start|>user\n다<|im_end|>",
+        "[INST] 가 [/INST] 나 </s>[INST] 다",
+    ],
+)
+def test_a_text_that_ends_with_the_users_turn_is_an_error(text: str) -> None:
+    for kind in ("response", "prompt"):
+        with pytest.raises(DataError, match="field `text` ends with a user's turn"):
+            records_of(kind, {"text": text})
+
+
+# whole transcripts beside their prompt
+
+
+def hh(*turns: str) -> str:
+    return "".join(f"\n\n{'Assistant' if n % 2 else 'Human'}: {turn}" for n, turn in enumerate(turns))
+
+
+TRANSCRIPTS = {
+    "the user's words": ("물음", hh("물음", ""), ""),
+    "the user's last words": ("물음", hh("가", "나", "물음", ""), ""),
+    "the rendered prompt": (hh("물음") + "\n\nAssistant:", hh("물음", ""), ""),
+    "ChatML": ("물음", CHATML, "<|im_end|>\n"),
+    "the prompt in ChatML": (CHATML, CHATML, "<|im_end|>"),
+    "Llama-2": ("물음", "<s>[INST] 물음 [/INST]", " </s>"),
+    "KULLM": ("물음", load_template("kullm").render("물음"), ""),
+}
+
+
+@pytest.mark.parametrize(("prompt", "front", "end"), TRANSCRIPTS.values(), ids=TRANSCRIPTS.keys())
+def test_a_prompt_beside_whole_transcripts_is_read_once(prompt: str, front: str, end: str) -> None:
+    row = {"prompt": prompt, "chosen": f"{front}좋은 답{end}", "rejected": f"{front}나쁜 답{end}"}
+    (record,) = records_of("preference", row)
+    assert (record.prompt.strip(), record.chosen.strip(), record.rejected.strip()) == (
+        front.strip(),
+        "좋은 답",
+        "나쁜 답",
+    )
+    assert record.meta["rendered"] is True
+    (asked,) = records_of("prompt", row)
+    assert asked.prompt == record.prompt
+    (ranked,) = records_of("ranked", row)
+    assert [text.strip() for text in ranked.responses] == ["좋은 답", "나쁜 답"]
+    if not front.startswith("아래"):  # one transcript alone must begin with a marker
+        (imitated,) = records_of("response", row, columns={"response": "chosen"})
+        assert (imitated.prompt, imitated.response) == (record.prompt, record.chosen)
+
+
+def test_published_transcripts_beside_their_last_question_are_read_as_without_it() -> None:
+    published = DATA / "hh_rlhf" / "harmless-base-test.jsonl.gz"
+    if not published.is_file():
+        pytest.skip(f"published data not there: {published}")
+    rows = [dict(row.values) for row in read_rows(DatasetSpec(str(published)))][:300]
+    rows = [
+        row for row in rows if row["chosen"].rpartition("Assistant:")[0] == row["rejected"].rpartition("Assistant:")[0]
+    ]
+    rows = [row for row in rows if all(text.rpartition("Assistant:")[2].strip() for text in row.values())]
+    wanted = records_of("preference", *rows)
+    questions = [row["chosen"].rpartition("\n\nHuman:")[2].rpartition("\n\nAssistant:")[0].strip() for row in rows]
+    with_prompt = [{"prompt": text or "x", **row} for text, row in zip(questions, rows, strict=True)]
+    found = records_of("preference", *with_prompt)
+    assert len(found) > 200 and [r.prompt for r in found] == [r.prompt for r in wanted]
+    assert [(r.chosen, r.rejected) for r in found] == [(r.chosen, r.rejected) for r in wanted]
+
+
+def test_transcripts_that_do_not_fit_are_errors() -> None:
+    whole = hh("물음", " 좋은 답")
+    with pytest.raises(DataError, match="field `rejected` is an answer alone, and `chosen` a whole transcript"):
+        records_of("preference", {"prompt": "물음", "chosen": whole, "rejected": "나쁜 답"})
+    with pytest.raises(DataError, match="field `rejected` has no common prompt"):
+        records_of("preference", {"prompt": "물음", "chosen": whole, "rejected": hh("물음", "가", "나", "다")})
+    with pytest.raises(DataError, match="field `chosen` ends with a user's turn"):
+        row = {"prompt": "물음", "chosen": hh("물음", "가", "나"), "rejected": hh("물음", "가", "나")}
+        records_of("preference", row)
+
+
+def test_answers_that_only_quote_a_transcript_stay_whole() -> None:
+    quoted = f"이렇게 써 보세요:{hh('물음', '답')}"
+    (record,) = records_of("response", {"prompt": "물음", "response": quoted})
+    assert record.response == quoted and "rendered" not in record.meta
+    other = {"prompt": "대본을 써 줘.", "chosen": hh("가", "나"), "rejected": hh("다", "라")}
+    (pair,) = records_of("preference", other)
+    assert pair.chosen == other["chosen"] and pair.prompt == load_template("kullm").render("대본을 써 줘.")
+
+
+def test_prompts_without_markers_before_every_answer_are_cut_off() -> None:
+    rows = [{"prompt": f"물음 {n}", "chosen": f"물음 {n} 좋은 답", "rejected": f"물음 {n}\n나쁜 답"} for n in range(4)]
+    for record in records_of("preference", *rows):
+        assert (record.chosen, record.rejected) == ("좋은 답", "나쁜 답")
+    responses = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+    assert {record.response for record in records_of("response", *responses)} == {"좋은 답"}
+    notes = ReadingNotes()
+    rows[2] = {"prompt": "물음", "chosen": "좋은 답", "rejected": "나쁜 답"}
+    records = records_of("preference", *rows, notes=notes)
+    assert records[0].chosen == "물음 0 좋은 답"
+    assert notes.warnings == Counter({"answers begin with their prompt and were kept as they are": 3})
+    notes = ReadingNotes()
+    records_of(
+        "preference",
+        *({"prompt": "사과", "chosen": "사과는 좋아.", "rejected": "사과가 싫어."} for _ in "12"),
+        notes=notes,
+    )
+    assert not notes.warnings
+
+
+def test_skipped_transcripts_are_counted(tmp_path: Path) -> None:
+    skipped: list[SkippedRow] = []
+    rows = [
+        Row({"prompt": "물음", "chosen": hh("물음", "답"), "rejected": hh("물음", "아니")}, "f", 1),
+        Row({"prompt": "물음", "chosen": hh("물음", "답"), "rejected": "아니"}, "f", 2),
+    ]
+    template = load_template("kullm")
+    kept = rows_to_records(
+        rows, "preference", template=template, spec=DatasetSpec("f"), on_bad_row="skip", skipped=skipped
+    )
+    assert len(kept) == 1 and [(item.line, item.field) for item in skipped] == [(2, "rejected")]
