@@ -236,7 +236,7 @@ def test_two_ranks_export_actor_critic_and_average(name, two_ranks):
 @each_stage
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_first_update_is_adams_first_step(zero_stage, precision, tiny_models):
-    """DeepSpeed's 16-bit wrapper without ZeRO takes a step on zero gradients at the start; it must leave no trace."""
+    """Whatever DeepSpeed does to allocate its states must leave no trace: no decay, no step counted."""
     changes = {"optimizer": OptimizerConfig(learning_rate=1e-2, lr_schedule="constant", weight_decay=0.3)}
     engine = make_engine(tiny_models["gpt_neox"], zero_stage, precision=precision, **changes)
     plain = load_causal_lm(tiny_models["gpt_neox"], dtype=FP32 if precision == "fp32" else torch.bfloat16)
