@@ -31,26 +31,20 @@ def export_causal_lm(
     state = full_state_dict(engine, trainable_only=is_adapted(model)) if state_dict is None else state_dict
 
     def write(part: Path) -> None:
-        _save_model(model, state, part)
+        save_model(model, state, part)
         tokenizer.save_pretrained(part)
 
     _write_on_main(engine, Path(directory), write)
 
 
 def export_scalar_model(engine: nn.Module, tokenizer: Any, directory: Path) -> None:
-    """Write the ScalarModel inside `engine`: its backbone (or adapter), its head, and the tokenizer; a collective."""
+    """Write the ScalarModel inside `engine`, or its adapter, and the tokenizer; a collective.
+
+    Where `transformers` has a sequence classifier for the architecture, that is what the directory holds.
+    """
     model: Any = getattr(engine, "module", engine)
-    adapted = is_adapted(model.backbone)
-    state = full_state_dict(engine, trainable_only=adapted)
-    prefix = "backbone."
-    backbone = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-
-    def write(part: Path) -> None:
-        _save_model(model.backbone, backbone, part)
-        model.save_head(part, state)
-        tokenizer.save_pretrained(part)
-
-    _write_on_main(engine, Path(directory), write)
+    state = full_state_dict(engine, trainable_only=is_adapted(model.backbone))
+    _write_on_main(engine, Path(directory), lambda part: model.save_pretrained(part, state, tokenizer))
 
 
 def full_state_dict(engine_or_module: nn.Module, *, trainable_only: bool = False) -> StateDict:
@@ -97,6 +91,25 @@ def is_adapted(model: Any) -> bool:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def save_model(model: Any, state: StateDict, directory: Path) -> None:
+    """Write a model, or the adapter on it, with the weights `state`. Raises ValueError for an adapter without any."""
+    if not is_adapted(model):
+        model.save_pretrained(directory, state_dict=state)
+        return
+    adapter_weights(model, state)
+    model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
+
+
+def adapter_weights(adapted: Any, state: StateDict) -> StateDict:
+    """The adapter in `state` under the names of its file. Raises ValueError when there is none."""
+    from peft import get_peft_model_state_dict
+
+    found: StateDict = get_peft_model_state_dict(adapted, state_dict=state, save_embedding_layers=False)
+    if not found or any(tensor.numel() == 0 for tensor in found.values()):
+        raise ValueError("the adapter to be saved has no weights: none was gathered, or none trains")
+    return found
+
+
 def _copy_gathered(named: list[tuple[str, nn.Parameter]], state: StateDict) -> None:
     partitioned = [parameter for _, parameter in named if hasattr(parameter, "ds_id")]
     if partitioned:
@@ -107,18 +120,6 @@ def _copy_gathered(named: list[tuple[str, nn.Parameter]], state: StateDict) -> N
                 state.update({name: parameter.detach().cpu().clone() for name, parameter in named})
     elif is_main():
         state.update({name: parameter.detach().cpu().clone() for name, parameter in named})
-
-
-def _save_model(model: Any, state: StateDict, directory: Path) -> None:
-    if not is_adapted(model):
-        model.save_pretrained(directory, state_dict=state)
-        return
-    from peft import get_peft_model_state_dict
-
-    adapter = get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
-    if not adapter or any(tensor.numel() == 0 for tensor in adapter.values()):
-        raise ValueError("the adapter to be saved has no weights: none was gathered, or none trains")
-    model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
 
 
 def _write_on_main(engine: nn.Module, directory: Path, write: Callable[[Path], None]) -> None:

@@ -151,7 +151,8 @@ class BatchConfig:
     global_batch_size: int = 32
     """Sequences (reward: prompts) of one optimizer step over all devices."""
     micro_batch_size: int = setting(8, may_change_on_resume=True)
-    """Sequences (reward: prompts) of one forward pass on one device, were all as long as the longest of the step."""
+    """Sequences (reward: prompts) of one forward pass on one device at most, were all as long as the step's longest;
+    fewer where a device has fewer. It changes memory and speed, not what is learnt."""
     micro_batch_tokens: int = setting(0, may_change_on_resume=True)
     """Tokens of one forward pass on one device; 0 takes micro_batch_size times the longest sequence of the step."""
     epochs: float = 1.0

@@ -72,7 +72,7 @@ class PromptReader:
         if "instances" in columns:
             value = row.values.get(columns["instances"])
             first = read_list(value, columns["instances"])[0] if value else {}
-            return self.prompt(row, first.get("input") if isinstance(first, Mapping) else None)
+            return self.prompt(row, read_input(first.get("input") if isinstance(first, Mapping) else None, "input"))
         return self.prompt_of(row)
 
     def prompt_and_response(self, row: Row) -> tuple[Prompt, str]:
@@ -108,21 +108,19 @@ class PromptReader:
 
     def prompt_of(self, row: Row) -> Prompt:
         """The prompt of a row that has a column of it, with the row's input."""
-        column = self.layout.columns.get("input")
-        return self.prompt(row, None if column is None else row.values.get(column))
+        return self.prompt(row, self._input(row))
 
-    def prompt(self, row: Row, input_value: Any) -> Prompt:
-        """The prompt of the column `prompt` with its input, system text and earlier turns, rendered once."""
+    def prompt(self, row: Row, given: str) -> Prompt:
+        """The prompt of the column `prompt` with an input (or ""), system text and earlier turns, rendered once."""
         column = self.layout.columns["prompt"]
         value = self.value(row, column)
         if isinstance(value, list):
-            if not is_missing(input_value) and read_text(input_value, self._name("input"), blank=True):
+            if given:
                 raise BadRow(self._name("input"), f"stands beside messages in `{column}`; put it into a message")
             return self._conversation(row, read_messages(value, column), column)
         instruction = read_text(value, column)
-        given = "" if is_missing(input_value) else read_text(input_value, self._name("input"), blank=True)
         if markup_of(instruction) is not None:
-            return self._rendered(row, instruction, {self._name("input"): given})
+            return self._rendered(row, instruction, given)
         if (unfinished := unfinished_markup(instruction)) is not None:
             raise BadRow(
                 column, f"begins with the markers of {unfinished.name} and does not end where the answer begins"
@@ -153,6 +151,9 @@ class PromptReader:
     def _name(self, name: str) -> str:
         return self.layout.columns.get(name, name)
 
+    def _input(self, row: Row) -> str:
+        return read_input(row.values.get(self.layout.columns.get("input", "")), self._name("input"))
+
     def _before(self, row: Row) -> list[Message]:
         """The system text and the earlier turns that have columns of their own."""
         columns = self.layout.columns
@@ -166,6 +167,11 @@ class PromptReader:
 
     def _conversation(self, row: Row, messages: Sequence[Message], column: str) -> Prompt:
         before = self._before(row)
+        if column != self.layout.columns.get("prompt"):  # a column of whole dialogues
+            said = "\n".join(message["content"] for message in messages)
+            earlier = [message for message in before if message["role"] != "system"]
+            self._check_held(row, said, self._input(row), earlier, f"the dialogue of `{column}`")
+            before = [message for message in before if message["role"] == "system"]
         own = [message for message in messages if message["role"] == "system"]
         if own and any(message["role"] == "system" for message in before):
             if before[0] != own[0]:
@@ -184,18 +190,18 @@ class PromptReader:
             raise BadRow(column, f"ends with the {messages[-1]['role']}'s turn: there is no response")
         return self._conversation(row, messages[:-1], column), read_text(messages[-1]["content"], column)
 
-    def _rendered(self, row: Row, text: str, given: Mapping[str, str]) -> Prompt:
+    def _rendered(self, row: Row, text: str, given: str) -> Prompt:
         """A prompt that is already rendered, and holds what the row's other columns give for it."""
-        parts = [*given.items()]
-        parts += [
-            (self._name("system" if message["role"] == "system" else "history"), message["content"])
-            for message in self._before(row)
-        ]
-        for name, part in parts:
-            if prompt_key(part) not in prompt_key(text):
-                raise BadRow(name, "is not in the prompt, which is already rendered; put it in or leave it empty")
+        self._check_held(row, text, given, self._before(row), "the prompt, which is already rendered")
         markup = markup_of(text)
         return Prompt(text, raw_prompt(text), rendered=True, special=markup is not None and markup.special)
+
+    def _check_held(self, row: Row, text: str, given: str, before: Sequence[Message], what: str) -> None:
+        parts = [(self._name("input"), given)]
+        parts += [(self._name("system" if m["role"] == "system" else "history"), m["content"]) for m in before]
+        for name, part in parts:
+            if prompt_key(part) not in prompt_key(text):
+                raise BadRow(name, f"is not in {what}; put it in or leave it empty")
 
     def _rendered_text(self, row: Row, column: str) -> tuple[Prompt, str]:
         parts = _split(read_text(row.values.get(column), column), column)
@@ -205,7 +211,7 @@ class PromptReader:
             )
         if not content_of(raw_prompt(parts[0])):
             raise BadRow(column, "has an empty prompt before its answer marker")
-        return self._rendered(row, parts[0], {}), parts[1]
+        return self._rendered(row, parts[0], self._input(row)), parts[1]
 
     # answers beside a prompt, and transcripts that hold both
 
@@ -271,7 +277,12 @@ class PromptReader:
         if not content_of(raw_prompt(front)):
             raise BadRow(names[0], "has an empty prompt before its last answer")
         answers = [read_text(answer, name) for (_, answer), name in zip(cut, names, strict=True)]
-        return self._rendered(row, front, {}), answers
+        return self._rendered(row, front, self._input(row)), answers
+
+
+def read_input(value: Any, column: str) -> str:
+    """The input of an instruction; "" where there is none."""
+    return "" if is_missing(value) else read_text(value, column, blank=True)
 
 
 def answers_begin_with_prompt(row: Row, layout: Layout) -> bool:

@@ -23,7 +23,7 @@ from typing import Any
 
 from rlhf.data.formats import SCORE_GAP, Layout, category_of, layout_of
 from rlhf.data.printed_lists import parse_printed
-from rlhf.data.prompts import REPEATING_ROWS, Prompt, PromptReader, answers_begin_with_prompt
+from rlhf.data.prompts import REPEATING_ROWS, Prompt, PromptReader, answers_begin_with_prompt, read_input
 from rlhf.data.row_values import (
     BadRow,
     DroppedRow,
@@ -91,7 +91,8 @@ def rows_to_records(
     records: list[Record] = []
     for file_rows in files.values():
         layout = layout_of(file_rows, kind, spec)
-        answers_repeat = _notice(file_rows, layout, notes)
+        answers_repeat = kind != "prompt" and _notice_repetition(file_rows, layout, notes)
+        _notice_ignored(file_rows, layout, notes)
         reader = _Reader(kind, spec, layout, PromptReader(template, layout, answers_repeat=answers_repeat))
         for row in file_rows:
             try:
@@ -110,12 +111,15 @@ def rows_to_records(
     return records
 
 
-def _notice(rows: Sequence[Row], layout: Layout, notes: ReadingNotes) -> bool:
-    """Write down what a user should know of these rows; whether all their answers begin with the prompt."""
+def _notice_ignored(rows: Sequence[Row], layout: Layout, notes: ReadingNotes) -> None:
     for column in layout.ignored:
         count = sum(row.values.get(column) not in (None, "", [], {}) for row in rows)
         if count:
             notes.ignored_columns[column] += count
+
+
+def _notice_repetition(rows: Sequence[Row], layout: Layout, notes: ReadingNotes) -> bool:
+    """Whether the answers of all rows begin with the prompt; where only those of some do, they are counted."""
     repeating = sum(answers_begin_with_prompt(row, layout) for row in rows)
     if repeating == len(rows) >= REPEATING_ROWS:
         return True
@@ -198,7 +202,7 @@ class _Reader:
         for index, instance in enumerate(instances):
             if not isinstance(instance, Mapping):
                 raise BadRow(column, f"needs objects with input and output, got {shown(instance)}")
-            prompt = self.prompts.prompt(row, instance.get("input"))
+            prompt = self.prompts.prompt(row, read_input(instance.get("input"), f"{column}[{index}].input"))
             response = read_text(instance.get("output"), f"{column}[{index}].output")
             name = self._id(row) if len(instances) == 1 else f"{self._id(row)}-{index}"
             records.append(ResponseRecord(name, prompt.text, response, self._meta(row, prompt)))

@@ -76,11 +76,11 @@ def load_stage_data(
     """Read, render, split, blend and tokenise the data of one stage.
 
     `kind` is what a row must give: "prompt", "response" or "comparison". Each data set is cut to the share that
-    `config.stage_split` gives to `stage`, one of all `stages`; `eval_specs`, or where there are none `config.eval_fraction`
-    of each set, is held out, and training records with a held-out prompt are dropped. Columns that nothing is read from
-    are logged and reported for each data set. Tokens are kept under `cache_dir`. Rank 0 writes
-    `report_dir/data.json`, and `skipped_rows.jsonl` when rows were skipped. A second call for the same directory needs
-    a `report_name` of its own (`ptx`: `ptx.json`, `ptx_skipped_rows.jsonl`). Raises DataError when no row is left.
+    `config.stage_split` gives to `stage`, one of all `stages`; `eval_specs`, or where there are none
+    `config.eval_fraction` of each set, is held out, and training records with a held-out prompt are dropped. Columns
+    that nothing is read from are logged and reported for each data set. Tokens are kept under `cache_dir`. Rank 0
+    writes `report_dir/data.json`, and `skipped_rows.jsonl` when rows were skipped. A second call for the same directory
+    needs a `report_name` of its own (`ptx`: `ptx.json`, `ptx_skipped_rows.jsonl`). DataError when no row is left.
     """
     template = load_template(config.template, tokenizer)
     skipped_file = report_dir / ("skipped_rows.jsonl" if report_name == "data" else f"{report_name}_skipped_rows.jsonl")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,15 +83,19 @@ def record_key_parts(records: Sequence[Record]) -> Iterator[str]:
         yield json.dumps(values, ensure_ascii=False)
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """A sha256 of what the tokenizer does: its serialised backend, or its vocabulary, and its special tokens."""
+def tokenizer_fingerprint(tokenizer: Any, *, without: Collection[str] = ()) -> str:
+    """A sha256 of what the tokenizer does: its serialised backend, or its vocabulary, and its special tokens.
+
+    Special tokens in `without` are left out, as if the tokenizer did not know them.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
         content = json.loads(backend.to_str())
         content["truncation"] = content["padding"] = None  # traces of earlier calls, no part of the tokenizer
+        content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in without]
     else:
         content = sorted(tokenizer.get_vocab().items())
-    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items()}
+    special = {name: str(value) for name, value in tokenizer.special_tokens_map.items() if str(value) not in without}
     text = json.dumps([type(tokenizer).__name__, content, special], ensure_ascii=False, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -14,9 +14,10 @@ from rlhf.config import ConfigError
 class BatchPlan:
     """How the sequences of one optimizer step are spread over devices and forward passes.
 
-    A forward pass holds `micro_batch_tokens` tokens (0: as many as `micro_batch_size` sequences of the step's longest
-    length), so short sequences go through together. Raises ConfigError, with sizes that work, when the arithmetic
-    does not come out even.
+    A forward pass holds at most `micro_batch_tokens` tokens (0: as many as `micro_batch_size` sequences of the step's
+    longest length), so short sequences go through together. Any number of devices up to the number of sequences will
+    do: where it does not divide them some devices have one more, and the gradient is the same, since losses are sums
+    over the token count of the global batch. Raises ConfigError for fewer sequences than devices.
     """
 
     global_batch_size: int
@@ -28,25 +29,37 @@ class BatchPlan:
         for name in ("global_batch_size", "micro_batch_size", "world_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        unit = self.micro_batch_size * self.world_size
-        below, rest = divmod(self.global_batch_size, unit)
-        if rest:
-            fitting = [below * unit] if below else []
+        if self.global_batch_size < self.world_size:
             raise ConfigError(
-                f"global_batch_size={self.global_batch_size} must be a multiple of micro_batch_size * world_size = "
-                f"{self.micro_batch_size} * {self.world_size} = {unit}; use "
-                f"{' or '.join(str(size) for size in [*fitting, (below + 1) * unit])}"
+                f"global_batch_size={self.global_batch_size} leaves {self.world_size - self.global_batch_size} of "
+                f"{self.world_size} devices without a sequence: start on {self.global_batch_size} or fewer (run_all.sh "
+                f"--num_devices {self.global_batch_size}, deepspeed --num_gpus {self.global_batch_size}), which learns "
+                f"the same; or raise global_batch_size to {self.world_size} or more, which learns something else"
             )
 
     @property
-    def per_rank(self) -> int:
-        """Sequences of one optimizer step on one device."""
-        return self.global_batch_size // self.world_size
+    def most_per_device(self) -> int:
+        """Sequences of one optimizer step on the device that has most of them."""
+        return -(-self.global_batch_size // self.world_size)
 
     @property
     def accumulation_steps(self) -> int:
-        """Forward and backward passes of one optimizer step on one device, were all sequences of one length."""
-        return self.per_rank // self.micro_batch_size
+        """Forward and backward passes of one optimizer step on each device, were all sequences of one length."""
+        return -(-self.most_per_device // self.micro_batch_size)
+
+    @property
+    def deepspeed_numbers(self) -> dict[str, int]:
+        """Batch sizes that satisfy DeepSpeed's equation, total = micro x accumulation x devices.
+
+        They train nothing: what is in a micro-batch and which one ends a step are said at every call. Where the
+        devices do not divide the sequences the total is larger than the global batch.
+        """
+        micro = -(-self.most_per_device // self.accumulation_steps)
+        return {
+            "train_batch_size": micro * self.accumulation_steps * self.world_size,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": self.accumulation_steps,
+        }
 
     def token_budget(self, lengths: Sequence[int]) -> int:
         """Tokens of one forward and backward pass over sequences of these lengths."""
@@ -56,8 +69,9 @@ class BatchPlan:
         """The micro-batches of all devices: indices of sequences of like length, equally many parts per device.
 
         Parts hold about equally many tokens and not more than the budget allows, unless one sequence is longer than
-        it; `sharers` models that train at the same time share the budget. Device r takes every world_size-th part
-        from r. With fewer sequences than devices each is one part.
+        it or, with micro-batches of one sequence, the devices do not divide the sequences: some of the shortest then
+        go through in twos. `sharers` models that train at the same time share the budget. Device r takes every
+        world_size-th part from r. With fewer sequences than devices each is one part.
         """
         budget = max(1, self.token_budget(lengths) // sharers)
         parts = -(-sum(lengths) // budget)

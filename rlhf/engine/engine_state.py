@@ -36,7 +36,7 @@ SHARD_BYTES = 2**30
 """A file is closed when the next tensor would make it larger than this."""
 COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""Fields that change in DeepSpeed's two loss scalers: the one of ZeRO, and the one without it."""
+"""Fields of DeepSpeed's dynamic loss scaler that change."""
 
 Result = TypeVar("Result")
 
@@ -204,9 +204,12 @@ def _check(content: Mapping[str, Any], engine: Any, weights: Sequence[Weight], p
     then = _sizes(content["zero_stage"], content["world_size"])
     now = _sizes(engine.zero_optimization_stage(), world_size())
     if content["packed_moments"] and then != now:
+        remedy = f"resume with {then}"
+        if content["zero_stage"] == 0 and engine.zero_optimization_stage() == 1:
+            remedy += " and the release that saved it (in 16 bit this one runs stage 0 as stage 1), or start anew"
         raise ConfigError(
             f"{path} holds the packed moments of an 8-bit optimizer, which belong to one division over the ranks: it "
-            f"was saved with {then} and cannot be loaded with {now}; resume with {then}"
+            f"was saved with {then} and cannot be loaded with {now}; {remedy}"
         )
     for members in by_master(weights):
         steps = {content["weights"][weight.name]["step"] for weight in members} - {None}
@@ -294,7 +297,7 @@ def _loss_scaler(engine: Any) -> Any:
     """What holds the loss scale of fp16 where it adapts itself; None elsewhere."""
     if not (engine.fp16_enabled() and engine.dynamic_loss_scale()):
         return None
-    return getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config
+    return engine.optimizer.loss_scaler
 
 
 def _rank_file(directory: Path, name: str) -> Path:

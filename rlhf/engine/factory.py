@@ -17,6 +17,7 @@ from rlhf.config import ConfigError, EngineConfig, OptimizerConfig
 from rlhf.distributed import init_world, logger, world_size
 from rlhf.engine.batch_plan import BatchPlan
 from rlhf.engine.deepspeed_config import compute_dtype, deepspeed_settings
+from rlhf.models.experts import check_no_experts
 from rlhf.numerics.cpu import speed_up_linears
 
 
@@ -41,6 +42,9 @@ def training_engine(
 
     device = init_world()
     _check(model, engine, plan)
+    model_config = getattr(model, "config", None)
+    if model_config is not None:
+        check_no_experts(model_config)
     if gradient_checkpointing:
         # ZeRO-3 frees a block's weights after its forward pass, which the non-reentrant form does not survive
         model.gradient_checkpointing_enable(  # type: ignore[operator]
@@ -53,13 +57,12 @@ def training_engine(
         speed_up_linears(model)
     client = build_optimizer(model, optimizer, learning_rate=learning_rate, offload=engine.offload)
     schedule = build_schedule(client, optimizer, total_steps)
-    with _no_step_taken(client):
-        wrapped, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=client,
-            lr_scheduler=schedule,
-            config=_settings(engine, plan, getattr(model, "config", None)),
-        )
+    wrapped, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=client,
+        lr_scheduler=schedule,
+        config=_settings(engine, plan, getattr(model, "config", None)),
+    )
     wrapped.train()
     return wrapped
 
@@ -223,22 +226,6 @@ def _cast_new_weights(model: nn.Module, dtype: torch.dtype) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point() and not hasattr(parameter, "ds_id") and dtype != torch.float32:
             parameter.data = parameter.data.to(dtype)
-
-
-@contextmanager
-def _no_step_taken(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Undo the optimizer step on zero gradients that DeepSpeed takes to allocate states (16-bit without ZeRO).
-
-    It would decay the weights, and Adam's bias corrections would start at their second step: the first update of a
-    run would be a quarter too small.
-    """
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    yield
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    optimizer.state.clear()
 
 
 def _check(model: nn.Module, engine: EngineConfig, plan: BatchPlan, *, trains: bool = True) -> None:

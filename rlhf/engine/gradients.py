@@ -8,9 +8,10 @@ import torch
 
 
 def keeps_plain_gradients(engine: Any) -> bool:
-    """True where gradients lie in `.grad` until the step and nothing checks them: float32 without ZeRO.
+    """True where gradients stay in `.grad` until the step and nothing checks them: float32 without ZeRO.
 
-    DeepSpeed's other optimizers measure the norm themselves and leave out a step whose gradients are not finite.
+    DeepSpeed's other optimizers sum them elsewhere, measure the norm themselves and skip a step whose gradients are
+    not finite.
     """
     measured = ("_global_grad_norm", "overflow")  # one of them sets the norm at its first step alone
     return not any(hasattr(engine.optimizer, name) for name in measured) and not scales_loss(engine)

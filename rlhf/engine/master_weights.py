@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -136,17 +136,6 @@ def _plain(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, Pla
             yield parameter, (parameter, 0, None)
 
 
-def _copies(optimizer: Any) -> Iterator[tuple[nn.Parameter, Place]]:
-    """16 bit without ZeRO: a float32 copy of each."""
-    for parameter, master in zip(chain(*optimizer.fp16_groups), chain(*optimizer.fp32_groups), strict=True):
-        yield parameter, (master, 0, None)
-
-
-def _refresh_copies(optimizer: Any) -> None:
-    for parameter, (master, *_) in _copies(optimizer):
-        parameter.copy_(master)
-
-
 def _flat_groups(optimizer: Any) -> Iterator[tuple[nn.Parameter, Place]]:
     """ZeRO 1 and 2: the weights of a group form one row, which is cut into equal parts for the ranks."""
     for parameters, offsets, master in zip(
@@ -159,7 +148,7 @@ def _flat_groups(optimizer: Any) -> Iterator[tuple[nn.Parameter, Place]]:
 
 
 def _flat_bf16_groups(optimizer: Any) -> Iterator[tuple[nn.Parameter, Place]]:
-    """bf16 with float32 gradients under ZeRO-1: the same under other names."""
+    """bf16 under ZeRO-1, and without ZeRO, which runs as it: the same under other names."""
     for parameters, master in zip(optimizer.bf16_groups, optimizer.fp32_groups_flat_partition, strict=True):
         offsets = [0, *accumulate(parameter.numel() for parameter in parameters)][:-1]
         yield from _cut_row(parameters, offsets, master)
@@ -198,7 +187,6 @@ def _refresh_partitioned(optimizer: Any) -> None:
 
 
 _WRAPPERS = {
-    "FP16_UnfusedOptimizer": _Wrapper(_copies, _refresh_copies),
     "DeepSpeedZeroOptimizer": _Wrapper(_flat_groups, _refresh_flat),
     "BF16_Optimizer": _Wrapper(_flat_bf16_groups, _refresh_flat),
     "DeepSpeedZeroOptimizer_Stage3": _Wrapper(_partitioned, _refresh_partitioned),

@@ -192,7 +192,7 @@ def _whole_models(
     actor = load_causal_lm(actor_model, config, dtype=dtype)
     critic: nn.Module | None = None
     if critic_model is not None and is_scalar_directory(critic_model):
-        critic = ScalarModel.from_pretrained(critic_model, config, dtype=dtype)
+        critic = ScalarModel.from_pretrained(critic_model, config, dtype=dtype, as_critic=True)
     elif critic_model is not None:
         critic = ScalarModel.from_base(critic_model, config, dtype=dtype, seed=seed)
     return Roles(

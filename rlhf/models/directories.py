@@ -7,12 +7,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Literal
 
 from rlhf.config import ConfigError
 
 ADAPTER_CONFIG_FILE = "adapter_config.json"
 SCALAR_HEAD_FILE = "scalar_head.safetensors"
-"""The file beside a backbone that makes a directory a reward model or a critic."""
+"""The head beside a backbone: reward models and critics of architectures that have no sequence classifier."""
+OPENRLHF_CLASSES = frozenset({"RewardModel", "CriticModel"})
+"""The `architectures` entry of a reward model or critic that OpenRLHF saved."""
+
+ScalarLayout = Literal["head file", "adapter", "classifier", "OpenRLHF"]
 
 
 def check_model_path(path: str | Path) -> None:
@@ -34,24 +39,61 @@ def check_model_path(path: str | Path) -> None:
 
 
 def check_causal_directory(path: str | Path) -> None:
-    """ConfigError for a local path that holds no model, or a reward model or critic."""
+    """ConfigError for a local path that holds no model, or for a reward model, critic or other classifier."""
     check_model_path(path)
     if is_scalar_directory(path):
         raise ConfigError(
-            f"{path} is a reward model or critic ({SCALAR_HEAD_FILE} is there) and has no language-modelling head; "
+            f"{path} is a reward model or critic and has no language-modelling head; "
             f"give the directory of a causal language model, such as the output of step1_sft"
         )
 
 
+def scalar_layout(path: str | Path) -> ScalarLayout | None:
+    """How the reward model, critic or other sequence classifier in `path` is stored; None for any other model.
+
+    Raises ConfigError when nothing can be read there.
+    """
+    if (Path(path) / SCALAR_HEAD_FILE).is_file():
+        return "head file"
+    with explain_read_errors(path, "model"):
+        adapter = adapter_config_file(path)
+        if adapter is not None:
+            task = json.loads(Path(adapter).read_text(encoding="utf-8")).get("task_type")
+            return "adapter" if task == "SEQ_CLS" else None
+        names = set(config_content(path).get("architectures") or ())
+    if names & OPENRLHF_CLASSES:
+        return "OpenRLHF"
+    return "classifier" if any(name.endswith("ForSequenceClassification") for name in names) else None
+
+
 def is_scalar_directory(path: str | Path) -> bool:
-    """True for the directory of a saved reward model or critic."""
-    return (Path(path) / SCALAR_HEAD_FILE).is_file()
+    """True for a reward model, a critic or another sequence classifier."""
+    return scalar_layout(path) is not None
 
 
 def check_scalar_directory(path: str | Path) -> None:
-    """ConfigError when `path` is no saved reward model or critic."""
-    if not is_scalar_directory(path):
-        raise ConfigError(f"{path} is not a reward model: {SCALAR_HEAD_FILE} is not there; make one with step2_reward")
+    """ConfigError when `path` is no reward model or critic: no classifier, or one of several labels."""
+    check_model_path(path)
+    layout = scalar_layout(path)
+    if layout is None:
+        raise ConfigError(
+            f"{path} is not a reward model: it is neither a sequence classifier of one label nor has it a "
+            f"{SCALAR_HEAD_FILE}; make one with step2_reward"
+        )
+    if layout == "classifier":
+        labels = len(config_content(path).get("id2label") or range(2))  # two is the default of transformers
+        if labels != 1:
+            raise ConfigError(f"{path} is a classifier with num_labels={labels}; a reward model has num_labels=1")
+
+
+def config_content(path: str | Path) -> dict[str, Any]:
+    """The model configuration of a directory or hub name as it is written, {} where there is none."""
+    from transformers import PreTrainedConfig
+
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        return {}
+    content: dict[str, Any] = PreTrainedConfig.get_config_dict(str(path))[0]
+    return content
 
 
 def adapter_config_file(path: str | Path) -> str | None:

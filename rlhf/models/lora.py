@@ -1,10 +1,9 @@
-"""LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023) adapters through `peft`: add, load, switch off."""
+"""LoRA (Hu et al. 2021) and QLoRA (Dettmers et al. 2023) adapters through `peft`: add, switch off."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.config import ConfigError, ModelConfig
-from rlhf.models.directories import ADAPTER_CONFIG_FILE
+from rlhf.models.adapters import name_base
+from rlhf.models.experts import check_no_experts
 from rlhf.models.scalar import ScalarModel
 
 ATTENTION_PROJECTIONS: dict[str, tuple[str, ...]] = {
@@ -38,7 +38,7 @@ def apply_lora(model: nn.Module, config: ModelConfig, *, seed: int | None = None
     A causal LM becomes a PeftModel; a ScalarModel keeps its class, its backbone is wrapped and its head trains in
     full. No targets: the attention projections. With a `seed` the adapter starts alike whatever was drawn from the
     global generator before (by a merge on first use, for one); without one it is drawn from that. Raises ConfigError
-    when a target matches no linear module or `lora_rank` is 0.
+    when a target matches no linear module, `lora_rank` is 0, or the model is a mixture of experts.
     """
     with nullcontext() if seed is None else _seeded(seed):
         if isinstance(model, ScalarModel):
@@ -60,6 +60,7 @@ def _adapted(base: Any, task: str, config: ModelConfig) -> nn.Module:
 
     if config.lora_rank < 1:
         raise ConfigError(f"lora_rank={config.lora_rank} must be at least 1")
+    check_no_experts(base.config)
     targets = resolve_targets(base, config.lora_targets)
     if config.quantization != "none":
         base = prepare_quantized(base)
@@ -75,7 +76,7 @@ def _adapted(base: Any, task: str, config: ModelConfig) -> nn.Module:
         bias="none",
     )
     adapted: Any = get_peft_model(base, settings)
-    _name_base(adapted, base)
+    name_base(adapted, base)
     return adapted
 
 
@@ -91,45 +92,6 @@ def prepare_quantized(base: Any) -> Any:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return base
-
-
-def load_adapter(base: Any, path: str | Path, *, trainable: bool, gradient_checkpointing: bool = False) -> Any:
-    """The saved adapter in `path` on `base`, unmerged, without dropout; all that trains is the adapter, or nothing.
-
-    Raises ConfigError when the directory lacks a weight of the adapter it describes, or they do not fit.
-    """
-    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    config = PeftConfig.from_pretrained(str(path))
-    config.lora_dropout = 0.0
-    config.inference_mode = not trainable
-    if gradient_checkpointing:
-        base.enable_input_require_grads()  # see _adapted
-    base.requires_grad_(False)
-    try:
-        adapted: Any = PeftModel.from_pretrained(base, str(path), config=config, is_trainable=trainable)
-    except (RuntimeError, ValueError) as error:  # shapes, target modules
-        raise ConfigError(
-            f"the adapter {path} does not fit its base {base.name_or_path}: {str(error).splitlines()[0]}; "
-            f"name the base that it was trained on in {ADAPTER_CONFIG_FILE}"
-        ) from error
-    wanted = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-    missing = sorted(wanted - load_peft_weights(str(path), device="cpu").keys())
-    if missing:
-        raise ConfigError(
-            f"the adapter {path} lacks {len(missing)} of its weights, which would start at random: "
-            f"{', '.join(missing[:4])}; give a complete adapter"
-        )
-    _name_base(adapted, base)
-    return adapted
-
-
-def _name_base(adapted: Any, base: Any) -> None:
-    """Write the absolute path of the base into the adapter, so that it is found from any working directory."""
-    source = Path(str(base.name_or_path))
-    if source.is_dir():
-        adapted.peft_config["default"].base_model_name_or_path = str(source.absolute())
 
 
 def resolve_targets(base: Any, targets: Sequence[str]) -> list[str]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
@@ -22,7 +23,10 @@ from transformers.integrations import deepspeed as hf_deepspeed
 from rlhf.checkpoint.atomic import replaced_directory
 from rlhf.config import ConfigError
 from rlhf.distributed import rank_zero_first
+from rlhf.models.adapters import load_adapter
+from rlhf.models.classifier import SCORE_RANGE_FILE, read_head, save_classifier
 from rlhf.models.directories import ADAPTER_CONFIG_FILE, SCALAR_HEAD_FILE, adapter_config_file, explain_read_errors
+from rlhf.models.padding import with_own_padding
 from rlhf.models.pretrained import PLAIN, from_pretrained
 
 
@@ -54,8 +58,9 @@ def merge_adapter(
 ) -> None:
     """Add an adapter to its base in float32 and write the sum as a plain Hugging Face directory in `dtype`.
 
-    A scalar head and the tokenizer beside the adapter go along. The directory appears complete or not at all.
-    Raises ConfigError when `adapter_dir` is no adapter, its base cannot be found, or `out_dir` is not new.
+    The tokenizer beside the adapter goes along, and a head: of a sequence classifier in float32. The directory appears
+    complete or not at all. Raises ConfigError when `adapter_dir` is no adapter, its base cannot be found, or `out_dir`
+    is not new.
     """
     from peft import PeftConfig, PeftModel
 
@@ -68,22 +73,35 @@ def merge_adapter(
     base_path = config.base_model_name_or_path
     if not base_path:
         raise ConfigError(f"{adapter_dir / ADAPTER_CONFIG_FILE} names no base model; set base_model_name_or_path")
-    auto_class = AutoModel if config.task_type == "FEATURE_EXTRACTION" else AutoModelForCausalLM
+    headless = config.task_type in ("FEATURE_EXTRACTION", "SEQ_CLS")
+    auto_class = AutoModel if headless else AutoModelForCausalLM
     with _whole_weights():
         base_path = merged_path(base_path, dtype=torch.float32, trust_remote_code=trust_remote_code)
         base = from_pretrained(
             auto_class, base_path, replace(PLAIN, trust_remote_code=trust_remote_code), dtype=torch.float32
         )
-        merged = PeftModel.from_pretrained(base, str(adapter_dir), is_trainable=False).merge_and_unload()
+        if config.task_type == "SEQ_CLS":
+            adapted = load_adapter(base, adapter_dir, trainable=False)
+        else:
+            adapted = PeftModel.from_pretrained(base, str(adapter_dir), is_trainable=False)
+        merged: Any = adapted.merge_and_unload()
     for parameter in merged.parameters():  # buffers such as rotary frequencies stay in float32
         parameter.data = parameter.data.to(dtype)
     merged.config.dtype = dtype
     with replaced_directory(out_dir) as part:
-        merged.save_pretrained(part)
-        if (adapter_dir / SCALAR_HEAD_FILE).is_file():
-            shutil.copy2(adapter_dir / SCALAR_HEAD_FILE, part / SCALAR_HEAD_FILE)
         source = adapter_dir if (adapter_dir / "tokenizer_config.json").is_file() else base_path
-        AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code).save_pretrained(part)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        if config.task_type == "SEQ_CLS":
+            tokenizer = with_own_padding(tokenizer, merged.get_input_embeddings().weight.shape[0])
+            save_classifier(
+                merged, merged.state_dict(), read_head(adapter_dir), part, pad_token_id=tokenizer.pad_token_id
+            )
+        else:
+            merged.save_pretrained(part)
+        for beside_adapter in (SCALAR_HEAD_FILE, SCORE_RANGE_FILE):
+            if (adapter_dir / beside_adapter).is_file():
+                shutil.copy2(adapter_dir / beside_adapter, part / beside_adapter)
+        tokenizer.save_pretrained(part)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rlhf.config import ConfigError, ModelConfig
-from rlhf.distributed import init_world
+from rlhf.distributed import init_world, logger
 from rlhf.models.directories import explain_read_errors
 
 PLAIN = ModelConfig()
@@ -39,7 +39,7 @@ def from_pretrained(auto_class: Any, path: str | Path, config: ModelConfig = PLA
             path,
             config=architecture,
             dtype=dtype,
-            attn_implementation=config.attn_implementation,
+            attn_implementation=working_attention(auto_class, architecture, config.attn_implementation),
             trust_remote_code=config.trust_remote_code,
             output_loading_info=True,
             **options,
@@ -53,6 +53,22 @@ def from_pretrained(auto_class: Any, path: str | Path, config: ModelConfig = PLA
             f"{', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}; give a complete checkpoint"
         )
     return model
+
+
+def working_attention(auto_class: Any, architecture: Any, wanted: str) -> str:
+    """`wanted`, or eager where that is sdpa and the model cannot be computed by it: soft-capped scores, sinks."""
+    known = type(architecture) in auto_class._model_mapping
+    if wanted != "sdpa" or not known:
+        return wanted
+    found = auto_class._model_mapping[type(architecture)]
+    if all(kind._supports_sdpa for kind in (found if isinstance(found, tuple) else (found,))):
+        return wanted
+    logger.info(
+        "attn_implementation: sdpa does not compute the attention of a %s model (capped scores, or sinks); "
+        "eager is taken, and rows are padded",
+        architecture.model_type,
+    )
+    return "eager"
 
 
 def quantization_config(quantization: str) -> Any:

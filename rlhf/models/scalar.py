@@ -7,17 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from rlhf.config import ConfigError, ModelConfig
-from rlhf.models.directories import SCALAR_HEAD_FILE, check_scalar_directory
+from rlhf.models.classifier import SCORE_RANGE_FILE, HeadWeights, read_head, read_score_range, save_classifier
+from rlhf.models.directories import check_scalar_directory
 from rlhf.models.forward import hidden_states
 from rlhf.models.loading import load_backbone
+from rlhf.models.padding import with_own_padding
 from rlhf.models.pretrained import PLAIN
-
-SCORE_RANGE_FILE = "score_range.json"
-"""Beside the head of a reward model: how far the scores reached in its training."""
 
 
 class ScalarHead(nn.Linear):
@@ -40,17 +38,18 @@ class ScalarHead(nn.Linear):
 
 
 class ScalarModel(nn.Module):
-    """`backbone` (no language-modelling head) and a `scalar_head`; a reward model normalises what the head says."""
+    """`backbone` (no language-modelling head) and a `scalar_head`: one number for each position.
 
-    score_mean: torch.Tensor
-    score_std: torch.Tensor
+    A model that was loaded speaks in normalised scores. While a reward model trains its scores are raw; what
+    `set_normalisation` was told is folded into the head that `save_pretrained` writes.
+    """
 
     def __init__(self, backbone: Any, *, seed: int = 0) -> None:
         super().__init__()
         self.backbone = backbone
         self.scalar_head = ScalarHead(_hidden_size(backbone.config), seed=seed).to(backbone.device)
-        for name, value in (("score_mean", 0.0), ("score_std", 1.0)):
-            self.register_buffer(name, torch.tensor(value, device=backbone.device))
+        self.score_mean = 0.0
+        self.score_std = 1.0
         self.score_range: dict[str, Any] | None = None
         self._scores_measured = False
 
@@ -62,23 +61,31 @@ class ScalarModel(nn.Module):
         return cls(load_backbone(path, config, dtype=dtype), seed=seed)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, config: ModelConfig = PLAIN, *, dtype: torch.dtype) -> ScalarModel:
-        """A saved reward model or critic: the same scores, bit for bit, as when it was saved.
+    def from_pretrained(
+        cls, path: str | Path, config: ModelConfig = PLAIN, *, dtype: torch.dtype, as_critic: bool = False
+    ) -> ScalarModel:
+        """A saved reward model or critic, or any sequence classifier of one label that scores the last token.
 
-        `config` as in `load_causal_lm`. Raises ConfigError when `path` holds no scalar head.
+        `config` as in `load_causal_lm`, `as_critic` as in `read_head`. Raises ConfigError when `path` holds no such
+        model.
         """
         check_scalar_directory(path)
-        return cls.on_backbone(load_backbone(path, config, dtype=dtype), path)
+        return cls.on_backbone(load_backbone(path, config, dtype=dtype), path, as_critic=as_critic)
 
     @classmethod
-    def on_backbone(cls, backbone: Any, path: str | Path) -> ScalarModel:
-        """`backbone` under the head and normalisation saved in `path`. Raises ConfigError as `from_pretrained`."""
-        check_scalar_directory(path)
+    def on_backbone(cls, backbone: Any, path: str | Path, *, as_critic: bool = False) -> ScalarModel:
+        """`backbone` under the head saved in `path`. Otherwise as `from_pretrained`."""
         model = cls(backbone)
-        model.load_head(load_file(Path(path) / SCALAR_HEAD_FILE))
-        known = Path(path) / SCORE_RANGE_FILE
-        if known.is_file():
-            model.score_range = json.loads(known.read_text(encoding="utf-8"))
+        head = read_head(path, as_critic=as_critic)
+        if head.weight.shape != model.scalar_head.weight.shape:
+            raise ConfigError(
+                f"{path} has a head for hidden size {head.weight.shape[1]} and the backbone has "
+                f"{model.scalar_head.weight.shape[1]}; the directory mixes two models"
+            )
+        with torch.no_grad():
+            model.scalar_head.weight.copy_(head.weight)
+            model.scalar_head.bias.copy_(head.bias)
+        model.score_range = read_score_range(path)
         return model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -87,16 +94,11 @@ class ScalarModel(nn.Module):
         values: torch.Tensor = padded(self.scalar_head(hidden).squeeze(-1))
         return values
 
-    def normalise(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores [B] with mean 0 and variance 1 on the responses that `set_normalisation` measured."""
-        return (scores.float() - self.score_mean) / self.score_std
-
     def set_normalisation(self, mean: float, std: float) -> None:
-        """Set what `normalise` subtracts and divides by. Raises ValueError for a `std` that is not above 0."""
+        """Have scores saved as (score - mean) / std. Raises ValueError for a `std` that is not above 0."""
         if not std > 0:
             raise ValueError(f"score_std={std} must be above 0: the reward model says the same of every response")
-        self.score_mean.fill_(mean)
-        self.score_std.fill_(std)
+        self.score_mean, self.score_std = float(mean), float(std)
 
     def zero_head(self) -> None:
         """Make every value 0: a critic that knows nothing yet, in whatever units the rewards are."""
@@ -105,7 +107,7 @@ class ScalarModel(nn.Module):
             self.scalar_head.bias.zero_()
 
     def set_score_range(self, scores: torch.Tensor) -> None:
-        """Note how far normalised `scores` [N] of training responses reach; `save_head` writes it beside the head."""
+        """Note how far normalised `scores` [N] of training responses reach; `save_pretrained` writes it."""
         shares = (0.01, 0.05, 0.5, 0.95, 0.99)
         ordered = scores.double().sort().values
         at = {str(share): float(ordered[round(share * (len(ordered) - 1))]) for share in shares}
@@ -114,32 +116,25 @@ class ScalarModel(nn.Module):
         }  # fmt: skip
         self._scores_measured = True
 
-    def load_head(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Set head and normalisation from the tensors of a scalar head file."""
-        if tensors["weight"].shape != self.scalar_head.weight.shape:
-            raise ConfigError(
-                f"{SCALAR_HEAD_FILE} has a head for hidden size {tensors['weight'].shape[1]} and the backbone has "
-                f"{self.scalar_head.weight.shape[1]}; the directory mixes two models"
-            )
-        with torch.no_grad():
-            self.scalar_head.weight.copy_(tensors["weight"])
-            self.scalar_head.bias.copy_(tensors["bias"])
-        self.score_mean.copy_(tensors["score_mean"])
-        self.score_std.copy_(tensors["score_std"])
+    def save_pretrained(self, directory: Path, state: dict[str, torch.Tensor], tokenizer: Any) -> None:
+        """Write this model with the weights `state`, normalised, its tokenizer, and the range of measured scores.
 
-    def save_head(self, directory: Path, state: dict[str, torch.Tensor]) -> None:
-        """Write the scalar head file from the state dict `state` of this model, and the range of measured scores.
-
-        A range that was loaded is not written: the critic that grows from a reward model no longer has its scores.
+        The tokenizer pads with a token of its own, see `rlhf.models.padding`. A range that was loaded is not written:
+        the critic that grows from a reward model no longer has its scores.
         """
-        tensors = {
-            "weight": state["scalar_head.weight"],
-            "bias": state["scalar_head.bias"],
-            "score_mean": self.score_mean.float(),
-            "score_std": self.score_std.float(),
-        }
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-                  directory / SCALAR_HEAD_FILE, metadata={"format": "pt"})  # fmt: skip
+        prefix = "backbone."
+        backbone = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+        raw = HeadWeights(state["scalar_head.weight"].float(), state["scalar_head.bias"].float())
+        weight: Any = self.backbone.get_input_embeddings().weight
+        tokenizer = with_own_padding(tokenizer, int(getattr(weight, "ds_shape", weight.shape)[0]))
+        save_classifier(
+            self.backbone,
+            backbone,
+            raw.normalised(self.score_mean, self.score_std),
+            directory,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        tokenizer.save_pretrained(directory)
         if self._scores_measured:
             (directory / SCORE_RANGE_FILE).write_text(json.dumps(self.score_range, indent=2) + "\n", encoding="utf-8")
 

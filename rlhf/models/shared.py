@@ -17,9 +17,10 @@ from torch import nn
 
 from rlhf.config import ModelConfig
 from rlhf.distributed import logger
+from rlhf.models.adapters import load_adapter
 from rlhf.models.directories import adapter_base, base_key, check_causal_directory, is_scalar_directory
 from rlhf.models.loading import backbone_of, load_backbone, load_causal_lm
-from rlhf.models.lora import apply_lora, load_adapter, prepare_quantized
+from rlhf.models.lora import apply_lora, prepare_quantized
 from rlhf.models.merge import merged_path
 from rlhf.models.scalar import ScalarModel
 
@@ -117,7 +118,10 @@ def adapted_roles(
             checkpointing = trainable and config.gradient_checkpointing
             backbone = load_adapter(backbone, stand.adapter, trainable=trainable, gradient_checkpointing=checkpointing)
         head = stand.head
-        found = ScalarModel(backbone, seed=seed) if head is None else ScalarModel.on_backbone(backbone, head)
+        if head is None:
+            found = ScalarModel(backbone, seed=seed)
+        else:
+            found = ScalarModel.on_backbone(backbone, head, as_critic=trainable)
         if trainable and stand.adapter is None:  # another architecture has other names than lora_targets
             same_architecture = actor.config.model_type == backbone.config.model_type
             return with_new_adapter(found, config.lora_targets if same_architecture else [])

@@ -35,7 +35,8 @@ class OnPolicyModels:
     def find(cls, stage: StageRun[PPOStageConfig]) -> OnPolicyModels:
         """The models that the configuration names or that earlier stages saved.
 
-        The critic starts from the reward model (InstructGPT), or from the actor where the two read other tokens.
+        The critic starts from the reward model (InstructGPT), or from the actor where the two read other tokens. Raises
+        ConfigError for one that is not there, or cannot read as many tokens as a prompt and its response may have.
         """
         ppo, trust = stage.config.ppo, stage.config.model.trust_remote_code
         actor = stage.earlier_model("actor_model", ppo.actor_model)
@@ -47,6 +48,11 @@ class OnPolicyModels:
         critic = ppo.critic_model
         if critic is None and ESTIMATORS[ppo.advantage].needs_critic:
             critic = reward if reward and same_tokenizer(reward_tokenizer, tokenizer) else actor
+        stage.check_positions(actor, "actor_model")
+        if critic is not None:
+            stage.check_positions(critic, "critic_model")
+        if reward is not None and same_tokenizer(reward_tokenizer, tokenizer):
+            stage.check_positions(reward, "reward_model")  # with another one its prompts lose their beginning
         return cls(actor, critic, reward, tokenizer, reward_tokenizer)
 
     def fingerprints(self) -> dict[str, Any]:

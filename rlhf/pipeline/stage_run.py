@@ -34,6 +34,7 @@ from rlhf.distributed.rank_watch import watched_ranks
 from rlhf.engine import BatchPlan, training_engine, zero3_loading
 from rlhf.models.loading import check_vocabulary
 from rlhf.models.lora import apply_lora
+from rlhf.models.positions import check_positions
 from rlhf.pipeline.stages import STAGES, Stage, StageConfig, find_stage_model, parse_stage
 from rlhf.training.data_order import planned_steps
 from rlhf.training.loop import RunContext
@@ -67,14 +68,28 @@ class StageRun(Generic[Config]):
         return BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size(), batch.micro_batch_tokens)
 
     def base_model(self) -> str:
-        """The model to start from; the embedded one is trained on first use (about a minute) and kept."""
-        base_model = self.config.model.base_model
-        if base_model != EMBEDDED_BASE:
-            return base_model
-        from rlhf.data import embedded_corpus
-        from rlhf.models.tiny_base import build_tiny_base
+        """The model to start from; the embedded one is trained on first use (about a minute) and kept.
 
-        return str(build_tiny_base(embedded_corpus(), Path(self.run.cache_dir)))
+        Raises ConfigError for one with fewer positions than a prompt and its response may have.
+        """
+        base_model = self.config.model.base_model
+        if base_model == EMBEDDED_BASE:
+            from rlhf.data import embedded_corpus
+            from rlhf.models.tiny_base import build_tiny_base
+
+            base_model = str(build_tiny_base(embedded_corpus(), Path(self.run.cache_dir)))
+        self.check_positions(base_model, "base_model")
+        return base_model
+
+    def check_positions(self, path: str, what: str) -> None:
+        """ConfigError when the model in `path` has fewer positions than a prompt and its response may have."""
+        data = self.config.data
+        check_positions(
+            path,
+            data.max_prompt_tokens + data.max_response_tokens,
+            what=what,
+            trust_remote_code=self.config.model.trust_remote_code,
+        )
 
     def earlier_model(self, config_field: str, given: str | None) -> str:
         """The model that `config_field` takes from an earlier stage where it is not `given`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -56,7 +57,7 @@ class RewardModel:
         """See `rlhf.rewards.reward.Reward`."""
         ids, mask = responses.rollout.sequences() if self.same_tokenizer else self._encode_again(responses)
         scores = score_last(self.engine(ids, mask), mask)
-        return RewardOutput(self._module.normalise(scores).float())
+        return RewardOutput(scores.float())
 
     def _prompt_text(self, prompt: TokenizedPrompt) -> str:
         if self.chat is None:
@@ -86,5 +87,15 @@ class RewardModel:
 
 
 def same_tokenizer(first: Any, second: Any) -> bool:
-    """True when two tokenizers give the same ids for every text: vocabulary, merges, normaliser, special tokens."""
-    return tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
+    """True when two tokenizers give the same ids for every text: vocabulary, merges, normaliser, special tokens.
+
+    What they pad with plays no part: a saved reward model pads with a token of its own (`rlhf.models.padding`).
+    """
+    padding = {tokenizer.pad_token for tokenizer in (first, second)}
+    padding -= {text for tokenizer in (first, second) for text in (tokenizer.eos_token, tokenizer.bos_token)}
+    fingerprints = set()
+    for tokenizer in (first, second):
+        own = copy.deepcopy(tokenizer)
+        own.pad_token = None
+        fingerprints.add(tokenizer_fingerprint(own, without=padding))
+    return len(fingerprints) == 1

@@ -36,7 +36,7 @@ class Resumable(Protocol):
         """The same of this rank alone."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Further tensors of rank 0 ({} on the others)."""
+        """Further tensors, on rank 0 ({} on the others). A collective."""
 
     def load_state(
         self, state: dict[str, Any], rank_states: Sequence[dict[str, Any]], tensors: dict[str, torch.Tensor]
@@ -60,11 +60,11 @@ class TrainingStates:
     def save(self, step: int, loop: Resumable) -> bool:
         """Save the state after `step`; False when it could not be written (said in the log). A collective."""
         content = {"identity": self.identity, "loop": loop.state()}
+        tensors = loop.tensors()
 
         def rank_files(part: Path) -> None:
             save_rng(part, rank())
             _rank_file(part, rank()).write_text(json.dumps(loop.rank_state()), encoding="utf-8")
-            tensors = loop.tensors() if is_main() else {}
             if tensors:
                 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part / TENSORS)
 

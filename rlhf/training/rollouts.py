@@ -133,7 +133,10 @@ class RolloutWorker:
         self.captured_error, self.captured_error_mean = state["captured_error"], state["captured_error_mean"]
 
     def run(self, examples: Sequence[TokenizedPrompt], iteration: int) -> ScoredRollout:
-        """Sample and score `examples` over all ranks; every rank gets all rows, in the order of `examples`."""
+        """Sample and score `examples` over all ranks; every rank gets all rows, in the order of `examples`.
+
+        Every rank must have one at least: there are as many examples as ranks, or more.
+        """
         with self.engine.scoring():
             started = time.perf_counter()
             mine, share = self.sample(examples, iteration)
@@ -212,8 +215,9 @@ class RolloutWorker:
         lengths = (rollout.prompt_mask.sum(1) + rollout.response_mask.sum(1)).tolist()
         factor = 1 if self.device.type == "cpu" else FORWARD_ONLY
         budget = self.scoring_tokens or factor * self.plan.token_budget(lengths)
-        # as many passes on every rank: under ZeRO-3 each one gathers weights
-        count = all_reduce_max(min(len(lengths), -(-sum(lengths) // budget)), self.device)
+        # as many passes on every rank: under ZeRO-3 each one gathers weights; ranks may differ by a row
+        fewest_rows = -all_reduce_max(-len(lengths), self.device)
+        count = min(fewest_rows, all_reduce_max(-(-sum(lengths) // budget), self.device))
         return [
             _Pass(indices, rows, rollout.rows(rows).trimmed()[0])
             for indices in partition(lengths, count)

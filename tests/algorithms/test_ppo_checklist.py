@@ -623,6 +623,7 @@ def test_21_minibatches_are_reshuffled_every_epoch_and_shared_by_all_ranks(make_
 def test_17_scores_are_normalised_to_mean_0_and_variance_1_on_the_reference_responses(tiny_models, tokenizer, tmp_path):
     """DeepSpeedExamples#316 for the padding: a long and a short reference response in one batch."""
     from rlhf.algorithms.reward import RewardConfig, RewardTrainer
+    from rlhf.checkpoint.export import export_scalar_model
     from rlhf.types import TokenizedRanking
     from tests.support.local_engine import LocalEngine
 
@@ -639,7 +640,9 @@ def test_17_scores_are_normalised_to_mean_0_and_variance_1_on_the_reference_resp
         total_steps=1, export=lambda: None, context=context(tmp_path, "reward"),
     )  # fmt: skip
     model.set_normalisation(*trainer.calibrate())
-    reward = reward_of(model, tokenizer)
+    export_scalar_model(model, tokenizer, tmp_path / "reward")
+    saved = ScalarModel.from_pretrained(tmp_path / "reward", dtype=torch.float32).eval()
+    reward = reward_of(saved, tokenizer)
     chosen = trainer.calibration_examples()
     assert len(chosen) == 6 and chosen != examples[:6]  # drawn from all of them
     rows = [example.candidates[1].input_ids for example in chosen]

@@ -142,6 +142,19 @@ def test_what_cannot_be_joined_is_an_error(columns: dict[str, Any], message: str
         records_of("response", {"instruction": "물음", "output": "답", **columns})
 
 
+def test_what_stands_beside_whole_dialogues_must_be_in_them() -> None:
+    dialogues = {"chosen": [user("물음"), bot("a")], "rejected": [user("물음"), bot("b")], "prompt": "물음"}
+    texts = {side: f"\n\nHuman: 물음\n\nAssistant: {side}" for side in ("chosen", "rejected")}
+    for pair in (dialogues, {**dialogues, **texts}):
+        assert records_of("preference", {**pair, "input": "물음", "history": []})
+        for column, value in (("input", "맥락"), ("history", [["가", "나"]])):
+            with pytest.raises(DataError, match=f"field `{column}` is not in the (prompt|dialogue)"):
+                records_of("preference", {**pair, column: value})
+    with pytest.raises(DataError, match="field `맥락` is not in the dialogue of `messages`"):
+        columns = {"messages": "messages", "input": "맥락"}
+        records_of("response", {"messages": [user("물음"), bot("답")], "맥락": "길다"}, columns=columns)
+
+
 def test_a_rendered_prompt_may_hold_its_input() -> None:
     row = {"prompt": WITH_INPUT, "input": "맥락", "system": "", "response": "답"}
     (record,) = records_of("response", row, template="kullm")

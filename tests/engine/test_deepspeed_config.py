@@ -19,33 +19,6 @@ def config(**changes):
     return deepspeed_settings(**{**arguments, **changes})
 
 
-def test_batch_plan_arithmetic():
-    assert (PLAN.accumulation_steps, PLAN.per_rank) == (3, 24)
-    assert (BatchPlan(8, 8, 1).accumulation_steps, BatchPlan(8, 8, 1).per_rank) == (1, 8)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "message"),
-    [
-        (
-            (100, 8, 4),
-            r"global_batch_size=100 must be a multiple of micro_batch_size \* world_size = 8 \* 4 = 32; use 96 or 128$",
-        ),  # noqa: E501
-        ((3, 8, 1), r"8 \* 1 = 8; use 8$"),
-        ((0, 8, 1), "global_batch_size=0 must be at least 1"),
-        ((8, 0, 1), "micro_batch_size=0 must be at least 1"),
-    ],
-)
-def test_batch_plan_that_does_not_come_out_even(sizes, message):
-    with pytest.raises(ConfigError, match=message):
-        BatchPlan(*sizes)
-
-
-def test_suggested_sizes_work():
-    for size in (96, 128):
-        assert BatchPlan(size, 8, 4).accumulation_steps == size // 32
-
-
 def test_generated_values():
     made = config()
     assert (made["train_batch_size"], made["train_micro_batch_size_per_gpu"], made["gradient_accumulation_steps"]) == (
@@ -54,16 +27,31 @@ def test_generated_values():
         3,
     )  # noqa: E501
     assert made["gradient_clipping"] == 1.0
-    assert made["bf16"] == {"enabled": True} and made["fp16"] == {"enabled": False}
+    assert made["bf16"]["enabled"] is True and made["fp16"] == {"enabled": False}
     assert made["zero_optimization"]["stage"] == 2
     assert "optimizer" not in made and "scheduler" not in made
     json.dumps(made)
 
 
 def test_stage_0_has_nothing_of_the_others():
-    assert config(zero_stage=0)["zero_optimization"] == {"stage": 0}
+    made = config(zero_stage=0, dtype=torch.float32)
+    assert made["zero_optimization"] == {"stage": 0}
+    assert "data_types" not in made and "communication_data_type" not in made
     assert not any(key.startswith("stage3") for key in config(zero_stage=2)["zero_optimization"])
     assert config(zero_stage=3)["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] is True
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_16_bit_gradients_are_summed_in_float32_and_stage_0_runs_as_the_stage_that_can(dtype):
+    for stage in (0, 1, 2, 3):
+        made = config(zero_stage=stage, dtype=dtype, user_config={"zero_optimization": {"stage": stage}})
+        assert made["data_types"] == {"grad_accum_dtype": "fp32"}
+        assert made["zero_optimization"]["stage"] == max(stage, 1)
+    assert config(zero_stage=0, dtype=dtype)["zero_optimization"] == config(zero_stage=1)["zero_optimization"]
+    with pytest.raises(ConfigError, match="stage=1 and zero_stage makes it 0"):
+        config(zero_stage=0, dtype=dtype, user_config={"zero_optimization": {"stage": 1}})
+    user = {"data_types": {"grad_accum_dtype": "bf16"}}  # a user may have the old sums and their memory
+    assert config(user_config=user)["data_types"] == user["data_types"]
 
 
 @pytest.mark.parametrize(("hidden", "bucket"), [(16, 1_000_000), (2048, 12 * 2048**2), (8192, 200_000_000)])
@@ -104,6 +92,15 @@ def test_a_users_settings_are_added():
         "zero_optimization": {"reduce_bucket_size": 123, "overlap_comm": True},
         "comms_logger": {"enabled": True},
     }  # noqa: E501
+
+
+def test_deepspeed_gets_numbers_that_agree_where_the_devices_do_not_divide_the_batch():
+    plan = BatchPlan(16, 16, 3)
+    user = {"train_batch_size": 16, "train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 1}
+    for made in (config(plan=plan), config(plan=plan, user_config=user)):
+        assert plan.deepspeed_numbers.items() <= made.items()
+    with pytest.raises(ConfigError, match="train_batch_size=18 and global_batch_size makes it 16"):
+        config(plan=plan, user_config={"train_batch_size": 18})
 
 
 def test_equal_and_automatic_values_are_no_contradiction():

@@ -30,6 +30,7 @@ from rlhf.models.forward import forward_logits
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import apply_lora
 from rlhf.models.scalar import ScalarModel
+from rlhf.numerics.statistics import score_last
 from rlhf.pipeline.stages import parse_stage
 from tests.support.launch import run_ranks
 from tests.support.tiny_models import save_tiny_model
@@ -536,8 +537,9 @@ def test_four_models_in_one_process(zero_stage, changes, tiny_models, reward_mod
     assert torch.equal(after[1], reference) and torch.equal(after[3], scores)
     assert (after[2] - 3.0)[mask].abs().mean() < (values - 3.0)[mask].abs().mean()
     assert four.critic.optimizer.param_groups[0]["lr"] == pytest.approx(5e-3)
-    module = getattr(four.reward, "module", four.reward)
-    torch.testing.assert_close(module.normalise(scores), (scores - 0.5) / 2.0)
+    raw = ScalarModel.from_base(tiny_models["gpt_neox"], dtype=FP32, seed=4).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(scores, (score_last(raw(ids, mask), mask) - 0.5) / 2.0, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("zero_stage", "lora_rank"), [(0, 0), (3, 0), (0, 2), (2, 2)])
@@ -651,19 +653,6 @@ def test_averaged_actor(zero_stage, tiny_models, reward_model):
         four.averaged_actor.load_state_dict(
             {name: tensor for name, tensor in found.items() if name != "lm_head.weight"}
         )
-
-
-def test_a_slow_average_of_bf16_weights_moves(tiny_models, reward_model):
-    """At decay 0.999 a bf16 average would never move: its steps are below bf16's resolution."""
-    four = build_four(tiny_models, reward_model, 0, ema_decay=0.999, precision="bf16")
-    start = {name: tensor.clone() for name, tensor in four.averaged_actor.state_dict().items()}
-    with torch.no_grad():
-        for parameter in four.actor.module.parameters():
-            parameter.mul_(1.5)
-    for _ in range(100):
-        four.averaged_actor.update()
-    moved = four.averaged_actor.state_dict()["lm_head.weight"] / start["lm_head.weight"]
-    assert moved.mean().item() == pytest.approx(1 + 0.5 * (1 - 0.999**100), rel=1e-2)
 
 
 def test_engine_errors(tiny_models, reward_model):

@@ -24,8 +24,8 @@ from rlhf.config import ConfigError
 from rlhf.engine import load_engine_state, save_engine_state
 from rlhf.engine.optimizer_state import restore_beta_powers
 from tests.support.engine_state_worker import (
+    BF16_GRADIENTS,
     FP16,
-    FP32_GRADIENTS,
     LAST,
     SAVED_AFTER,
     SHARD_BYTES,
@@ -45,6 +45,7 @@ from tests.support.tiny_models import save_tiny_model
 
 WORKER = ROOT / "tests" / "support" / "engine_state_worker.py"
 TOLERANCE = 1e-4
+ONE_RANK = Case("one-rank")
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -62,11 +63,14 @@ def models(tokenizer, tmp_path_factory) -> Path:
 def one_rank(models, tmp_path_factory) -> tuple[Path, list[float], Any]:
     """A state saved by one rank without ZeRO, the losses after it, and the engine of the end."""
     directory = tmp_path_factory.mktemp("one_rank")
-    case = Case("one-rank")
-    engine = build(case, models)
-    train(case, engine, 0, SAVED_AFTER)
-    save(engine, directory)
-    return directory, train(case, engine, SAVED_AFTER, LAST), engine
+    for case, place in (
+        (Case("bf16", 0, "bf16"), directory.with_name(directory.name + "-bf16")),
+        (ONE_RANK, directory),
+    ):
+        engine = build(case, models)
+        train(case, engine, 0, SAVED_AFTER)
+        save(engine, place)
+    return directory, train(ONE_RANK, engine, SAVED_AFTER, LAST), engine
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,8 @@ def two_ranks(models, one_rank, tmp_path_factory) -> tuple[Path, dict[str, list[
         Case("fp32-3", 3),
         Case("bf16-0-tied", 0, "bf16", model="gpt2"),
         Case("bf16-1", 1, "bf16"),
-        Case("bf16-1-fp32-gradients", 1, "bf16", settings=FP32_GRADIENTS),
+        Case("bf16-1-bf16-gradients", 1, "bf16", settings=BF16_GRADIENTS),
+        Case("bf16-2", 2, "bf16"),
         Case("bf16-3-tied", 3, "bf16", model="gpt2"),
         Case("fp16-0", 0, "fp16", settings=FP16, overflows=True),
         Case("fp16-2", 2, "fp16", settings=FP16, overflows=True),
@@ -103,7 +108,7 @@ def test_one_rank_goes_on_exactly(case, models, tmp_path):
         progress = json.loads((tmp_path / "whole" / "actor.json").read_text())["progress"]
         assert progress["skipped_steps"] == 2 and progress["loss_scale"]["cur_scale"] != 2**8
     if case.scalar:
-        assert saved_tensors(tmp_path / "saved")["buffer/score_std"] == SAVED_AFTER
+        assert saved_tensors(tmp_path / "saved")["buffer/seen"] == SAVED_AFTER
 
 
 @pytest.mark.parametrize(
@@ -204,6 +209,12 @@ def test_one_rank_without_zero_becomes_two_with_it(zero_stage, one_rank, two_ran
     assert losses[f"from-one-{zero_stage}"] == pytest.approx(expected, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_one_rank_in_bf16_becomes_two(zero_stage, one_rank, two_ranks):
+    saved = one_rank[0].with_name(one_rank[0].name + "-bf16")
+    assert_same_bytes(saved_tensors(saved), saved_tensors(two_ranks[0] / f"bf16-from-one-{zero_stage}"))
+
+
 @pytest.mark.parametrize(
     ("saved_as", "case", "tolerance"),
     [
@@ -212,9 +223,13 @@ def test_one_rank_without_zero_becomes_two_with_it(zero_stage, one_rank, two_ran
         ("fp32-1", Case("one-to-none"), TOLERANCE),
         ("fp32-0", Case("none-to-two", 2), TOLERANCE),
         ("bf16-3-offload", Case("tied-two", 2, "bf16", model="gpt2"), 2e-2),
-        ("bf16-1-fp32-gradients", Case("bf16-none", 0, "bf16"), 2e-2),
+        ("bf16-1", Case("bf16-none", 0, "bf16"), 2e-2),
+        ("bf16-0", Case("bf16-two", 2, "bf16"), 2e-2),
+        ("bf16-2", Case("bf16-three", 3, "bf16"), 2e-2),
+        ("bf16-2", Case("bf16-one", 1, "bf16"), 2e-2),
+        ("bf16-1-bf16-gradients", Case("bf16-earlier", 0, "bf16"), 2e-2),
         ("bf16-3-lora", Case("lora-one", 1, "bf16", lora=True), 2e-2),
-        ("bf16-1-fp32-gradients", Case("bf16-to-fp32", 3), 2e-2),
+        ("bf16-1", Case("bf16-to-fp32", 3), 2e-2),
     ],
     ids=lambda value: getattr(value, "name", None),
 )
@@ -236,13 +251,18 @@ def test_two_ranks_become_one(saved_as, case, tolerance, models, two_ranks, tmp_
     assert engine.global_steps == engine.lr_scheduler.last_epoch == LAST
 
 
-def test_packed_moments_stay_where_they_are(models, two_ranks):
+def test_packed_moments_stay_where_they_are(models, two_ranks, tmp_path):
     pytest.importorskip("bitsandbytes")
-    saved = two_ranks[0] / "bf16-1-8bit-adam" / "saved"
+    saved = two_ranks[0] / "bf16-0-8bit-adam" / "saved"
     assert len(list(saved.glob("actor.rank*.safetensors"))) == 2
     engine = build(Case("8bit-two", 2, "bf16", model="wide", optimizer="adamw_8bit"), models)
     with pytest.raises(ConfigError, match="zero_stage=1 on 2 ranks and cannot be loaded with zero_stage=2 on 1 rank;"):
         load_engine_state(engine, saved, "actor")
+    earlier, index = copied_state(saved, tmp_path / "earlier")  # stage 0 in 16 bit was not stage 1 then
+    (earlier / "actor.json").write_text(json.dumps({**index, "zero_stage": 0, "world_size": 1}))
+    engine = build(Case("8bit-none", 0, "bf16", model="wide", optimizer="adamw_8bit"), models)
+    with pytest.raises(ConfigError, match="zero_stage=0 on 1 rank and cannot .* and the release that saved it"):
+        load_engine_state(engine, earlier, "actor")
 
 
 def test_a_state_before_the_first_step(models, tmp_path):

@@ -5,11 +5,13 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
+from rlhf.algorithms.ppo import rollout_plan
 from rlhf.config import ModelConfig, load_config_file
 from rlhf.engine import BatchPlan
 from rlhf.models.loading import load_causal_lm
@@ -75,11 +77,28 @@ def test_parses_and_its_values_arrive(path, stage):
 def test_batches_divide_over_the_intended_devices(path, stage):
     parsed, world = parse(path, stage), devices(path)
     plan = BatchPlan(parsed["global_batch_size"], parsed["micro_batch_size"], world)
-    assert plan.per_rank * world == parsed["global_batch_size"]
+    assert plan.most_per_device * world == parsed["global_batch_size"]
     if stage == "ppo":
         rollout = parsed["rollout_batch_size"]
         assert rollout % parsed["global_batch_size"] == 0
         assert rollout % world == 0 and parsed["generation_batch_size"] <= rollout // world
+
+
+@every_file
+@pytest.mark.parametrize("stage", STAGES)
+def test_starts_on_one_to_eight_devices(path, stage):
+    parsed = parse(path, stage)
+    for world in range(1, 9):
+        plan = BatchPlan(parsed["global_batch_size"], parsed["micro_batch_size"], world, parsed["micro_batch_tokens"])
+        total, micro, accumulation = plan.deepspeed_numbers.values()
+        assert total == micro * accumulation * world >= parsed["global_batch_size"]
+        assert micro <= parsed["micro_batch_size"]
+        lengths = torch.randint(3, 300, (plan.global_batch_size,), generator=torch.Generator().manual_seed(1)).tolist()
+        parts = plan.micro_batches(lengths)
+        assert len(parts) % world == 0 and sum(map(len, parts)) == plan.global_batch_size
+        if stage == "ppo":
+            rollouts = rollout_plan(SimpleNamespace(**parsed), plan)
+            assert (rollouts.global_batch_size, rollouts.world_size) == (parsed["rollout_batch_size"], world)
 
 
 @every_file

@@ -32,8 +32,8 @@ TOTAL_STEPS, SAVED_AFTER, LAST = 8, 3, 5
 SHARD_BYTES = 4_000
 """Small enough for several files, and for weights that are larger than a file."""
 FP16 = {"fp16": {"initial_scale_power": 8, "loss_scale_window": 2, "hysteresis": 2}}
-FP32_GRADIENTS = {"data_types": {"grad_accum_dtype": "fp32"}}
-"""With bf16 and ZeRO-1 another of DeepSpeed's optimizers."""
+BF16_GRADIENTS = {"data_types": {"grad_accum_dtype": "bf16"}}
+"""With bf16 and ZeRO-1 another of DeepSpeed's optimizers: the one that earlier releases had."""
 ROUND_ROBIN = {"zero_optimization": {"round_robin_gradients": True}}
 Tensors = dict[str, torch.Tensor]
 
@@ -84,6 +84,8 @@ def build(case: Case, models: Path, *, micro_batch_size: int = 1, seed: int = 0)
     with zero3_loading(config, plan):
         load = ScalarModel.from_base if case.scalar else load_causal_lm
         model: Any = load(models / case.model, model_config, dtype=compute_dtype(case.precision))
+    if case.scalar:
+        model.register_buffer("seen", torch.zeros(()))  # a buffer that training changes
     if case.lora:
         model = apply_lora(model, model_config)
     return training_engine(model, engine=config, optimizer=optimizer, plan=plan, total_steps=TOTAL_STEPS)
@@ -114,7 +116,7 @@ def train(case: Case, engine: Any, first: int, last: int, *, micro_batch_size: i
             running += loss.detach()
         engine.step()
         if case.scalar:
-            engine.module.set_normalisation(0.5 * step, 1.0 + step)
+            engine.module.seen.fill_(1.0 + step)
         losses.append(float(all_reduce_sum(running)))
     return losses
 
@@ -171,7 +173,7 @@ def goes_on_exactly(case: Case, models: Path, out: Path) -> list[float]:
 
     resumed = build(case, models, seed=1)
     fresh = full_state_dict(resumed, trainable_only=True)
-    with torch.no_grad():  # an evaluation before the state is taken up must leave no trace
+    with torch.no_grad():  # an evaluation before the state is loaded must leave no trace
         loss_sum(case, resumed.eval() or resumed, torch.ones(1, 4, dtype=torch.long), torch.ones(1, 4) > 0)
     resumed.train()
     load_engine_state(resumed, out / "saved", "actor")
@@ -209,10 +211,13 @@ TWO_RANKS = (
     Case("fp32-1", 1),
     Case("fp32-2", 2),
     Case("fp32-3", 3),
-    Case("bf16-1-fp32-gradients", 1, "bf16", settings=FP32_GRADIENTS),
+    Case("bf16-0", 0, "bf16"),
+    Case("bf16-1", 1, "bf16"),
+    Case("bf16-1-bf16-gradients", 1, "bf16", settings=BF16_GRADIENTS),
+    Case("bf16-2", 2, "bf16"),
     Case("bf16-2-4bit", 2, "bf16", model="wide", lora=True, quantization="4bit", settings=ROUND_ROBIN),
     Case("bf16-3-lora", 3, "bf16", lora=True),
-    Case("bf16-1-8bit-adam", 1, "bf16", model="wide", optimizer="adamw_8bit"),
+    Case("bf16-0-8bit-adam", 0, "bf16", model="wide", optimizer="adamw_8bit"),
     Case("bf16-3-offload", 3, "bf16", offload="all", model="gpt2"),
 )
 
@@ -233,6 +238,11 @@ def on_two_ranks(models: Path, out: Path, one_rank: Path) -> dict[str, list[floa
         assert_deepspeed_finds(engine, one_rank)
         losses[case.name] = train(case, engine, SAVED_AFTER, LAST)
     failed_writes(engine, models, out)
+    for stage in (0, 1, 2, 3):
+        case = Case(f"bf16-from-one-{stage}", stage, "bf16")
+        engine = build(case, models)
+        load_engine_state(engine, one_rank.parent / (one_rank.name + "-bf16"), "actor")
+        save(engine, out / case.name)
     return losses
 
 

@@ -139,15 +139,14 @@ def test_widened_pads_ids_with_pad_and_the_rest_with_nothing():
 
 
 @torch.no_grad()
-def test_scorer_gives_the_normalised_value_at_each_rows_last_token(fresh_critic, tokenizer):
-    fresh_critic.set_normalisation(2.0, 0.5)
+def test_scorer_gives_the_value_at_each_rows_last_token(fresh_critic, tokenizer):
     rollout = rollout_of(more_left=1, more_right=2)
     scores = reward_of(fresh_critic, tokenizer).score(responses_to(rollout, tokenizer)).scores
     assert scores.dtype == torch.float32
     for row, (prompt, response) in enumerate(zip(PROMPTS, RESPONSES, strict=True)):
         ids = torch.tensor([prompt + response])
         raw = fresh_critic(ids, torch.ones_like(ids))[0, -1].item()
-        assert scores[row].item() == pytest.approx((raw - 2.0) / 0.5, abs=1e-4)
+        assert scores[row].item() == pytest.approx(raw, abs=1e-4)
 
 
 def test_same_tokenizer_tells_tokenizers_apart(tokenizer):
