@@ -111,13 +111,14 @@ def run_side(
         loaded, loading_peak = current_rss_bytes(), peak_rss_bytes()
         reset_peak_rss()
         for iteration in range(1, iterations + 1):
-            metrics = trainer.update(trainer.make_experience(iteration), iteration)
+            experience = trainer.make_experience(iteration)
+            metrics = trainer.update(experience, iteration)
     result = {
         "after_imports_mib": before / MIB,
         "added_by_models_mib": (loaded - before) / MIB,
         "peak_while_loading_mib": (loading_peak - before) / MIB,
         "peak_mib": (peak_rss_bytes() - before) / MIB,
-        "scores": [metrics[name] for name in ("score", "score_std", "score_min", "score_max")],
+        "scores": experience.scores.tolist(),
         "value_loss": float(metrics["value_loss"]),
         "threads": torch.get_num_threads(),
     }
