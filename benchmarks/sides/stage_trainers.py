@@ -84,7 +84,8 @@ def ppo_trainer(config: PPOStageConfig, prompts: Sequence[Sequence[int]], direct
     examples = [TokenizedPrompt(id=str(row), input_ids=tuple(ids), text="") for row, ids in enumerate(prompts)]
     stage = StageRun(STAGES["ppo"], config, directory)
     models = OnPolicyModels.find(stage)
-    engine = models.build(stage, total_steps=ppo_optimizer_steps(config.batch, stage.plan, len(examples)))
+    steps = ppo_optimizer_steps(config.ppo, config.batch, stage.plan, len(examples))
+    engine = models.build(stage, optimizer_steps=steps)
     return PPOTrainer(
         models.rollouts(stage, engine),
         StageData(examples, [], {}, ""),
