@@ -11,7 +11,8 @@ from typing import Any
 from rlhf.config import ConfigError
 
 _WHOLE = (
-    *("config.json", "adapter_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("config.json", "adapter_config.json", "classifier_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab*", "merges.txt", "*.model", "chat_template*"),
 )
 """Small files of a model directory that decide what the model and its tokenizer do."""

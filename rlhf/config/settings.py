@@ -33,7 +33,7 @@ class RunConfig:
     wandb_project: str | None = setting(None, may_change_on_resume=True)
     """Also log to this Weights & Biases project; needs the `wandb` package."""
     resume: Literal["auto", "never"] | None = setting(None, may_change_on_resume=True)
-    """`auto` goes on from the newest whole training state of `output_dir`, or starts where there is none; `never`
+    """`auto` resumes from the newest whole training state of `output_dir`, or starts where there is none; `never`
     starts anew and removes what an unfinished run left. Unset starts, and refuses where an unfinished run lies."""
     save_every_steps: int = setting(0, may_change_on_resume=True)
     """Optimizer steps (PPO: iterations) between two saved training states; 0 saves ten times in a run."""

@@ -24,7 +24,7 @@ from rlhf.checkpoint.atomic import replaced_directory
 from rlhf.config import ConfigError
 from rlhf.distributed import rank_zero_first
 from rlhf.models.adapters import load_adapter
-from rlhf.models.classifier import SCORE_RANGE_FILE, read_head, save_classifier
+from rlhf.models.classifier import CLASSIFIER_CONFIG_FILE, SCORE_RANGE_FILE, read_head, save_classifier
 from rlhf.models.directories import ADAPTER_CONFIG_FILE, SCALAR_HEAD_FILE, adapter_config_file, explain_read_errors
 from rlhf.models.padding import with_own_padding
 from rlhf.models.pretrained import PLAIN, from_pretrained
@@ -41,7 +41,7 @@ def merged_path(path: str | Path, *, dtype: torch.dtype, trust_remote_code: bool
         return str(path)
     adapter = Path(config_file).absolute().parent
     digest = hashlib.sha256()
-    for file in sorted(adapter.glob("adapter_*")):
+    for file in sorted([*adapter.glob("adapter_*"), *adapter.glob(CLASSIFIER_CONFIG_FILE)]):
         digest.update(file.name.encode() + file.read_bytes())
     merged = adapter / "merged" / f"{digest.hexdigest()[:12]}-{str(dtype).removeprefix('torch.')}"
     if not merged.exists() and not os.access(adapter, os.W_OK):

@@ -42,7 +42,7 @@ class PipelineArguments:
     launcher_arguments: list[str]
     stage_arguments: dict[str, list[str]]
     resume_stages: tuple[str, ...] = ()
-    """Stages that go on from what an earlier run left, be it by the command line or by the configuration file."""
+    """Stages that resume what an earlier run left, be it by the command line or by the configuration file."""
     max_restarts: int = 0
     """How many failures of the whole run are answered by starting the stage again."""
 

@@ -30,7 +30,6 @@ from rlhf.models.forward import forward_logits
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import apply_lora
 from rlhf.models.scalar import ScalarModel
-from rlhf.numerics.statistics import score_last
 from rlhf.pipeline.stages import parse_stage
 from tests.support.launch import run_ranks
 from tests.support.tiny_models import save_tiny_model
@@ -237,7 +236,7 @@ def test_two_ranks_export_actor_critic_and_average(name, two_ranks):
 @each_stage
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_first_update_is_adams_first_step(zero_stage, precision, tiny_models):
-    """DeepSpeed's 16-bit wrapper without ZeRO takes a step on zero gradients at the start; it must leave no trace."""
+    """Whatever DeepSpeed does to allocate its states must leave no trace: no decay, no step counted."""
     changes = {"optimizer": OptimizerConfig(learning_rate=1e-2, lr_schedule="constant", weight_decay=0.3)}
     engine = make_engine(tiny_models["gpt_neox"], zero_stage, precision=precision, **changes)
     plain = load_causal_lm(tiny_models["gpt_neox"], dtype=FP32 if precision == "fp32" else torch.bfloat16)
@@ -538,8 +537,9 @@ def test_four_models_in_one_process(zero_stage, changes, tiny_models, reward_mod
     assert (after[2] - 3.0)[mask].abs().mean() < (values - 3.0)[mask].abs().mean()
     assert four.critic.optimizer.param_groups[0]["lr"] == pytest.approx(5e-3)
     raw = ScalarModel.from_base(tiny_models["gpt_neox"], dtype=FP32, seed=4).eval()
+    close = 0.05 if "precision" in changes else 1e-5
     with torch.no_grad():
-        torch.testing.assert_close(scores, (score_last(raw(ids, mask), mask) - 0.5) / 2.0, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(scores[mask], (raw(ids, mask)[mask] - 0.5) / 2.0, atol=close, rtol=1e-4)
 
 
 @pytest.mark.parametrize(("zero_stage", "lora_rank"), [(0, 0), (3, 0), (0, 2), (2, 2)])

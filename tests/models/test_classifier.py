@@ -411,3 +411,60 @@ def test_the_saved_tokenizer_counts_as_the_one_it_was(tiny_models, tokenizer, tm
     other = make_tokenizer()
     other.add_special_tokens({"additional_special_tokens": ["<|sep|>"]})
     assert not same_tokenizer(saved, other)
+
+
+# --------------------------------------------------------------------------------------------------------- saved states
+
+
+class OlderScalarModel(torch.nn.Module):
+    """The names that reward models and critics had: `head`, and their statistics as buffers."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.backbone, self.head, self.config = model.backbone, model.scalar_head, model.config
+        self.register_buffer("score_mean", torch.tensor(0.5))
+        self.register_buffer("score_std", torch.tensor(2.0))
+
+
+def test_a_training_state_of_an_older_release_is_refused_by_name(tiny_models, tmp_path):
+    """Its critic is not in the units of the rewards, so that going on from it would mix the two."""
+    from rlhf.config import EngineConfig, OptimizerConfig
+    from rlhf.engine import BatchPlan, training_engine
+    from rlhf.engine.engine_state import load_engine_state, save_engine_state
+
+    def engine(model: torch.nn.Module) -> Any:
+        return training_engine(
+            model, engine=EngineConfig(precision="fp32"), optimizer=OptimizerConfig(), plan=BatchPlan(1, 1, 1),
+            total_steps=2,
+        )  # fmt: skip
+
+    older = OlderScalarModel(ScalarModel.from_base(tiny_models["gpt_neox"], dtype=FP32))
+    save_engine_state(engine(older), tmp_path, "critic")
+    fresh = engine(ScalarModel.from_base(tiny_models["gpt_neox"], dtype=FP32))
+    with pytest.raises(ConfigError, match=r"another model: trainable weight head.weight \[1, 16\] is not in the model"):
+        load_engine_state(fresh, tmp_path, "critic")
+
+
+def test_an_adapter_that_peft_saved(tiny_models, tokenizer, tmp_path):
+    """As TRL's RewardTrainer writes one: no classifier_config.json beside it."""
+    from peft import LoraConfig, get_peft_model
+
+    from rlhf.models.adapters import load_adapter
+    from rlhf.models.loading import load_backbone
+
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tiny_models["llama"], num_labels=1)
+    theirs: Any = get_peft_model(base, LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["q_proj", "v_proj"])).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0.0, 0.3)
+    theirs.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    ids, lengths = rows()
+    with torch.no_grad():
+        wanted = theirs(input_ids=ids[3:, : lengths[3]]).logits[:, 0]
+    merged = ScalarModel.from_pretrained(tmp_path / "adapter", dtype=FP32)
+    torch.testing.assert_close(scores(merged)[3:], wanted, atol=2e-5, rtol=1e-4)
+    backbone = load_adapter(load_backbone(tiny_models["llama"], dtype=FP32), tmp_path / "adapter", trainable=True)
+    unmerged = ScalarModel.on_backbone(backbone, tmp_path / "adapter")
+    torch.testing.assert_close(scores(unmerged), scores(merged), atol=2e-5, rtol=1e-4)

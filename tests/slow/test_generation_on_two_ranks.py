@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from tests.support.launch import run_ranks
 
 WORKER = """
@@ -16,7 +18,7 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.types import PromptBatch
 from tests.support.local_engine import LocalEngine
 
-directory, out = sys.argv[-2:]
+directory, out, settings = sys.argv[-3:]
 mine = rank()
 
 def prompts(rows):
@@ -28,8 +30,8 @@ for architecture in ("gpt_neox", "gpt2"):
     plain = load_causal_lm(Path(directory) / architecture, dtype=torch.float32).eval()
     engine = training_engine(
         load_causal_lm(Path(directory) / architecture, dtype=torch.float32),
-        engine=EngineConfig(zero_stage=3, precision="fp32"), optimizer=OptimizerConfig(), plan=BatchPlan(4, 2, 2),
-        total_steps=4,
+        engine=EngineConfig(zero_stage=3, precision="fp32", deepspeed_config=settings),
+        optimizer=OptimizerConfig(), plan=BatchPlan(4, 2, 2), total_steps=4,
     )
     engine.eval()
     for name in BACKENDS:
@@ -52,6 +54,8 @@ close_world()
 
 
 def test_ranks_need_not_take_equally_many_steps(tiny_models, tmp_path):
-    done = run_ranks(WORKER, 2, tmp_path, [str(tiny_models["gpt_neox"].parent), str(tmp_path)])
+    settings = tmp_path / "settings.json"  # or DeepSpeed keeps weights as small as these whole after their first use
+    settings.write_text(json.dumps({"zero_optimization": {"stage3_param_persistence_threshold": 0}}))
+    done = run_ranks(WORKER, 2, tmp_path, [str(tiny_models["gpt_neox"].parent), str(tmp_path), str(settings)])
     assert done.returncode == 0, done.stdout[-4000:]
     assert (tmp_path / "done0").exists() and (tmp_path / "done1").exists()

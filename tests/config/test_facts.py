@@ -1,0 +1,74 @@
+"""Facts at the fields of the configuration, and what is made of them."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from rlhf.checkpoint.fingerprint import check_identity
+from rlhf.config import ConfigError, EngineConfig, RunConfig, facts_of, setting
+from rlhf.pipeline import STAGES, parse_stage
+from rlhf.pipeline.arguments import sort_arguments
+from rlhf.training.resume import run_identity
+
+FIELDS = {
+    item.name: facts_of(item)
+    for stage in STAGES.values()
+    for kind in stage.config_classes().values()
+    for item in dataclasses.fields(kind)
+}
+
+
+def test_a_setting_is_a_field_with_a_default_of_its_own():
+    @dataclasses.dataclass
+    class Made:
+        names: list[str] = setting(["a"], path="read")
+        number: int = setting(3, may_change_on_resume=True)
+        plain: int = 4
+
+    first, second = Made(), Made()
+    first.names.append("b")
+    assert second == Made(["a"], 3, 4)
+    found = {item.name: facts_of(item) for item in dataclasses.fields(Made)}
+    assert found["names"].path == "read" and not found["names"].may_change_on_resume
+    assert found["number"].may_change_on_resume and found["number"].path is None
+    assert not found["plain"].may_change_on_resume and not found["plain"].names_model
+
+
+def test_every_field_that_names_data_or_a_model_is_a_path_compared_by_content():
+    named = {name for name in FIELDS if name.endswith(("_data", "_model"))}
+    assert {"sft_data", "prompt_eval_data", "ptx_data", "base_model", "critic_model"} <= named
+    for name in named:
+        assert FIELDS[name].path == "read" and FIELDS[name].may_change_on_resume, name
+    assert {name for name, facts in FIELDS.items() if facts.names_model} == {
+        "base_model", "actor_model", "reward_model", "critic_model"
+    }  # fmt: skip
+
+
+def test_what_changes_what_is_learnt_may_not_change_on_resume():
+    fixed = {name for name, facts in FIELDS.items() if not facts.may_change_on_resume}
+    assert {"seed", "learning_rate", "global_batch_size", "lora_rank", "kl_coef", "rewards", "template"} <= fixed
+    free = {"zero_stage", "micro_batch_size", "output_dir", "resume", "offload", "sample_table_rows"}
+    assert free.isdisjoint(fixed)
+
+
+def test_a_run_is_known_by_its_fixed_fields(tmp_path: Path):
+    identity = run_identity([RunConfig(seed=3, output_dir="a"), EngineConfig(zero_stage=1)], data="x")
+    check_identity(identity, run_identity([RunConfig(seed=3, output_dir="b"), EngineConfig(zero_stage=3)], data="x"),
+                   tmp_path)  # fmt: skip
+    other = run_identity([RunConfig(seed=4), EngineConfig()], data="x")
+    with pytest.raises(ConfigError, match="seed was 3 and is 4"):
+        check_identity(identity, other, tmp_path)
+
+
+def test_paths_on_a_pipelines_command_line_are_taken_from_where_the_user_is(tmp_path: Path):
+    (tmp_path / "mine.jsonl").touch()
+    words = ["--output_dir", "out", "--sft_data", "mine.jsonl", "hub/name", "--ppo.critic_model", "gpt2"]
+    sorted_words = sort_arguments(words, user_dir=tmp_path).stage_arguments
+    assert sorted_words["sft"] == ["--output_dir", str(tmp_path / "out"), "--sft_data", str(tmp_path / "mine.jsonl"),
+                                   "hub/name"]  # fmt: skip
+    assert sorted_words["ppo"][-2:] == ["--critic_model", "gpt2"]  # nothing of that name is here: a hub's
+
+
+def test_metadata_of_fields_does_not_reach_the_command_line():
+    assert parse_stage("sft", ["--zero_stage", "2", "--output_dir", "x"]).engine.zero_stage == 2

@@ -1,0 +1,42 @@
+"""The table of stages: what everything that runs, sums up or documents stages relies on."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from rlhf.config import ConfigError
+from rlhf.pipeline import STAGES, parse_stage
+from rlhf.pipeline.stages import find_stage_model
+
+ROOT = Path(__file__).parents[2]
+NAMES = list(STAGES)
+
+
+@pytest.mark.parametrize("stage", STAGES.values(), ids=NAMES)
+def test_a_row_is_sound(stage):
+    assert STAGES[stage.name] is stage and stage.name.isidentifier()
+    assert (ROOT / stage.script).is_file()
+    assert stage.figures and stage.checks and stage.curves
+    fields = [item.name for kind in stage.config_classes().values() for item in dataclasses.fields(kind)]
+    assert len(fields) == len(set(fields)), "a field's name says which part of the configuration it belongs to"
+    assert set(stage.short_run) <= set(fields)
+    for field, earlier in stage.takes.items():
+        assert field in fields and NAMES.index(earlier) < NAMES.index(stage.name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_configuration_has_its_parts_by_name(name):
+    config = parse_stage(name, [])
+    parts = config.parts()
+    assert config.run in parts and getattr(config, name) in parts and len(parts) == 7
+    assert [type(part) for part in parts] == list(STAGES[name].config_classes().values())
+
+
+def test_a_model_of_an_earlier_stage_that_is_missing_says_which_script_makes_it(tmp_path):
+    ppo = STAGES["ppo"]
+    with pytest.raises(ConfigError, match=r"PPO needs the model that step2_reward/main.py saves.*--reward_model"):
+        find_stage_model(ppo, "reward_model", None, str(tmp_path))
+    (tmp_path / "reward" / "model").mkdir(parents=True)
+    assert find_stage_model(ppo, "reward_model", None, str(tmp_path)) == str(tmp_path / "reward" / "model")
+    assert find_stage_model(ppo, "reward_model", "elsewhere", str(tmp_path)) == "elsewhere"
