@@ -38,8 +38,16 @@ def stage_config(job: dict[str, Any], directory: Path) -> PPOStageConfig:
             rollout_batch_size=workload["prompts"],
             ppo_epochs=workload["ppo_epochs"],
         ),
-        data=PPODataConfig(max_response_tokens=workload["max_new_tokens"]),
-        ppo=PPOConfig(actor_model=job["actor"], reward_model=job["reward"], kl_coef=workload["kl_coef"]),
+        data=PPODataConfig(
+            max_prompt_tokens=workload["max_prompt_tokens"], max_response_tokens=workload["max_new_tokens"]
+        ),
+        ppo=PPOConfig(
+            actor_model=job["actor"],
+            reward_model=job["reward"],
+            critic_init="reward",  # as TRL's starts here
+            critic_warmup_iterations=0,  # every iteration trains actor and critic, as TRL's do
+            kl_coef=workload["kl_coef"],
+        ),
     )
 
 

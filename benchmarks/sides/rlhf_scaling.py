@@ -121,8 +121,10 @@ def run_ppo(point: Mapping[str, Any], work: Path, device: torch.device) -> tuple
         engine=EngineConfig(precision=point["dtype"]),
         optimizer=PPOOptimizerConfig(),
         batch=PPOBatchConfig(rows, point["micro_batch_size"], max_steps=iterations, rollout_batch_size=rows),
-        data=PPODataConfig(max_response_tokens=point["response"]),
-        ppo=PPOConfig(actor_model=str(work / "actor"), reward_model=str(work / "reward")),
+        data=PPODataConfig(max_prompt_tokens=max(point["lengths"]), max_response_tokens=point["response"]),
+        ppo=PPOConfig(
+            actor_model=str(work / "actor"), reward_model=str(work / "reward"), critic_warmup_iterations=0
+        ),  # every iteration trains actor and critic
     )
     prompts = [random_ids(tokens, point, number) for number, tokens in enumerate(point["lengths"])]
     trainer = ppo_trainer(config, prompts, work / "run")

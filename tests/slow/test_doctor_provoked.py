@@ -167,8 +167,8 @@ def test_labels_shifted_by_one(make_ppo, monkeypatch):
 
 
 def test_a_huge_learning_rate(make_ppo):
-    trainer = make_ppo(iterations=5, kl_coef=0.0, seed=5)
-    trainer.engine.actor.optimizer.param_groups[0]["lr"] = 10.0
+    trainer = make_ppo(iterations=5, kl_coef=0.0)
+    trainer.engine.actor.optimizer.param_groups[0]["lr"] = 50.0
     trainer.fit()
     found = found_in(trainer)
     assert {"kl_explodes", "repetition"} <= set(found)  # it says one thing again and again
@@ -183,7 +183,7 @@ def test_a_reference_at_another_temperature_makes_the_kl_negative(make_ppo, monk
         return original(actor, prompts, replace(sampling, temperature=0.7), **options)
 
     monkeypatch.setattr(rlhf.generation.actor_backend, "generate", colder)
-    trainer = make_ppo(iterations=4, lr=1e-4, rollout=64)  # of 16 responses the error of the KL is too large
+    trainer = make_ppo(iterations=4, lr=1e-4, rollout=32)
     reference = trainer.engine.reference
     plain = trainer.rollouts.sampling
     trainer.rollouts._logprobs = lambda model, part: response_logprobs(
