@@ -236,3 +236,15 @@ def test_top_level_is_the_plan():
     files = "setup.cfg pyproject.toml README.md CONTRIBUTING.md LICENSE .pre-commit-config.yaml .gitignore .ci"
     folders = "rlhf step1_sft step2_reward step3_ppo training_scripts tests benchmarks docs"
     assert names <= set(f"{files} {folders}".split()), f"not in the plan: {names - set(f'{files} {folders}'.split())}"
+
+
+def test_only_slow_tests_start_a_launcher():
+    """`run_tests.sh --fast` leaves tests/slow out and must stay the inner loop."""
+    launching = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Name) and node.id in ("run_ranks", "start_ranks")
+    }
+    assert launching, "nobody starts ranks any more: this test looks for the wrong thing"
+    assert {name for name in launching if not name.startswith("tests/slow/")} == set()

@@ -14,9 +14,10 @@ from rlhf.config import ConfigError, EngineConfig, OptimizerConfig
 from rlhf.distributed import close_world, init_world, is_main, world_size
 from rlhf.engine import AveragedWeights, BatchPlan, compute_dtype, training_engine
 from tests.engine.test_gradients import Products
-from tests.support.launch import run_ranks
 
 DECAY = 0.995
+
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -87,20 +88,6 @@ def assert_close_in_movement(start: Tensors, found: Tensors, exact: Tensors) -> 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_thousand_tiny_updates_move_the_average_as_in_float64(zero_stage, precision):
     assert_close_in_movement(*many_tiny_updates(make_engine(zero_stage, precision), 1000))
-
-
-@pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("ranks")
-    done = run_ranks(Path(__file__), 2, out, [str(out)])
-    assert done.returncode == 0, done.stdout[-4000:]
-    return torch.load(out / "found.pt", weights_only=True)
-
-
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
-def test_two_ranks_average_the_parts_that_they_hold(zero_stage, two_ranks):
-    for precision in ("fp32", "bf16"):
-        assert_close_in_movement(*two_ranks[f"{precision} {zero_stage}"])
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, 1.5])
