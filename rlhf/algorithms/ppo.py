@@ -196,7 +196,7 @@ class PPOConfig:
     critic_init: Literal["reward", "zero"] = "zero"
     """The critic's scalar head: that of the model it starts from (a reward model's, in the units of the normalised
     rewards; a causal LM gets a random one), or zero. The layers below are copied either way."""
-    critic_warmup_iterations: int = 1
+    critic_warmup_iterations: int = 0
     """First iterations, at most all but one, in which the critic alone learns, on responses of the first actor."""
     kl_coef: float = 0.1
     """Weight of the KL penalty (KULLM-RLHF, DeepSpeed-Chat: 0.1; InstructGPT: 0.02)."""
