@@ -88,7 +88,11 @@ class Run:
 
 def data_specs(task: Task) -> list[str]:
     """The data sets of `task` under RLHF_DATA_DIR, or with a note the embedded samples where that folder is not."""
-    root = Path(os.environ.get("RLHF_DATA_DIR", measure.ROOT.parent / "shared" / "data"))
+    folder = os.environ.get("RLHF_DATA_DIR")
+    if folder is None:
+        print(f"note: RLHF_DATA_DIR is not set; measuring on {task.sample}", file=sys.stderr)
+        return [task.sample]
+    root = Path(folder)
     missing = [item["path"] for item in task.data if not (root / item["path"]).is_file()]
     if missing:
         print(f"note: {missing[0]} is not under RLHF_DATA_DIR={root}; measuring on {task.sample}", file=sys.stderr)

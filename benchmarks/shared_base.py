@@ -106,7 +106,7 @@ def run_side(
             batch=PPOBatchConfig(PROMPTS, MICRO_BATCH, max_steps=iterations, rollout_batch_size=PROMPTS),
             data=PPODataConfig(max_prompt_tokens=PROMPT_TOKENS, max_response_tokens=RESPONSE_TOKENS),
             ppo=PPOConfig(
-                actor_model=str(directory / "sft"), reward_model=str(directory / "reward"), critic_warmup_iterations=0
+                actor_model=str(directory / "sft"), reward_model=str(directory / "reward")
             ),  # every iteration trains actor and critic
         )
         trainer = ppo_trainer(config, prompts, Path(out))

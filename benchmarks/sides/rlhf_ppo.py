@@ -45,7 +45,6 @@ def stage_config(job: dict[str, Any], directory: Path) -> PPOStageConfig:
             actor_model=job["actor"],
             reward_model=job["reward"],
             critic_init="reward",  # as TRL's starts here
-            critic_warmup_iterations=0,  # every iteration trains actor and critic, as TRL's do
             kl_coef=workload["kl_coef"],
         ),
     )

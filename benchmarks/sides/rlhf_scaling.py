@@ -123,7 +123,7 @@ def run_ppo(point: Mapping[str, Any], work: Path, device: torch.device) -> tuple
         batch=PPOBatchConfig(rows, point["micro_batch_size"], max_steps=iterations, rollout_batch_size=rows),
         data=PPODataConfig(max_prompt_tokens=max(point["lengths"]), max_response_tokens=point["response"]),
         ppo=PPOConfig(
-            actor_model=str(work / "actor"), reward_model=str(work / "reward"), critic_warmup_iterations=0
+            actor_model=str(work / "actor"), reward_model=str(work / "reward")
         ),  # every iteration trains actor and critic
     )
     prompts = [random_ids(tokens, point, number) for number, tokens in enumerate(point["lengths"])]

@@ -75,7 +75,7 @@ def offline_trainer(
         plan=stage.plan,
         total_steps=total_steps,
         export=lambda: None,
-        context=RunContext(stage_name, config.run, directory),
+        context=RunContext(stage_name, config.run, directory, STAGES[stage_name].checks),
     )
 
 
@@ -92,5 +92,5 @@ def ppo_trainer(config: PPOStageConfig, prompts: Sequence[Sequence[int]], direct
         config.ppo,
         batch=config.batch,
         export=lambda: None,
-        context=RunContext("ppo", config.run, directory),
+        context=RunContext("ppo", config.run, directory, STAGES["ppo"].checks),
     )

@@ -27,7 +27,7 @@ class RunContext:
     stage: str
     run: RunConfig
     directory: Path
-    checks: Sequence[Check] = ()
+    checks: Sequence[Check]
     states: TrainingStates | None = None
 
 

@@ -72,7 +72,7 @@ def make_ppo(tiny_models, tokenizer, tmp_path):
         return ppo_trainer(
             engine, FunctionReward(scorer), prompts, prompts[:4], tokenizer=tokenizer, plan=plan,
             directory=tmp_path / "ppo", new_tokens=tokens, seed=seed,
-            config=PPOConfig(critic_warmup_iterations=0, **config),
+            config=PPOConfig(**config),
             batch=PPOBatchConfig(rollout_batch_size=rollout, max_steps=iterations),
         )  # fmt: skip
 
