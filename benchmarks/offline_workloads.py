@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 

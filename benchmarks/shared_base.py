@@ -105,9 +105,7 @@ def run_side(
             optimizer=PPOOptimizerConfig(learning_rate=1e-4, critic_learning_rate=1e-4),
             batch=PPOBatchConfig(PROMPTS, MICRO_BATCH, max_steps=iterations, rollout_batch_size=PROMPTS),
             data=PPODataConfig(max_prompt_tokens=PROMPT_TOKENS, max_response_tokens=RESPONSE_TOKENS),
-            ppo=PPOConfig(
-                actor_model=str(directory / "sft"), reward_model=str(directory / "reward")
-            ),  # every iteration trains actor and critic
+            ppo=PPOConfig(actor_model=str(directory / "sft"), reward_model=str(directory / "reward")),
         )
         trainer = ppo_trainer(config, prompts, Path(out))
         loaded, loading_peak = current_rss_bytes(), peak_rss_bytes()

@@ -122,9 +122,7 @@ def run_ppo(point: Mapping[str, Any], work: Path, device: torch.device) -> tuple
         optimizer=PPOOptimizerConfig(),
         batch=PPOBatchConfig(rows, point["micro_batch_size"], max_steps=iterations, rollout_batch_size=rows),
         data=PPODataConfig(max_prompt_tokens=max(point["lengths"]), max_response_tokens=point["response"]),
-        ppo=PPOConfig(
-            actor_model=str(work / "actor"), reward_model=str(work / "reward")
-        ),  # every iteration trains actor and critic
+        ppo=PPOConfig(actor_model=str(work / "actor"), reward_model=str(work / "reward")),
     )
     prompts = [random_ids(tokens, point, number) for number, tokens in enumerate(point["lengths"])]
     trainer = ppo_trainer(config, prompts, work / "run")
