@@ -25,6 +25,7 @@ def main(stage: StageRun[PPOStageConfig]) -> dict:
     models = OnPolicyModels.find(stage)
     tokenizer = models.tokenizer
     prompts = stage.load_data("prompt", config.data.prompt_data, config.data.prompt_eval_data, tokenizer)
+    models.check_prompts(stage, prompts)
     ptx = load_ptx(stage, tokenizer)
     steps = ppo_optimizer_steps(config.ppo, config.batch, stage.plan, len(prompts.train))
     engine = models.build(stage, optimizer_steps=steps)

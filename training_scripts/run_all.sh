@@ -49,8 +49,8 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 source "$here/setup_env.sh" --
 
 # Importing libraries may print; the assignments are the last lines.
-settings="$("$RLHF_PYTHON" -m rlhf.pipeline.arguments "$@" | sed -n '/^ALL_STAGES=/,$p')"
-eval "$settings"  # ALL_STAGES STAGES RESUME_STAGES OUTPUT_DIR MAX_RESTARTS LAUNCHER_ARGS; SCRIPT_x TITLE_x ARGS_x of stage x
+settings="$("$RLHF_PYTHON" -m rlhf.pipeline.arguments "$@" | sed -n '/^DEFAULT_STAGES=/,$p')"
+eval "$settings"  # DEFAULT_STAGES STAGES RESUME_STAGES OUTPUT_DIR MAX_RESTARTS LAUNCHER_ARGS; SCRIPT_x TITLE_x ARGS_x of stage x
 
 cd "$here/.."
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
@@ -93,7 +93,7 @@ trap 'on_signal SIGHUP 129' HUP
 
 launch() {
     # Run the launcher in a session of its own, so that a Ctrl-C in the terminal does not reach it: it would kill the
-    # ranks. Ranks are asked to stop through a file instead (rlhf/rank_board.py), on every machine. Sets `status`.
+    # ranks. Ranks are asked to stop through a file instead (rlhf/distributed/rank_board.py), on every machine. Sets `status`.
     local board="$1/.ranks" waited=0
     shift
     setsid deepspeed --log_level error "${LAUNCHER_ARGS[@]}" "$@" 9>&- &
@@ -130,13 +130,12 @@ run_stage() {
     local number="$1" stage="$2" directory="$OUTPUT_DIR/$2" result="$OUTPUT_DIR/$2/result.json" status=0
     local again=()
     local -n script="SCRIPT_$stage" title="TITLE_$stage" arguments="ARGS_$stage"
-    case " ${STAGES[*]} " in *" $stage "*) ;; *) return 0 ;; esac
     if [ -n "$stop_signal" ]; then
         say "stopped by $stop_signal before stage $stage; go on with --resume auto"
         exit 0
     fi
     echo
-    echo "=== $number/${#ALL_STAGES[@]} $title"
+    echo "=== $number/${#STAGES[@]} $title"
     case " ${RESUME_STAGES[*]} " in
         *" $stage "*)
             if [ -z "$ran" ] && is_json "$result"; then
@@ -183,11 +182,11 @@ if command -v flock >/dev/null; then
     }
 fi
 
-for index in "${!ALL_STAGES[@]}"; do
-    run_stage "$((index + 1))" "${ALL_STAGES[index]}"
+for index in "${!STAGES[@]}"; do
+    run_stage "$((index + 1))" "${STAGES[index]}"
 done
 
-if [ "${#STAGES[@]}" -eq "${#ALL_STAGES[@]}" ]; then
+if [ "${STAGES[*]}" = "${DEFAULT_STAGES[*]}" ]; then
     echo
     echo "=== what came out"
     "$RLHF_PYTHON" -m rlhf.cli.summary "$OUTPUT_DIR"

@@ -6,6 +6,7 @@ Schulman et al. (arXiv 1707.06347) as InstructGPT (arXiv 2203.02155) uses it; th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ from rlhf.config import BatchConfig, ConfigError, OptimizerConfig, require_at_le
 from rlhf.data.collate import collate_responses
 from rlhf.data.stage_data import StageData
 from rlhf.distributed import all_gather_rows, rank
+from rlhf.generation.backend import BACKENDS
 from rlhf.numerics.logprobs import KLEstimator, estimate_kl
 from rlhf.numerics.statistics import last_true, masked_variance, masked_whiten
 from rlhf.rewards.table import RewardSpec
@@ -192,12 +194,14 @@ class PPOConfig:
     rewards: list[str] = setting(["reward_model"])
     """What scores a response: names of `rlhf.rewards`, or mappings {name, weight, ...}; their weighted sum counts."""
     advantage: str = "gae"
-    """How advantages are estimated from rewards: gae."""
-    critic_init: Literal["reward", "zero"] = "zero"
-    """The critic's scalar head: that of the model it starts from (a reward model's, in the units of the normalised
-    rewards; a causal LM gets a random one), or zero. The layers below are copied either way."""
+    """How advantages are estimated from rewards: a name of `rlhf.algorithms.advantages.ESTIMATORS`."""
+    critic_init: Literal["reward", "zero"] | None = None
+    """The critic's scalar head at the start: `reward`, that of the model it starts from (in the units of the normalised
+    rewards; a causal LM gets a random one), or `zero`, under which it knows nothing yet. The layers below are copied
+    either way. Unset: the head of a `critic_model` that is named, else zero (measured: docs/results.md)."""
     critic_warmup_iterations: int = 0
-    """First iterations, at most all but one, in which the critic alone learns, on responses of the first actor."""
+    """First iterations, at most all but one, in which the critic alone learns, on responses of the first actor. With a
+    head of zeros none is needed (measured: docs/results.md)."""
     kl_coef: float = 0.1
     """Weight of the KL penalty (KULLM-RLHF, DeepSpeed-Chat: 0.1; InstructGPT: 0.02)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
@@ -208,9 +212,9 @@ class PPOConfig:
     """Responses over which the adaptive coefficient moves (Ziegler et al.: 10000)."""
     score_clip: float = 5.0
     """Scores are clipped to plus and minus this before the KL penalty (DeepSpeed-Chat: 5); 0 turns it off."""
-    clip_range: float = 0.2
+    clip_range: float = setting(0.2, may_be_infinite=True)
     """Clip range of the ratio (Schulman et al.: 0.2)."""
-    value_clip_range: float = 0.2
+    value_clip_range: float = setting(0.2, may_be_infinite=True)
     """Clip range of the value update (DeepSpeed-Chat, KULLM-RLHF: 0.2)."""
     gamma: float = 1.0
     """Discount (InstructGPT, KULLM-RLHF: 1)."""
@@ -222,7 +226,7 @@ class PPOConfig:
     """Scale rewards to variance 1, keeping their mean, before GAE (Ziegler et al.)."""
     temperature: float = 1.0
     """Sampling temperature; divides the logits of actor, old actor and reference alike."""
-    generation_backend: Literal["own", "deepspeed"] = "own"
+    generation_backend: str = "own"
     """What samples: `rlhf.generation`, or DeepSpeed's rollout engine, checked against a forward pass of ours first."""
     old_logprobs: Literal["auto", "sampled", "recomputed"] = "auto"
     """Log-probabilities of the sampling policy: as captured while sampling, recomputed, or (auto) captured where the
@@ -245,9 +249,11 @@ class PPOConfig:
     """Prompts shown with their responses at each evaluation."""
 
     def __post_init__(self) -> None:
-        if self.advantage not in ESTIMATORS:
-            raise ConfigError(f"advantage={self.advantage!r} is not one of {', '.join(ESTIMATORS)}")
-        self.reward_specs()
+        for name, table in (("advantage", ESTIMATORS), ("generation_backend", BACKENDS)):
+            if getattr(self, name) not in table:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(table)}")
+        if not self.reward_specs():
+            raise ConfigError("rewards is empty: name at least one, such as reward_model")
         for name in ("clip_range", "value_clip_range", "temperature"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
@@ -261,6 +267,11 @@ class PPOConfig:
             raise ConfigError(f"ema_decay={self.ema_decay} must lie in [0, 1); 0 keeps no average")
         if self.kl_target is not None and self.kl_target <= 0:
             raise ConfigError(f"kl_target={self.kl_target} must be above 0 nats, or unset for a fixed kl_coef")
+
+    @property
+    def zero_critic_head(self) -> bool:
+        """Whether `critic_init` comes to a zero head."""
+        return (self.critic_init or ("zero" if self.critic_model is None else "reward")) == "zero"
 
     def reward_specs(self) -> list[RewardSpec]:
         """The entries of `rewards`, parsed."""
@@ -341,14 +352,14 @@ class PPOTrainer(OnPolicyTrainer):
         self.ptx = ptx
         self.estimator = ESTIMATORS[config.advantage]
         self.kl = KLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
-        rollout = rollout_plan(batch, self.plan)
-        self.order = DataOrder([len(prompt.input_ids) for prompt in prompts.train], rollout, context.run.seed)
+        iterations = planned_iterations(batch, self.plan, len(prompts.train))
+        lengths = [len(prompt.input_ids) for prompt in prompts.train]
+        self.order = DataOrder(lengths, self.plan, context.run.seed, size=batch.rollout_batch_size)
         self.evaluated = chosen_prompts(prompts.evaluation, config.eval_prompts, context.run.seed)
         self.warmup = warmup_iterations(config, batch, self.plan, len(prompts.train))
         self.optimizer_step = 0
         self.first_log_ratios: list[torch.Tensor] | None = None  # collected over the first minibatch of an update
         self._export = export
-        iterations = planned_steps(len(prompts.train), batch, rollout)
         super().__init__(context, total_steps=iterations, eval_every_steps=config.eval_every_steps)
 
     @property
@@ -396,7 +407,7 @@ class PPOTrainer(OnPolicyTrainer):
                 "at all); nothing can be learnt from them. Check the SFT data for empty responses, and kl_coef if the "
                 "actor came to this during PPO"
             )
-        rewards = self.rewards_of(scored)
+        rewards = self.rewards_of(scored, self.kl.value)
         optimised = float(rewards.sum(1).mean())
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
@@ -418,7 +429,7 @@ class PPOTrainer(OnPolicyTrainer):
         old = replace(rollout, logprobs=scored.logprobs)
         return PPOExperience(old, scored.values, rewards, advantages, returns, scored.scores)
 
-    def rewards_of(self, scored: ScoredRollout) -> torch.Tensor:
+    def rewards_of(self, scored: ScoredRollout, kl_coef: float) -> torch.Tensor:
         """What is optimised: scores less the penalties of a missing end and of the KL divergence, by token [B, T]."""
         config = self.config
         return shape_rewards(
@@ -426,7 +437,7 @@ class PPOTrainer(OnPolicyTrainer):
             scored.logprobs,
             scored.ref_logprobs,
             scored.rollout.response_mask,
-            kl_coef=self.kl.value,
+            kl_coef=kl_coef,
             kl_estimator=config.kl_estimator,
             score_clip=config.score_clip,
             penalties=config.missing_eos_penalty * (~scored.ended).float(),
@@ -568,39 +579,40 @@ class PPOTrainer(OnPolicyTrainer):
     # -------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, iteration: int) -> dict[str, Any]:
-        """Score the actor on the held-out prompts, with the same random numbers every time."""
+        """Score the actor on the held-out prompts, with the same random numbers and KL coefficient every time."""
         config = self.config
         return self.rollouts.evaluate(
             self.evaluated,
             copies=config.eval_samples_per_prompt,
             shown=config.sample_table_rows,
-            further=lambda scored: {"reward": float(self.rewards_of(scored).sum(1).mean())},
+            further=lambda scored: {"reward": float(self.rewards_of(scored, config.kl_coef).sum(1).mean())},
         )
 
 
-def rollout_plan(batch: PPOBatchConfig, plan: Plan) -> Plan:
-    """The plan whose global batch is a rollout; raises ConfigError where the arithmetic does not come out even."""
+def planned_iterations(batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:
+    """Iterations of a run over so many prompts. ConfigError when a rollout is no whole number of minibatches."""
     responses = batch.rollout_batch_size * batch.samples_per_prompt
     if responses % plan.global_batch_size:
-        below = max(1, responses // plan.global_batch_size) * plan.global_batch_size
+        unit = plan.global_batch_size // math.gcd(plan.global_batch_size, batch.samples_per_prompt)
+        below = batch.rollout_batch_size // unit * unit
         raise ConfigError(
-            f"rollout_batch_size={batch.rollout_batch_size} must be a multiple of global_batch_size="
-            f"{plan.global_batch_size} (a PPO minibatch); use {below} or {below + plan.global_batch_size}"
+            f"rollout_batch_size={batch.rollout_batch_size} prompts with samples_per_prompt={batch.samples_per_prompt} "
+            f"give {responses} responses, which is no multiple of global_batch_size={plan.global_batch_size} (a PPO "
+            f"minibatch); use rollout_batch_size={' or '.join(str(size) for size in (below, below + unit) if size)}"
         )
-    return replace(plan, global_batch_size=batch.rollout_batch_size)  # type: ignore[type-var]
+    return planned_steps(max(1, prompts), batch, batch.rollout_batch_size)
 
 
 def warmup_iterations(config: PPOConfig, batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:
     """Iterations in which the critic alone learns: 0 without a critic, and never the last one of a run."""
     if not ESTIMATORS[config.advantage].needs_critic:
         return 0
-    iterations = planned_steps(max(1, prompts), batch, rollout_plan(batch, plan))
-    return min(config.critic_warmup_iterations, iterations - 1)
+    return min(config.critic_warmup_iterations, planned_iterations(batch, plan, prompts) - 1)
 
 
 def ppo_optimizer_steps(config: PPOConfig, batch: PPOBatchConfig, plan: Plan, prompts: int) -> tuple[int, int]:
     """Optimizer steps of the actor and of the critic in the whole run, for their learning-rate schedules."""
-    iterations = planned_steps(max(1, prompts), batch, rollout_plan(batch, plan))
+    iterations = planned_iterations(batch, plan, prompts)
     per_iteration = batch.ppo_epochs * (batch.rollout_batch_size * batch.samples_per_prompt // plan.global_batch_size)
     warmup = warmup_iterations(config, batch, plan, prompts)
     return (iterations - warmup) * per_iteration, iterations * per_iteration

@@ -43,8 +43,9 @@ ppo:
   kl_coef: 0.05
 ```
 
-- Without `--config` and without `--base_model`, a stage reads `training_scripts/configs/default.yaml`, which suits the
-  embedded tiny model. With either, only what you give and the defaults below count.
+- Without `--config` and without a model of your own (`--base_model`, `--actor_model`, `--reward_model`,
+  `--critic_model`), a stage reads `training_scripts/configs/default.yaml`, which suits the embedded tiny model. With
+  any of them, only what you give and the defaults below count.
 - A name that no stage has is an error with the nearest names. A field of another stage in a shared file is passed over.
 - A list takes several values on the command line (`--lora_targets q_proj v_proj`); a data set that needs more than a
   path is a mapping in YAML and the same as JSON text on the command line (see [data.md](data.md)).

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.pipeline import STAGES
+from rlhf.pipeline.stages import default_run
 from rlhf.report.summary import SummaryError, closing_table, write_summary
 
 
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(arguments) != 1 or arguments[0].startswith("-"):
         print("usage: python -m rlhf.cli.summary OUTPUT_DIR", file=sys.stderr)
         return 2
-    stages = list(STAGES.values())
+    stages = default_run()
     try:
         path = write_summary(Path(arguments[0]), stages)
     except SummaryError as error:

@@ -16,12 +16,14 @@ class FieldFacts:
     `may_change_on_resume`: a run may be resumed with another value, because what is learnt does not depend on it, or
     because its content is compared instead (models and data, which may have been moved).
     `path`: it names files, which exist already ("read") or are made ("written").
+    `may_be_infinite`: infinity means something, as for a clip range that clips nothing.
     `names_model`: giving it says that this run is not the embedded default, whose configuration then does not apply.
     """
 
     may_change_on_resume: bool = False
     path: Literal["read", "written"] | None = None
     names_model: bool = False
+    may_be_infinite: bool = False
 
 
 def setting(default: Any, **facts: Any) -> Any:

@@ -209,15 +209,11 @@ def _check_values(config: Any) -> None:
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         for entry in value if isinstance(value, list) else [value]:
-            if isinstance(entry, float) and not (math.isfinite(entry) or _turns_off(item.name, entry)):
+            infinite = entry == math.inf and facts_of(item).may_be_infinite
+            if isinstance(entry, float) and not (math.isfinite(entry) or infinite):
                 raise ConfigError(f"{item.name}={entry} must be a finite number")
             if isinstance(entry, str) and not _can_be_written(entry):
                 raise ConfigError(f"{item.name}={entry!r} holds a character that cannot be written (NUL, half a pair)")
-
-
-def _turns_off(name: str, value: float) -> bool:
-    """Whether `value` is infinity and means something: a clip range that clips nothing."""
-    return name in ("clip_range", "value_clip_range") and value == math.inf
 
 
 def _can_be_written(text: str) -> bool:
@@ -247,7 +243,8 @@ def _checked(name: str, value: Any, kind: Any, path: str) -> Any:
                 return choice
         raise ConfigError(f"{path}: field `{name}`={shown} is not one of {', '.join(map(str, get_args(kind)))}")
     if kind is float:
-        return value if isinstance(value, float) and _turns_off(name, value) else _number(value, wrong)
+        # infinity is for `_check_values` to judge, which knows the field
+        return value if isinstance(value, float) and value == math.inf else _number(value, wrong)
     if kind is int and isinstance(value, int) and not isinstance(value, bool):
         return int(value)
     if kind is str:

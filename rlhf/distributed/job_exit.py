@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from rlhf.distributed.failures import is_consequence, memory_failure, place_of, storage_failure, summary_of
 from rlhf.distributed.rank_watch import Stopped, current_watch
-from rlhf.distributed.verdict import EXIT_BUG, EXIT_INTERRUPTED, EXIT_RANK_LOST, EXIT_USER, say
+from rlhf.distributed.verdict import EXIT_BUG, EXIT_INTERRUPTED, EXIT_RANK_LOST, EXIT_USER, exit_now, say
 from rlhf.distributed.world import is_main, world_size
 
 BEFORE_WATCH_SECONDS = 5.0
@@ -72,4 +72,6 @@ def _fail(sentence: str, code: int, error_trace: str = "") -> NoReturn:
         watch.fail(sentence, code, error_trace)
     if os.environ.get("LOCAL_RANK", "0") == "0":  # once a machine: a file may be missing on one of them only
         say(f"error: {sentence}")
+    if world_size() > 1:
+        exit_now(code)  # a rank that leaves an open world in another way may end with the library's abort instead
     sys.exit(code)

@@ -39,7 +39,7 @@ class JobVerdict:
         """Leave when another rank has ended the job; for the watching thread."""
         code = self.board.verdict(EXIT_RANK_LOST)
         if code is not None and self._ending.acquire(blocking=False):
-            _exit(code)
+            exit_now(code)
 
     def end_job(self, sentence: str, code: int = EXIT_RANK_LOST) -> None:
         """End the job from the watching thread; returns where the main thread is about to end this process."""
@@ -50,7 +50,7 @@ class JobVerdict:
                 # past the progress bars' lock, which a stuck thread may hold
                 print(f"\nerror: {sentence}", file=sys.stderr, flush=True)
             self._kill_the_stuck()
-        _exit(self.board.verdict(code) or code)
+        exit_now(self.board.verdict(code) or code)
 
     def fail(self, sentence: str, code: int, error_trace: str) -> NoReturn:
         """End the job from the main thread; one rank prints `sentence`, and `error_trace` above it."""
@@ -62,7 +62,7 @@ class JobVerdict:
         else:
             code = self.board.verdict(code) or code
         if world_size() > 1:
-            _exit(code)
+            exit_now(code)
         sys.exit(code)
 
     def _kill_the_stuck(self) -> None:
@@ -84,7 +84,7 @@ def say(text: str) -> None:
         sys.stderr.flush()
 
 
-def _exit(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """End the process now: interpreter and libraries would wait for collectives that never return."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -94,13 +94,13 @@ SICKNESSES: Mapping[str, Sickness] = {
         "Log-probabilities captured while sampling and those of a forward pass differ by more than rounding does: the "
         "responses come from another distribution than the one that PPO corrects for. Another temperature, a filter "
         "(top-k, top-p), stale weights in the sampler, or a cache that is read wrongly.",
-        "one temperature for sampling and scoring, top_k 0 and top_p 1, generation_backend=own, precision fp32.",
+        "one temperature for sampling and scoring, generation_backend=own, precision fp32.",
     ),
     "kl_negative": Sickness(
         "the KL to the reference is negative",
         "A KL divergence cannot be negative; its estimate is when the responses were not sampled from the actor that "
         "is scored. The penalty then rewards what it should hold back.",
-        "the same temperature for sampling and scoring, no top-k or top-p, the reference the actor started from.",
+        "the same temperature for sampling and scoring, the reference the actor started from.",
     ),
     "kl_explodes": Sickness(
         "the actor runs away from the reference",
@@ -122,7 +122,7 @@ SICKNESSES: Mapping[str, Sickness] = {
     "value_function_useless": Sickness(
         "the value function is worse than a constant",
         "Explained variance stays below 0: its errors add noise to every advantage instead of taking it away.",
-        "a higher critic_learning_rate, the reward model as critic_model, value_clip_range larger, whiten_rewards.",
+        "a higher critic_learning_rate, critic_warmup_iterations, a larger value_clip_range, whiten_rewards.",
     ),
     "entropy_collapse": Sickness(
         "the entropy has collapsed",

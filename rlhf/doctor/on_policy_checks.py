@@ -96,7 +96,8 @@ def kl_explodes(history: History) -> list[Finding]:
 
 
 def kl_dead(history: History) -> list[Finding]:
-    points = series(history, "kl_per_token")[1:]  # the first rollout is the reference's own
+    learnt = [line for line in history if "policy_loss" in line]  # in a critic's warm-up the actor stands still
+    points = series(learnt, "kl_per_token")[1:]  # the first rollout is the reference's own
     return lasting(
         "kl_dead", points, lambda value: abs(value) < KL_DEAD, KL_DEAD_LINES, "warning",
         lambda value: f"KL {value:.2g} nats per token", lambda value: 1.0,

@@ -42,8 +42,9 @@ def max_positions(config: Any) -> int | None:
     Rotary scaling counts: `original_max_position_embeddings`, or the length there is, times its factor.
     """
     config = config.get_text_config()
-    if getattr(config, "alibi", False):  # Falcon names a length that its attention biases do not need
-        return None
+    attention = getattr(config, "attn_config", None)  # of MPT
+    if getattr(config, "alibi", False) or getattr(attention, "alibi", False):
+        return None  # a length is named that attention biases do not need
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)
     if not isinstance(limit, int):
         return None

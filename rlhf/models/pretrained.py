@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from rlhf.config import ConfigError, ModelConfig
 from rlhf.distributed import init_world, logger
@@ -72,19 +71,11 @@ def working_attention(auto_class: Any, architecture: Any, wanted: str) -> str:
 
 
 def quantization_config(quantization: str) -> Any:
-    """LLM.int8 for `8bit`; NF4 with double quantisation and bf16 arithmetic for `4bit` (QLoRA, arXiv 2305.14314).
-
-    Raises ConfigError inside a ZeRO-3 loading context: quantised weights cannot be partitioned.
-    """
+    """LLM.int8 for `8bit`; NF4 with double quantisation and bf16 arithmetic for `4bit` (QLoRA, arXiv 2305.14314)."""
     from transformers import BitsAndBytesConfig
 
     if quantization not in ("8bit", "4bit"):
         raise ConfigError(f"quantization={quantization!r} is not one of none, 8bit, 4bit")
-    if is_deepspeed_zero3_enabled():
-        raise ConfigError(
-            f"quantization={quantization} does not go with zero_stage=3: quantised weights cannot be partitioned; "
-            f"use zero_stage 0, 1 or 2, or quantization=none"
-        )
     if quantization == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -1,8 +1,8 @@
 """Sort a pipeline's command line into the arguments of its launcher and of each stage, checked before any stage starts.
 
 `python -m rlhf.pipeline.arguments [--stages sft,reward,ppo] ARGS...` prints bash assignments that
-`training_scripts/run_all.sh` evaluates: ALL_STAGES, STAGES (those that run), RESUME_STAGES (those with `resume: auto`),
-OUTPUT_DIR, MAX_RESTARTS, LAUNCHER_ARGS, and by stage SCRIPT_sft, TITLE_sft, ARGS_sft and so on.
+`training_scripts/run_all.sh` evaluates: DEFAULT_STAGES, STAGES (those that run), RESUME_STAGES (those with
+`resume: auto`), OUTPUT_DIR, MAX_RESTARTS, LAUNCHER_ARGS, and by stage SCRIPT_sft, TITLE_sft, ARGS_sft and so on.
 A field goes to every stage that has it; `--reward.learning_rate 1e-4` goes to that stage alone.
 """
 
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rlhf.config import REMOVED_FIELDS, ConfigError, RunConfig, facts_of
 from rlhf.distributed import free_port
-from rlhf.pipeline.stages import PROJECT, STAGES, parse_stage
+from rlhf.pipeline.stages import PROJECT, STAGES, default_run, parse_stage
 
 LAUNCHER_OPTIONS = {
     "num_devices": "--num_gpus",
@@ -54,7 +54,7 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
     option that no stage has (naming the nearest ones), or one that only a stage has that does not run.
     """
     launcher: dict[str, str] = {}
-    stages = tuple(STAGES)
+    stages = tuple(stage.name for stage in default_run())
     short = False
     max_restarts = 0
     shared: list[tuple[str, list[str]]] = []
@@ -108,7 +108,7 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
 def bash_assignments(pipeline: PipelineArguments) -> str:
     """The sorted arguments as bash assignments, quoted for `eval`."""
     lines = [
-        f"ALL_STAGES=({' '.join(STAGES)})",
+        f"DEFAULT_STAGES=({' '.join(stage.name for stage in default_run())})",
         f"STAGES=({' '.join(pipeline.stages)})",
         f"RESUME_STAGES=({' '.join(pipeline.resume_stages)})",
         f"OUTPUT_DIR={shlex.quote(pipeline.output_dir)}",

@@ -8,6 +8,8 @@ from typing import Any
 from rlhf.algorithms.advantages import ESTIMATORS
 from rlhf.algorithms.ppo import PtxMixture
 from rlhf.checkpoint.fingerprint import model_fingerprint
+from rlhf.data import StageData
+from rlhf.distributed import logger
 from rlhf.engine import RLHFEngine
 from rlhf.generation.backend import make_backend
 from rlhf.generation.token_sampling import Sampling
@@ -16,7 +18,7 @@ from rlhf.models.loading import check_vocabulary, load_tokenizer
 from rlhf.pipeline.stage_run import StageRun
 from rlhf.pipeline.stages import PPOStageConfig
 from rlhf.rewards.reward import RewardSources
-from rlhf.rewards.reward_model import same_tokenizer
+from rlhf.rewards.reward_model import ChatPrompts, same_tokenizer
 from rlhf.rewards.table import build_reward, needs_reward_model
 from rlhf.training.rollouts import RolloutWorker
 
@@ -45,9 +47,10 @@ class OnPolicyModels:
         if needs_reward_model(ppo.reward_specs()):
             reward = stage.earlier_model("reward_model", ppo.reward_model)
             reward_tokenizer = load_tokenizer(reward, trust_remote_code=trust)
-        critic = ppo.critic_model
-        if critic is None and ESTIMATORS[ppo.advantage].needs_critic:
-            critic = reward if reward and same_tokenizer(reward_tokenizer, tokenizer) else actor
+        critic = None
+        if ESTIMATORS[ppo.advantage].needs_critic:
+            shared = reward if reward and same_tokenizer(reward_tokenizer, tokenizer) else actor
+            critic = ppo.critic_model or shared
         stage.check_positions(actor, "actor_model")
         if critic is not None:
             stage.check_positions(critic, "critic_model")
@@ -63,6 +66,9 @@ class OnPolicyModels:
     def build(self, stage: StageRun[PPOStageConfig], *, optimizer_steps: tuple[int, int]) -> RLHFEngine:
         """The engines of these models; `optimizer_steps` are those of the actor and of the critic in the whole run."""
         config = stage.config
+        if self.critic is not None:
+            head = "a head of zeros" if config.ppo.zero_critic_head else "the head there"
+            logger.info("critic: starts from %s with %s (critic_init)", self.critic, head)
         engine = RLHFEngine.build(
             self.actor,
             critic_model=self.critic,
@@ -74,7 +80,7 @@ class OnPolicyModels:
             plan=stage.plan,
             total_steps=optimizer_steps[0],
             critic_total_steps=optimizer_steps[1],
-            zero_critic_head=config.ppo.critic_init == "zero",
+            zero_critic_head=config.ppo.zero_critic_head,
             ema_decay=config.ppo.ema_decay,
             seed=config.run.seed,
         )
@@ -82,6 +88,15 @@ class OnPolicyModels:
         if engine.critic is not None:
             check_vocabulary(engine.critic.module.backbone, self.tokenizer)
         return engine
+
+    def check_prompts(self, stage: StageRun[PPOStageConfig], prompts: StageData) -> None:
+        """ConfigError for a prompt that the reward model could not read, before any model is loaded."""
+        if self.reward is None or stage.config.data.template != "chat":
+            return
+        chats = ChatPrompts.for_reward_model(self.reward_tokenizer, self.tokenizer)
+        if chats is not None:
+            for prompt in [*prompts.train, *prompts.evaluation]:
+                chats.text(prompt)
 
     def rollouts(self, stage: StageRun[PPOStageConfig], engine: RLHFEngine) -> RolloutWorker:
         """What samples with the actor and scores with every model."""

@@ -35,7 +35,7 @@ from rlhf.engine import BatchPlan, training_engine, zero3_loading
 from rlhf.models.loading import check_vocabulary
 from rlhf.models.lora import apply_lora
 from rlhf.models.positions import check_positions
-from rlhf.pipeline.stages import STAGES, Stage, StageConfig, find_stage_model, parse_stage
+from rlhf.pipeline.stages import STAGES, Stage, StageConfig, default_run, find_stage_model, parse_stage
 from rlhf.training.data_order import planned_steps
 from rlhf.training.loop import RunContext
 from rlhf.training.nonfinite import NonFiniteError
@@ -108,13 +108,13 @@ class StageRun(Generic[Config]):
             seed=self.run.seed,
             cache_dir=Path(self.run.cache_dir),
             report_dir=self.directory,
-            stages=tuple(STAGES),
+            stages=tuple(stage.name for stage in default_run()),
             **{"stage": self.stage.name, **options},
         )
 
     def planned_steps(self, data: StageData) -> int:
         """Optimizer steps of an offline run over `data`."""
-        return planned_steps(len(data.train), self.config.batch, self.plan)
+        return planned_steps(len(data.train), self.config.batch, self.plan.global_batch_size)
 
     def training_engine(self, load: Callable[[], nn.Module], tokenizer: Any, *, total_steps: int) -> Any:
         """The model that `load` gives, adapted where LoRA is on, in a training engine."""

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from rlhf.algorithms.advantages import ESTIMATORS
 from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
 from rlhf.algorithms.reward import RewardConfig
 from rlhf.algorithms.sft import SFTConfig
@@ -87,6 +88,14 @@ class PPOStageConfig(StageConfig):
             raise ConfigError(
                 "ptx_data is given and ptx_coef is 0: set ptx_coef (InstructGPT: 27.8) or leave ptx_data out"
             )
+        estimator, samples = ESTIMATORS[self.ppo.advantage], self.batch.samples_per_prompt
+        if samples < estimator.samples_per_prompt:
+            raise ConfigError(
+                f"advantage={self.ppo.advantage} compares the responses to one prompt and needs samples_per_prompt of "
+                f"at least {estimator.samples_per_prompt}, got {samples}"
+            )
+        if self.ppo.critic_model is not None and not estimator.needs_critic:
+            raise ConfigError(f"advantage={self.ppo.advantage} has no critic: leave critic_model out")
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,7 @@ class Stage:
     `takes`: configuration field -> the stage whose saved model it is where it is unset. `unit`: what its metrics are
     numbered by. `figures`: its lines in the summary; `result_keys`: further entries of its `result.json` that
     `summary.json` holds. `checks`: the doctor's; `curves`: metrics that the doctor shows as first -> last value.
+    `in_default_run`: `run_all.sh` runs it unasked, `stage_split` has a share for it, and the summary shows it.
     """
 
     name: str
@@ -111,10 +121,12 @@ class Stage:
     takes: Mapping[str, str] = field(default_factory=dict)
     result_keys: Sequence[str] = ()
     unit: str = "step"
+    in_default_run: bool = True
 
     def config_classes(self) -> dict[str, type]:
         """The configuration dataclasses by the name of their part."""
-        return {name: kind for name, kind in _type_hints(self.config).items()}
+        hints = get_type_hints(self.config)
+        return {item.name: hints[item.name] for item in dataclasses.fields(self.config)}
 
     def field_names(self) -> set[str]:
         """The names of all configuration fields."""
@@ -193,6 +205,11 @@ STAGES = {
 """Every stage by name, in the order of a whole run."""
 
 
+def default_run() -> list[Stage]:
+    """The stages of a run that names none."""
+    return [stage for stage in STAGES.values() if stage.in_default_run]
+
+
 def parse_stage(name: str, argv: Sequence[str] | None = None) -> Any:
     """The configuration of stage `name` (an instance of its `config` class) from a command line; see `parse_config`."""
     stage = STAGES[name]
@@ -224,10 +241,3 @@ def find_stage_model(stage: Stage, config_field: str, given: str | None, output_
             f"{earlier.script} --output_dir {output_dir}` first, or name a directory with --{config_field}"
         )
     return str(path)
-
-
-def _type_hints(config_class: type) -> dict[str, type]:
-    from typing import get_type_hints
-
-    hints = get_type_hints(config_class)
-    return {item.name: hints[item.name] for item in dataclasses.fields(config_class)}

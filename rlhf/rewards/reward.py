@@ -9,7 +9,10 @@ from rlhf.types import Responses, RewardOutput
 
 
 class Reward(Protocol):
-    """Scores this rank's responses. Every rank calls `score` equally often, with its own rows."""
+    """Scores this rank's responses. Every rank calls `score` equally often, with its own rows.
+
+    A reward names the same parts in every call and on every rank.
+    """
 
     def score(self, responses: Responses) -> RewardOutput:
         """Scores of B responses."""

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from rlhf.config import ConfigError
+from rlhf.data.spec import DataError
 from rlhf.data.templates import Template, load_template
 from rlhf.data.token_cache import tokenizer_fingerprint
 from rlhf.data.tokenize import TextEncoder
+from rlhf.distributed import logger
+from rlhf.models.positions import max_positions
 from rlhf.numerics.statistics import score_last
 from rlhf.rewards.reward import RewardSources
 from rlhf.types import Responses, RewardOutput, TokenizedPrompt
@@ -21,26 +25,19 @@ class RewardModel:
     """The normalised scores of a reward model: mean 0 and variance 1 on its reference responses.
 
     With the actor's tokenizer the ids go in as they are. With another one the text is encoded again, the reward
-    model's own end-of-sequence token stands for the actor's, and a prompt too long for the reward model's positions
-    loses its beginning. Where the actor's prompts are chats, their turns are rendered with the reward model's own chat
-    template: the actor's markup would be literal text to it. ConfigError when it has none.
+    model's own end-of-sequence token stands for the actor's, and what is too long for the reward model's positions
+    loses the prompt's beginning, then the response's end (which is told). Where the actor's prompts are chats, their
+    turns are rendered with the reward model's own chat template, see `ChatPrompts`.
     """
 
     def __init__(self, sources: RewardSources) -> None:
         self.engine = sources.engine
         self.tokenizer = sources.reward_tokenizer
         self.same_tokenizer = same_tokenizer(sources.reward_tokenizer, sources.tokenizer)
-        self.chat: Template | None = None
-        if sources.chat and not self.same_tokenizer:
-            if not getattr(self.tokenizer, "chat_template", None):
-                raise ConfigError(
-                    "template=chat with a reward model of another tokenizer, which has no chat template: it could only "
-                    "read the actor's markup as literal text. Give a reward model with a chat template, or train all "
-                    "stages with a text template such as template=kullm"
-                )
-            self.chat = load_template("chat", self.tokenizer)
+        self.chat = ChatPrompts.for_reward_model(self.tokenizer, sources.tokenizer) if sources.chat else None
         self.encoder = TextEncoder(self.tokenizer, prompt_has_special_tokens=self.chat is not None)
-        self.max_tokens = getattr(getattr(self._module, "config", None), "max_position_embeddings", None)
+        self.max_tokens = max_positions(self._module.config) or sys.maxsize
+        self.told = False
 
     @property
     def _module(self) -> Any:
@@ -59,23 +56,17 @@ class RewardModel:
         scores = score_last(self.engine(ids, mask), mask)
         return RewardOutput(scores.float())
 
-    def _prompt_text(self, prompt: TokenizedPrompt) -> str:
-        if self.chat is None:
-            return prompt.text
-        if not prompt.messages:
-            raise ConfigError(
-                f"prompt {prompt.id!r} came rendered already, so its turns are not known and the reward model's chat "
-                "template cannot be used on it; give prompts as messages, or a reward model of the actor's tokenizer"
-            )
-        return self.chat.render_messages(prompt.messages)
-
     def _encode_again(self, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
-        prompts = self.encoder.prompts([self._prompt_text(prompt) for prompt in responses.prompts])
+        texts = [prompt.text if self.chat is None else self.chat.text(prompt) for prompt in responses.prompts]
+        prompts = self.encoder.prompts(texts)
         start, rows = self.encoder.start_ids, []
         for prompt, text, ended in zip(prompts, responses.texts, responses.ended.tolist(), strict=True):
             response = self.encoder.responses([text], append_eos=ended)[0].ids
-            room = (self.max_tokens or sys.maxsize) - len(start) - len(response)
-            rows.append([*start, *prompt.ids[len(start) :][-max(room, 1) :], *response])
+            room = self.max_tokens - len(start) - len(response)
+            if room < 1:
+                self._tell_once(len(response))
+            row = [*start, *prompt.ids[len(start) :][-max(room, 1) :], *response]
+            rows.append(row[: self.max_tokens])
         longest = max(len(row) for row in rows)
         device = responses.rollout.response_ids.device
         ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id, device=device)
@@ -84,6 +75,48 @@ class RewardModel:
             ids[index, : len(row)] = torch.tensor(row, device=device)
             mask[index, : len(row)] = True
         return ids, mask
+
+    def _tell_once(self, tokens: int) -> None:
+        if not self.told:
+            logger.warning(
+                "a response has %d tokens for the reward model, which reads %d with the prompt: its end is not scored; "
+                "lower max_response_tokens, or take a reward model with more positions", tokens, self.max_tokens,
+            )  # fmt: skip
+        self.told = True
+
+
+@dataclass(frozen=True)
+class ChatPrompts:
+    """The actor's prompts as a reward model of another tokenizer reads them: rendered with its own chat template."""
+
+    template: Template
+
+    @classmethod
+    def for_reward_model(cls, reward_tokenizer: Any, actor_tokenizer: Any) -> ChatPrompts | None:
+        """None where the two tokenizers are the same; ConfigError for a reward model without a chat template."""
+        if same_tokenizer(reward_tokenizer, actor_tokenizer):
+            return None
+        if not getattr(reward_tokenizer, "chat_template", None):
+            raise ConfigError(
+                "template=chat with a reward model of another tokenizer, which has no chat template: it could only "
+                "read the actor's markup as literal text. Give a reward model with a chat template, or train all "
+                "stages with a text template such as template=kullm"
+            )
+        return cls(load_template("chat", reward_tokenizer))
+
+    def text(self, prompt: TokenizedPrompt) -> str:
+        """The prompt in the reward model's markup. ConfigError that names a prompt which cannot be rendered."""
+        if not prompt.messages:
+            raise ConfigError(
+                f"prompt {prompt.id!r} came rendered already, so its turns are not known and the reward model's chat "
+                "template cannot be used on it; give prompts as messages, or a reward model of the actor's tokenizer"
+            )
+        try:
+            return self.template.render_messages(prompt.messages)
+        except DataError as error:
+            raise ConfigError(
+                f"the reward model's chat template does not take prompt {prompt.id!r}: {error}"
+            ) from error
 
 
 def same_tokenizer(first: Any, second: Any) -> bool:

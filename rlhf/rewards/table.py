@@ -5,7 +5,9 @@ A new reward is a file beside this one and a row of `REWARDS`.
 
 from __future__ import annotations
 
+import inspect
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,16 +41,20 @@ class RewardSpec:
 
     @classmethod
     def parse(cls, text: str) -> RewardSpec:
-        """From a name, or a mapping {name, weight, ...} as JSON text. Raises ConfigError that lists the names."""
+        """From a name, or a mapping {name, weight, ...} as JSON text. ConfigError for an unknown name or option."""
         try:
             entry = json.loads(text) if text.lstrip().startswith("{") else {"name": text}
         except ValueError as error:
             raise ConfigError(f"rewards: {text!r} is neither a name nor a mapping: {error}") from error
         name, weight = entry.pop("name", None), entry.pop("weight", 1.0)
-        if name not in REWARDS:
+        if not isinstance(name, str) or name not in REWARDS:
             raise ConfigError(f"rewards: {name!r} is not a reward; the rewards are {', '.join(REWARDS)}")
-        if isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ConfigError(f"rewards: the weight of {name} is {weight!r}; give a number")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+            raise ConfigError(f"rewards: the weight of {name} is {weight!r}; give a finite number")
+        try:
+            inspect.signature(REWARDS[name].build).bind(None, **entry)
+        except TypeError as error:
+            raise ConfigError(f"rewards: {name} does not take these options: {error}") from error
         return cls(name, float(weight), entry)
 
 
@@ -58,15 +64,8 @@ def needs_reward_model(specs: Sequence[RewardSpec]) -> bool:
 
 
 def build_reward(specs: Sequence[RewardSpec], sources: RewardSources) -> Reward:
-    """The reward of a run: the one there is, or the weighted sum of several. Raises ConfigError for wrong options."""
-    if not specs:
-        raise ConfigError(f"rewards is empty: name at least one of {', '.join(REWARDS)}")
-    built = []
-    for spec in specs:
-        try:
-            built.append(REWARDS[spec.name].build(sources, **spec.options))
-        except TypeError as error:
-            raise ConfigError(f"rewards: {spec.name} does not take these options ({error})") from error
+    """The reward of a run: the one there is, or the weighted sum of several."""
+    built = [REWARDS[spec.name].build(sources, **spec.options) for spec in specs]
     if len(specs) == 1 and specs[0].weight == 1.0:
         return built[0]
     return WeightedSum({_unique(index, specs): (specs[index].weight, reward) for index, reward in enumerate(built)})

@@ -26,20 +26,22 @@ class Plan(Protocol):
 class DataOrder:
     """The order of examples: an endless stream of shuffled epochs, the same on every rank.
 
-    Step s takes examples s*G to (s+1)*G of the stream, so no batch is ever partial. Within a step examples go into
+    Step s takes examples s*G to (s+1)*G of the stream, so no batch is ever partial; G is `size`, or unset the global
+    batch of `plan`. Within a step examples go into
     micro-batches by length, which changes no gradient: losses are normalised over the whole global batch.
     """
 
-    def __init__(self, lengths: Sequence[int], plan: Plan, seed: int) -> None:
+    def __init__(self, lengths: Sequence[int], plan: Plan, seed: int, *, size: int | None = None) -> None:
         if not lengths:
             raise ValueError("no training example: the data set is empty")
         self._lengths = lengths
         self._plan = plan
         self._seed = seed
+        self._size = size or plan.global_batch_size
 
     def indices(self, step: int) -> list[int]:
         """Examples of the global batch of `step`, longest first."""
-        size, total = self._plan.global_batch_size, len(self._lengths)
+        size, total = self._size, len(self._lengths)
         chosen = []
         for position in range(step * size, (step + 1) * size):
             epoch, offset = divmod(position, total)
@@ -60,9 +62,9 @@ class DataOrder:
         return self._order
 
 
-def planned_steps(examples: int, batch: BatchConfig, plan: Plan) -> int:
-    """Optimizer steps of a run: `max_steps`, or as many as `epochs` passes take.
+def planned_steps(examples: int, batch: BatchConfig, size: int) -> int:
+    """Steps of `size` examples in a run: `max_steps`, or as many as `epochs` passes take.
 
-    The last step runs on into the next pass. PPO: iterations, where `plan` has a rollout as its global batch.
+    The last step runs on into the next pass.
     """
-    return batch.max_steps or max(1, math.ceil(round(batch.epochs * examples, 6) / plan.global_batch_size))
+    return batch.max_steps or max(1, math.ceil(round(batch.epochs * examples, 6) / size))

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from rlhf.checkpoint.fingerprint import check_identity
 from rlhf.checkpoint.random_state import load_rng, save_rng
 from rlhf.checkpoint.state_directory import SavedState, StateDirectory
-from rlhf.config import REMOVED_FIELDS, ConfigError, RunConfig, facts_of
+from rlhf.config import ConfigError, RunConfig, facts_of
 from rlhf.distributed import init_world, is_main, logger, raise_on_all, rank, world_size
 
 TENSORS = "loop.safetensors"
+IDENTITY_VERSION = 2
+"""Raised when models, data or settings are told apart in another way, so that an older state cannot be compared."""
 SAVES_PER_RUN = 10
 """How often a run saves its state where `save_every_steps` is 0."""
 
@@ -59,7 +61,7 @@ class TrainingStates:
 
     def save(self, step: int, loop: Resumable) -> bool:
         """Save the state after `step`; False when it could not be written (said in the log). A collective."""
-        content = {"identity": self.identity, "loop": loop.state()}
+        content = {"identity": self.identity, "identity_version": IDENTITY_VERSION, "loop": loop.state()}
         tensors = loop.tensors()
 
         def rank_files(part: Path) -> None:
@@ -90,8 +92,8 @@ class TrainingStates:
         refused: ConfigError | None = None
         if is_main():  # as rank 0 saved it: a node's copy of a model may hold one file more
             try:
-                was = {name: value for name, value in saved.content["identity"].items() if name not in REMOVED_FIELDS}
-                check_identity(was, self.identity, saved.path)
+                _check_version(saved)
+                check_identity(saved.content["identity"], self.identity, saved.path)
             except ConfigError as error:
                 refused = error
         raise_on_all(refused)
@@ -105,6 +107,15 @@ class TrainingStates:
         load_rng(saved.path, rank(), seed=self.run.seed, step=saved.step)
         logger.info("resuming after step %d from %s", saved.step, saved.path)
         return True
+
+
+def _check_version(saved: SavedState) -> None:
+    if saved.content.get("identity_version") != IDENTITY_VERSION:
+        raise ConfigError(
+            f"the training state in {saved.path} was saved by an earlier release of this library, which told models, "
+            "data and settings apart in another way: finish the run with that release, or start anew with "
+            "--resume never"
+        )
 
 
 def run_identity(configs: Iterable[Any], **content: Any) -> dict[str, Any]:

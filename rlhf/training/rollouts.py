@@ -198,8 +198,9 @@ class RolloutWorker:
             columns["logprobs"] = rollout.logprobs
         if not self.engine.has_reference:
             columns["ref_logprobs"] = columns["logprobs"]
-        self.part_names = tuple(rewards.parts)
-        parts = [rewards.scores.new_zeros(len(rollout), 0), *(part.unsqueeze(1) for part in rewards.parts.values())]
+        self.part_names = tuple(sorted(rewards.parts))
+        parts = [rewards.parts[name].unsqueeze(1) for name in self.part_names]
+        parts.append(rewards.scores.new_zeros(len(rollout), 0))
         return ScoredRollout(
             rollout,
             **columns,
@@ -317,7 +318,7 @@ class RolloutWorker:
             return {}
         examples = [prompt for prompt in prompts for _ in range(copies)]
         counted = len(examples)
-        fill = (-counted) % world_size()  # every rank must have as many rows: collectives
+        fill = max(0, world_size() - counted)  # every rank must have a row: collectives
         scored = self.run(examples + list(islice(cycle(examples), fill)), EVALUATION).rows(slice(0, counted))
         texts = [text.strip() for text in self.texts(scored.rollout.rows(slice(None, None, copies)))]
         samples = [

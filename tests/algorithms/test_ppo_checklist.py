@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers
 
-from rlhf.algorithms.advantages import gae
+from rlhf.algorithms.advantages import ESTIMATORS, Estimator, EstimatorInput, gae
 from rlhf.algorithms.ppo import (
     EmptyRolloutError,
     KLController,
@@ -115,7 +115,8 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
 
     def make(
         *, architecture="gpt_neox", engine=None, plan=None, rollout=8, ppo_epochs=1, new_tokens=6, scorer=letter_score,
-        ptx=(), reference_noise=0.0, iterations=2, actor_eos=None, critic_warmup_iterations=0, **config,
+        ptx=(), reference_noise=0.0, iterations=2, actor_eos=None, critic_warmup_iterations=0, samples_per_prompt=1,
+        **config,
     ):  # fmt: skip
         plan = plan or BatchPlan(rollout, 4, 1)
         if engine is None:
@@ -142,7 +143,12 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
             new_tokens=new_tokens,
             ptx=ptx,
             config=PPOConfig(critic_warmup_iterations=critic_warmup_iterations, **config),
-            batch=PPOBatchConfig(rollout_batch_size=rollout, ppo_epochs=ppo_epochs, max_steps=iterations),
+            batch=PPOBatchConfig(
+                rollout_batch_size=rollout,
+                samples_per_prompt=samples_per_prompt,
+                ppo_epochs=ppo_epochs,
+                max_steps=iterations,
+            ),
         )
 
     return make
@@ -837,6 +843,12 @@ def test_29_in_the_warm_up_the_critic_alone_learns(make_trainer):
     assert len(trainer.engine.critic.gradients) == 3 and len(trainer.engine.actor.gradients) == 1
 
 
+def test_29_the_critics_head_is_zero_unless_a_critic_is_named():
+    assert PPOConfig().zero_critic_head and not PPOConfig(critic_init="reward").zero_critic_head
+    assert not PPOConfig(critic_model="saved").zero_critic_head
+    assert PPOConfig(critic_model="saved", critic_init="zero").zero_critic_head
+
+
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_29_a_critic_with_a_zero_head_knows_nothing_and_learns(make_trainer, tiny_models, reward_directory, lora_rank):
     plan = BatchPlan(4, 2, 1)
@@ -849,6 +861,40 @@ def test_29_a_critic_with_a_zero_head_knows_nothing_and_learns(make_trainer, tin
     assert abs(trainer.experience_metrics["explained_variance"]) < 1e-6
     trainer.update(experience, 1)
     assert trainer.make_experience(2).values.abs().max() > 0
+
+
+# --------------------------------------------------------------------------------------- another estimator
+
+
+def test_an_estimator_is_one_function_and_one_row(make_trainer, tiny_models, monkeypatch):
+    """Each response against the mean of its prompt's responses: no critic, and the rows of one prompt are a group."""
+    seen = []
+
+    def against_the_group(given: EstimatorInput):
+        seen.append(given)
+        total = given.rewards.sum(1)
+        group_mean = torch.stack([total[given.groups == group].mean() for group in given.groups])
+        return (total - group_mean)[:, None] * given.mask, torch.zeros_like(given.rewards)
+
+    monkeypatch.setitem(ESTIMATORS, "against_the_group", Estimator(against_the_group, False, samples_per_prompt=2))
+    plan, actor = BatchPlan(8, 4, 1), load(tiny_models["gpt_neox"]).eval()
+    engine = LocalModels(actor, None, load(tiny_models["gpt_neox"]), plan)
+    trainer = make_trainer(
+        engine=engine, plan=plan, rollout=4, samples_per_prompt=2, advantage="against_the_group",
+        whiten_advantages=False, critic_warmup_iterations=3,
+    )  # fmt: skip
+    experience = trainer.make_experience(1)
+    (given,) = seen
+    assert given.groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3] and not given.values.any()
+    first, second = experience.rollout.prompt_ids[0::2], experience.rollout.prompt_ids[1::2]
+    assert torch.equal(first, second) and len(experience.scores) == 8
+    of_response = experience.advantages.sum(1) / experience.rollout.response_mask.sum(1).clamp(min=1)
+    assert of_response[0::2].tolist() == pytest.approx((-of_response[1::2]).tolist(), abs=1e-6)
+    assert of_response.abs().max() > 0.01
+    before = [parameter.detach().clone() for parameter in engine.actor.parameters()]
+    metrics = trainer.update(experience, 1)
+    assert any(not torch.equal(*pair) for pair in zip(before, engine.actor.parameters(), strict=True))
+    assert not any("critic" in name or "value" in name or name == "explained_variance" for name in metrics)
 
 
 # ---------------------------------------------------------------------------------------------- end to end

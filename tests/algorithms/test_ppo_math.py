@@ -18,9 +18,9 @@ from rlhf.algorithms.ppo import (
     PPOExperience,
     chosen_prompts,
     explained_variance,
+    planned_iterations,
     policy_loss,
     ppo_optimizer_steps,
-    rollout_plan,
     shape_rewards,
     value_loss,
 )
@@ -198,12 +198,19 @@ def test_constants_that_cannot_be_are_refused(wrong, message):
 
 
 def test_a_rollout_is_a_whole_number_of_minibatches():
-    plan = rollout_plan(PPOBatchConfig(rollout_batch_size=24), OnePlan(8, 2))
-    assert (plan.global_batch_size, plan.micro_batch_size, plan.world_size) == (24, 2, 1)
-    with pytest.raises(ConfigError, match="rollout_batch_size=20.*global_batch_size=8.*use 16 or 24"):
-        rollout_plan(PPOBatchConfig(rollout_batch_size=20), OnePlan(8, 2))
-    with pytest.raises(ConfigError, match="rollout_batch_size=4.*use 8 or 16"):
-        rollout_plan(PPOBatchConfig(rollout_batch_size=4), OnePlan(8, 2))
+    def iterations(prompts_per_rollout, samples=1, batch=8, **options):
+        config = PPOBatchConfig(rollout_batch_size=prompts_per_rollout, samples_per_prompt=samples, **options)
+        return planned_iterations(config, OnePlan(batch, 2), prompts=48)
+
+    assert iterations(24) == 2 and iterations(24, max_steps=5) == 5
+    assert iterations(4, samples=8, batch=32) == 12  # 32 responses to four prompts are one minibatch
+    for prompts, samples, batch, message in (
+        (20, 1, 8, "20 prompts with samples_per_prompt=1 give 20 responses.*global_batch_size=8.*=16 or 24$"),
+        (4, 1, 8, "rollout_batch_size=4 .*; use rollout_batch_size=8$"),
+        (10, 4, 32, "give 40 responses.*global_batch_size=32.*; use rollout_batch_size=8 or 16$"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            iterations(prompts, samples, batch)
 
 
 def test_optimizer_steps_of_a_run_are_iterations_times_epochs_times_minibatches():

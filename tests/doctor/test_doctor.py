@@ -36,7 +36,8 @@ def ppo_line(index, noise):
         "repeated_4grams": 0.03, "advantage_std": 0.5, "explained_variance": -5 * math.exp(-index / 2) + 0.5 * done,
         "clip_fraction": 0.18 * math.exp(-index), "ratio_first": 1 + 1e-6 * noise(), "log_ratio_first_mean": 1e-6,
         "log_ratio_first_max": 2e-5, "sampling_logprob_error": 2e-6, "sampling_logprob_error_mean": 2e-7,
-        "gradient_norm": 1.0, "learning_rate": 3e-4 * (1 - (index + 1) / LINES), "critic_learning_rate": 5e-4,
+        "policy_loss": -0.1, "gradient_norm": 1.0, "learning_rate": 3e-4 * (1 - (index + 1) / LINES),
+        "critic_learning_rate": 5e-4,
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+from rlhf.algorithms.ppo import PPOConfig
 from rlhf.config import ConfigError
 from rlhf.models.scalar import ScalarModel
 from rlhf.rewards import table
@@ -49,8 +50,11 @@ def test_an_unknown_reward_lists_the_names_there_are():
         RewardSpec.parse("rewards_model")
     with pytest.raises(ConfigError, match="neither a name nor a mapping"):
         RewardSpec.parse("{broken")
-    with pytest.raises(ConfigError, match="the weight of reward_model is 'much'; give a number"):
-        RewardSpec.parse('{"name": "reward_model", "weight": "much"}')
+    with pytest.raises(ConfigError, match=r"\['a'\] is not a reward"):
+        RewardSpec.parse('{"name": ["a"]}')
+    for weight in ('"much"', "NaN", "true"):
+        with pytest.raises(ConfigError, match="the weight of reward_model is .*; give a finite number"):
+            RewardSpec.parse('{"name": "reward_model", "weight": ' + weight + "}")
 
 
 def test_a_new_reward_is_a_row_and_takes_its_options_from_the_configuration(monkeypatch, sources):
@@ -58,10 +62,19 @@ def test_a_new_reward_is_a_row_and_takes_its_options_from_the_configuration(monk
     spec = RewardSpec.parse('{"name": "fixed", "value": 3.0}')
     assert build_reward([spec], sources).score(responses()).scores.tolist() == [3.0, 3.0]
     assert not needs_reward_model([spec]) and needs_reward_model([spec, RewardSpec.parse("reward_model")])
-    with pytest.raises(ConfigError, match="fixed does not take these options .*worth"):
-        build_reward([RewardSpec.parse('{"name": "fixed", "worth": 3.0}')], sources)
+    with pytest.raises(ConfigError, match="fixed does not take these options: .*worth"):
+        RewardSpec.parse('{"name": "fixed", "worth": 3.0}')
     with pytest.raises(ConfigError, match="rewards is empty: name at least one"):
-        build_reward([], sources)
+        PPOConfig(rewards=[])
+
+
+def test_a_mistake_inside_a_reward_is_not_called_a_wrong_option(monkeypatch, sources):
+    def broken(sources, **options):
+        raise TypeError("a bug of the reward's own")
+
+    monkeypatch.setitem(REWARDS, "broken", RewardKind(broken))
+    with pytest.raises(TypeError, match="a bug of the reward's own"):
+        build_reward([RewardSpec.parse("broken")], sources)
 
 
 def test_several_rewards_are_a_weighted_sum_with_their_parts_named(monkeypatch, sources):
@@ -140,3 +153,21 @@ def test_a_chat_that_cannot_be_rendered_is_refused_with_what_to_do(tiny_models, 
     )
     with pytest.raises(ConfigError, match="has no chat template.*template=kullm"):
         RewardModel(RewardSources(tokenizer, (EOS,), model, plain, chat=True))
+
+
+@torch.no_grad()
+def test_a_response_that_the_reward_model_has_no_positions_for_loses_its_end(tiny_models, tokenizer, chat_tokenizer):
+    """With another tokenizer a text may have many more tokens: GPT-2 would fail in the middle of a run."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_models["gpt2"], dtype=torch.float32)
+    base.resize_token_embeddings(len(chat_tokenizer))
+    model = ScalarModel(base.base_model, seed=3).eval()
+    positions = model.config.max_position_embeddings
+    reward = RewardModel(RewardSources(tokenizer, (tokenizer.eos_token_id,), model, chat_tokenizer))
+    given = chat_responses(tokenizer, [{"role": "user", "content": "Hi"}])
+    long = Responses(given.rollout, given.prompts, ["no" * positions], given.ended)
+    kept = chat_tokenizer(given.prompts[0].text, add_special_tokens=False)["input_ids"][-1:]
+    kept += chat_tokenizer(long.texts[0], add_special_tokens=False)["input_ids"]
+    row = torch.tensor([kept[:positions]])
+    expected = model(row, torch.ones_like(row))[0, -1]
+    torch.testing.assert_close(reward.score(long).scores[0], expected, atol=2e-5, rtol=1e-5)
+    assert reward.told

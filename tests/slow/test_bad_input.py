@@ -108,21 +108,14 @@ def test_lora_target_that_matches_nothing(options):
         sft([*options, "--lora_rank", "4", "--lora_targets", "decoder.layers."])
 
 
-def test_batch_that_does_not_divide(options):
-    with pytest.raises(ConfigError, match=r"global_batch_size=5 must be a multiple of .*; use 4 or 6"):
-        sft([*options, "--global_batch_size", "5"])
-
-
 def test_rollout_that_does_not_divide(options, micro_base, tmp_path):
     reward_model = trained_reward_model(options, tmp_path)
-    with pytest.raises(
-        ConfigError, match=r"rollout_batch_size=6 must be a multiple of global_batch_size=4.*use 4 or 8"
-    ):
+    with pytest.raises(ConfigError, match=r"rollout_batch_size=6 .* no multiple of global_batch_size=4 .*=4 or 8"):
         ppo([*options, "--actor_model", str(micro_base), "--reward_model", reward_model, "--rollout_batch_size", "6"])
 
 
 def test_filtered_rollouts_are_refused(options):
-    with pytest.raises(ConfigError, match="top_p=0.9.*temperature"):
+    with pytest.raises(ConfigError, match="top_p.*temperature"):
         ppo([*options, "--top_p", "0.9"])
 
 
@@ -182,7 +175,8 @@ def test_quantisation_with_zero_3(options):
 
 def test_reward_model_of_another_tokenizer_is_used(options, micro_base, tiny_models, tmp_path):
     """Its scores are those of the text, and the critic, which reads the actor's tokens, starts from the actor."""
-    other = [*options, "--base_model", str(tiny_models["llama"])]
+    other = [*options, "--base_model", str(tiny_models["llama"]), "--max_prompt_tokens", "40"]
+    other += ["--max_response_tokens", "24"]
     reward_model = trained_reward_model(other, tmp_path)
     result = ppo(
         [*options, "--actor_model", str(micro_base), "--reward_model", reward_model, "--rollout_batch_size", "4"]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine import test_averaged_weights
 from tests.engine.test_averaged_weights import assert_close_in_movement
 from tests.support.launch import run_ranks
 
@@ -15,7 +16,7 @@ from tests.support.launch import run_ranks
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("ranks")
-    done = run_ranks(Path(__file__), 2, out, [str(out)])
+    done = run_ranks(Path(test_averaged_weights.__file__), 2, out, [str(out)])
     assert done.returncode == 0, done.stdout[-4000:]
     return torch.load(out / "found.pt", weights_only=True)
 

@@ -18,7 +18,7 @@ from rlhf.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf.distributed import close_world, init_world, is_main, world_size
 from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.generation import Sampling
-from rlhf.models.model_call import forward_logits
+from rlhf.models.forward import forward_logits
 from rlhf.training.data_order import DataOrder
 from rlhf.training.rollouts import RolloutWorker
 from rlhf.training.step import accumulate_step

@@ -11,9 +11,11 @@ import torch
 from rlhf.models.forward import forward_logits
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.scalar import ScalarModel
+from tests.engine import test_engine
 from tests.engine.test_engine import FP32, batch, each_stage, reference_gradients
 from tests.support.launch import run_ranks
 
+reward_model = test_engine.reward_model  # a fixture
 RANK_SCRIPT = """
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ from rlhf.config import EngineConfig, ModelConfig
 from rlhf.distributed import init_world, is_main, rank, world_size
 from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.models.loading import load_tokenizer
+from tests.engine import test_engine
 from tests.engine.test_engine import (
     OPTIMIZER, backward_in_micro_batches, batch, forward_logits, full_gradients, make_engine, token_sum)
 arguments = [item for item in sys.argv[1:] if not item.startswith("--local_rank")]

@@ -11,6 +11,7 @@ import torch
 
 from rlhf.config import ConfigError
 from rlhf.engine import load_engine_state
+from tests.engine import test_engine_state
 from tests.engine.test_engine_state import copied_state
 from tests.support.engine_state_worker import (
     LAST,
@@ -24,6 +25,7 @@ from tests.support.engine_state_worker import (
 )
 from tests.support.launch import ROOT, run_ranks
 
+models, one_rank = test_engine_state.models, test_engine_state.one_rank  # fixtures
 WORKER = ROOT / "tests" / "support" / "engine_state_worker.py"
 
 

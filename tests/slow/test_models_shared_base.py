@@ -10,11 +10,12 @@ import torch
 from rlhf.models.forward import forward_logits
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.scalar import ScalarModel
+from tests.models import test_shared_base
 from tests.models.test_shared_base import FP32, batch
 from tests.support.launch import run_ranks
 
+models = test_shared_base.models  # a fixture
 TOLERANCE = 2e-4
-
 
 RANK_SCRIPT = """
 import sys

@@ -5,13 +5,12 @@ import json
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
-from rlhf.algorithms.ppo import rollout_plan
+from rlhf.algorithms.ppo import PPOBatchConfig, planned_iterations
 from rlhf.config import ModelConfig, load_config_file
 from rlhf.engine import BatchPlan
 from rlhf.models.loading import load_causal_lm
@@ -97,8 +96,8 @@ def test_starts_on_one_to_eight_devices(path, stage):
         parts = plan.micro_batches(lengths)
         assert len(parts) % world == 0 and sum(map(len, parts)) == plan.global_batch_size
         if stage == "ppo":
-            rollouts = rollout_plan(SimpleNamespace(**parsed), plan)
-            assert (rollouts.global_batch_size, rollouts.world_size) == (parsed["rollout_batch_size"], world)
+            batch = PPOBatchConfig(**{field.name: parsed[field.name] for field in dataclasses.fields(PPOBatchConfig)})
+            assert planned_iterations(batch, plan, parsed["rollout_batch_size"]) >= 1
 
 
 @every_file

@@ -15,9 +15,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import rlhf.training.resume
 from rlhf.checkpoint.run_lock import RunLock
 from rlhf.config import ConfigError
 from rlhf.distributed.rank_watch import Stopped
+from rlhf.training.resume import IDENTITY_VERSION
 from step1_sft.main import main as sft
 from step2_reward.main import main as reward
 from step3_ppo.main import main as ppo
@@ -113,7 +115,7 @@ def test_the_best_model_so_far_is_not_replaced_by_a_worse_one(micro_base, data, 
     assert weights[0] == weights[1]
 
 
-def test_what_is_not_the_same_run_is_refused_with_the_difference_named(whole, micro_base, data, tmp_path):
+def test_what_is_not_the_same_run_is_refused_with_the_difference_named(whole, micro_base, data, tmp_path, monkeypatch):
     line = arguments(micro_base, data, tmp_path)["sft"]
     interrupt("sft", line, tmp_path)
     with pytest.raises(ConfigError, match=r"unfinished run, saved after step \d.*--resume auto.*--resume never"):
@@ -126,7 +128,11 @@ def test_what_is_not_the_same_run_is_refused_with_the_difference_named(whole, mi
         sft([*line, "--sft_data", str(less), "--resume", "auto"])
     with pytest.raises(ConfigError, match="base.model.safetensors was"):
         sft([*line, "--base_model", str(whole / "sft" / "model"), "--resume", "auto"])
-    assert list((tmp_path / "sft" / "states").glob("step-*")), "a refusal must not cost the state"
+    newest = max((tmp_path / "sft" / "states").glob("step-*"))
+    with monkeypatch.context() as patch, pytest.raises(ConfigError, match="by an earlier release.*--resume never"):
+        patch.setattr(rlhf.training.resume, "IDENTITY_VERSION", IDENTITY_VERSION + 1)
+        sft([*line, "--resume", "auto"])
+    assert newest.is_dir(), "a refusal must not cost the state"
     sft([*line, "--resume", "never"])
     assert metrics(tmp_path / "sft") == metrics(whole / "sft")
 

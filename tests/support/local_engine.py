@@ -48,11 +48,17 @@ class LocalModels(RLHFEngine):
     """Actor, critic and reference of an RLHFEngine in plain torch, in evaluation mode also while they train."""
 
     def __init__(
-        self, actor: nn.Module, critic: nn.Module, reference: nn.Module, plan: BatchPlan, *, side_by_side: bool = False
+        self,
+        actor: nn.Module,
+        critic: nn.Module | None,
+        reference: nn.Module,
+        plan: BatchPlan,
+        *,
+        side_by_side: bool = False,
     ) -> None:
         super().__init__(
             LocalEngine(actor.eval(), plan),
-            critic=LocalEngine(critic.eval(), plan),
+            critic=None if critic is None else LocalEngine(critic.eval(), plan),
             reference=reference.eval(),
             side_by_side=side_by_side,
         )

@@ -54,7 +54,7 @@ def test_epochs_and_seeds_shuffle_differently_and_a_step_can_be_asked_for_in_any
 
 def test_steps_of_whole_and_broken_epochs():
     def steps(examples, epochs, size, max_steps=0):
-        return planned_steps(examples, BatchConfig(epochs=epochs, max_steps=max_steps), BatchPlan(size, size, 1))
+        return planned_steps(examples, BatchConfig(epochs=epochs, max_steps=max_steps), size)
 
     assert [steps(10, epochs, 4) for epochs in (0.1, 0.4, 1.0, 2.0, 3.0)] == [1, 1, 3, 5, 8]
     assert steps(10, 0.1 + 0.2, 10) == 1  # 0.30000000000000004 * 10 is 3 examples
@@ -174,7 +174,7 @@ def sft_trainer(path, tmp_path, train, evaluation, *, micro=2, lr=0.05, exported
         SFTConfig(loss_on=loss_on, eval_every_steps=eval_every_steps),
         pad_token_id=0,
         plan=plan,
-        total_steps=planned_steps(len(train), BatchConfig(**batch), plan),
+        total_steps=planned_steps(len(train), BatchConfig(**batch), plan.global_batch_size),
         export=(lambda: exported.append(True)) if exported is not None else (lambda: None),
         context=context(tmp_path, "sft", log_every_steps=1),
     )
