@@ -17,12 +17,14 @@ from deepspeed.utils import safe_get_full_grad
 from rlhf.config import EngineConfig, ModelConfig, OptimizerConfig
 from rlhf.distributed import close_world, init_world, is_main, world_size
 from rlhf.engine import BatchPlan, RLHFEngine
-from rlhf.generation import Sampling
+from rlhf.generation import Sampling, make_backend
 from rlhf.models.forward import forward_logits
+from rlhf.models.loading import load_tokenizer
 from rlhf.training.data_order import DataOrder
 from rlhf.training.rollouts import RolloutWorker
 from rlhf.training.step import accumulate_step
 from rlhf.types import TokenizedPrompt
+from tests.support.on_policy import FunctionReward
 
 actor, reward, out = [Path(item) for item in sys.argv[1:] if not item.startswith("--local_rank")]
 init_world()
@@ -66,13 +68,18 @@ for stage in (0, 2, 3):
         )
         found[f"gradients {stage} {micro}"] = gradients
         found[f"loss {stage} {micro}"] = loss
+    backend = make_backend("own", engine.actor, eos_ids=[1], pad_token_id=0, seed=2)
+    reward_of_ids = FunctionReward(lambda rollout, texts: (rollout.response_ids * rollout.response_mask).sum(1).float())
     worker = RolloutWorker(
-        engine, lambda rollout, texts: (rollout.response_ids * rollout.response_mask).sum(1).float(), Sampling(6),
-        eos_ids=[1], pad_token_id=0, seed=2, plan=BatchPlan(8, 2, world_size()), scoring_tokens=9,
+        engine, backend, reward_of_ids, Sampling(6),
+        tokenizer=load_tokenizer(actor), eos_ids=[1], plan=BatchPlan(8, 2, world_size()), scoring_tokens=9,
     )
     prompts = [TokenizedPrompt(id=str(index), input_ids=tuple(row), text="") for index, row in enumerate(ROWS)]
-    rollout, scored = worker.run(prompts, 1)
-    found[f"rollout {stage}"] = {"ids": rollout.response_ids, "mask": rollout.response_mask, **scored}
+    scored = worker.run(prompts, 1)
+    found[f"rollout {stage}"] = {
+        "ids": scored.rollout.response_ids, "mask": scored.rollout.response_mask, "logprobs": scored.logprobs,
+        "ref_logprobs": scored.ref_logprobs, "values": scored.values, "scores": scored.scores,
+    }
 if is_main():
     torch.save(found, out / "found.pt")
 close_world()
