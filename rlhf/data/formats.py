@@ -113,6 +113,8 @@ _SHAPES = {
     ),
     "ranked": (("prompt", "responses", "ranks"), ("prompt", "responses", "scores"), ("prompt", "chosen", "rejected")),
 }
+_ANSWERS = (("chosen", "rejected"), ("responses",), ("response",))
+"""Our names of the answers that may stand beside a prompt."""
 _SHAPES["comparison"] = _SHAPES["ranked"] + _SHAPES["preference"][1:]
 """Our names that make up a record of each kind when `columns` says what they are."""
 
@@ -225,6 +227,10 @@ def _layout_of_mapping(
         )
     shape = max(shapes, key=lambda names: len(given.intersection(names[:1] if kind == "prompt" else names)))
     columns = {name: known[name] for name in shape}
+    if shape == ("prompt",):  # whole dialogues beside it are the prompt, as they are for the other kinds
+        beside = [names for names in _ANSWERS if all(name in known for name in names)]
+        shape += max(beside, key=lambda names: len(given.intersection(names)), default=())
+        columns = {name: known[name] for name in shape}
     if columns.get("prompt") == "instruction" and "input" in there:
         columns["input"] = "input"  # the two belong together in every instruction format
     columns.update({name: column for name, column in mapped.items() if name not in CONTENT})

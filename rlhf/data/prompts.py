@@ -67,7 +67,7 @@ class PromptReader:
             return self._conversation(row, messages, columns["messages"])
         if "text" in columns:
             return self._rendered_text(row, columns["text"])[0]
-        if "chosen" in columns and ("prompt" not in columns or self._holds_prompt(row)):
+        if "chosen" in columns and ("prompt" not in columns or self._holds_dialogues(row) or self._holds_prompt(row)):
             return self.pair(row)[0]
         if "instances" in columns:
             value = row.values.get(columns["instances"])
@@ -91,7 +91,7 @@ class PromptReader:
         columns = self.layout.columns
         names = (columns["chosen"], columns["rejected"])
         sides = [self.value(row, name) for name in names]
-        if all(isinstance(side, list) for side in sides) and any(len(side) > 1 for side in sides):
+        if self._holds_dialogues(row):
             parts = [read_messages(side, name) for side, name in zip(sides, names, strict=True)]
             if parts[0][:-1] != parts[1][:-1]:
                 raise BadRow(names[1], f"has no common prompt with `{names[0]}`: the turns before the last one differ")
@@ -230,6 +230,11 @@ class PromptReader:
             cut = [answer[len(given) :].lstrip() for answer in answers]
             answers = [read_text(answer, name) for answer, name in zip(cut, names, strict=True)]
         return prompt, answers
+
+    def _holds_dialogues(self, row: Row) -> bool:
+        """Whether `chosen` and `rejected` are lists of messages with the turns before the answer."""
+        sides = [self.value(row, self.layout.columns[name]) for name in ("chosen", "rejected")]
+        return all(isinstance(side, list) for side in sides) and any(len(side) > 1 for side in sides)
 
     def _holds_prompt(self, row: Row, names: Sequence[str] = ()) -> bool:
         """Whether the answers are whole transcripts, the prompt among their turns; BadRow where only some are."""

@@ -175,6 +175,36 @@ def test_a_prompt_beside_whole_transcripts_is_read_once(prompt: str, front: str,
         assert (imitated.prompt, imitated.response) == (record.prompt, record.chosen)
 
 
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def bot(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+EARLIER = [{"role": "system", "content": "짧게."}, user("가"), bot("나"), user("물음")]
+DIALOGUES = {"chosen": [*EARLIER, bot("좋은 답")], "rejected": [*EARLIER, bot("나쁜 답")]}
+"""Lists of messages beside the last question, as UltraFeedback has them."""
+
+
+@pytest.mark.parametrize(
+    "answers", [DIALOGUES, {"chosen": hh("가", "나", "물음", "다"), "rejected": hh("가", "나", "물음", "라")}]
+)
+@pytest.mark.parametrize(
+    "names", [("prompt", "chosen", "rejected"), ("질문", "chosen", "rejected"), ("질문", "갑", "을")]
+)
+def test_every_kind_reads_one_prompt_from_whole_dialogues(answers: dict[str, Any], names: tuple[str, ...]) -> None:
+    row = dict(zip(names, ("물음", answers["chosen"], answers["rejected"]), strict=True))
+    columns = {} if names[0] == "prompt" else {"prompt": names[0]}
+    columns |= {} if names[1] == "chosen" else {"chosen": names[1], "rejected": names[2]}
+    (pair,) = records_of("comparison", row, columns=columns)
+    (asked,) = records_of("prompt", row, columns=columns)
+    assert all(turn in asked.prompt for turn in ("가", "나", "물음")) and asked.prompt == pair.prompt
+    assert asked.meta["prompt_key"] == pair.meta["prompt_key"]
+    assert set(asked.columns) == set(names[1:])
+
+
 def test_published_transcripts_beside_their_last_question_are_read_as_without_it() -> None:
     published = DATA / "hh_rlhf" / "harmless-base-test.jsonl.gz"
     if not published.is_file():
