@@ -29,7 +29,6 @@ from rlhf.data.row_values import (
     DroppedRow,
     content_of,
     prompt_key,
-    read_answer,
     read_label,
     read_list,
     read_number,
@@ -229,10 +228,7 @@ class _Reader:
 
     def _read_scored_pair(self, row: Row) -> Record:
         columns = self.layout.columns
-        prompt = self.prompts.prompt_of(row)
-        responses = [
-            read_answer(self.prompts.value(row, columns[name]), columns[name]) for name in ("response1", "response2")
-        ]
+        prompt, responses = self.prompts.prompt_and_answers(row)
         sums = [self._sum(row, "sum1", "scores1"), self._sum(row, "sum2", "scores2")]
         if sums[0] == sums[1]:
             raise DroppedRow(columns["sum1"], f"and `{columns['sum2']}` are equal ({sums[0]:g}): a tie")
@@ -250,20 +246,8 @@ class _Reader:
 
     def _read_ranking(self, row: Row) -> Record:
         columns = self.layout.columns
-        prompt = self.prompts.prompt_of(row)
-        if self.layout.response_columns:
-            name = self.layout.response_columns[-1]
-            values = [row.values.get(column) for column in self.layout.response_columns]
-            while len(values) > 2 and values[-1] in (None, ""):
-                values.pop()  # a file may hold prompts with fewer responses than its widest row
-            responses = [
-                read_answer(self.prompts.value(row, column), column)
-                for column, _ in zip(self.layout.response_columns, values, strict=False)
-            ]
-        else:
-            name = columns["responses"]
-            values = read_list(row.values.get(name), name)
-            responses = [read_answer(value, f"{name}[{index}]") for index, value in enumerate(values)]
+        prompt, responses = self.prompts.prompt_and_answers(row)
+        name = self.layout.response_columns[-1] if self.layout.response_columns else columns["responses"]
         if len(responses) < 2:
             raise BadRow(name, f"needs at least two responses, got {len(responses)}")
         by_rank = "ranks" in columns

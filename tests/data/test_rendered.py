@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -260,6 +261,59 @@ def test_prompts_without_markers_before_every_answer_are_cut_off() -> None:
         notes=notes,
     )
     assert not notes.warnings
+
+
+def ranking_rows(answers: list[list[str]], prompts: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """The same two answers to each prompt in every layout that ranks them."""
+    rows: dict[str, list[dict[str, Any]]] = {"scores": [], "ranks": [], "columns": [], "scored pair": []}
+    for prompt, pair in zip(prompts, answers, strict=True):
+        rows["scores"].append({"prompt": prompt, "responses": pair, "scores": [2, 1]})
+        rows["ranks"].append({"query": prompt, "responses": json.dumps(pair), "ranks": [0, 1]})
+        rows["columns"].append(
+            {"prompt": prompt, "completion_0": pair[0], "completion_1": pair[1], "completion_2": "", "ranking": [0, 1]}
+        )
+        rows["scored pair"].append({"prompt": prompt, "response1": pair[0], "sum1": 2, "response2": pair[1], "sum2": 1})
+    return rows
+
+
+LAYOUTS = ("scores", "ranks", "columns", "scored pair")
+
+
+def ranked_texts(record: Any) -> tuple[str, ...]:
+    return record.responses if hasattr(record, "responses") else (record.chosen, record.rejected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whole_transcripts_of_a_ranking_are_read_once(layout: str) -> None:
+    transcripts = [[hh("가", "나", "물음", "좋은 답"), hh("가", "나", "물음", "나쁜 답")]]
+    rows = ranking_rows(transcripts, ["물음"])[layout]
+    (record,) = records_of("comparison", *rows)
+    assert record.prompt == hh("가", "나", "물음", "").rstrip() and record.meta["rendered"] is True
+    assert [text.strip() for text in ranked_texts(record)] == ["좋은 답", "나쁜 답"]
+    (asked,) = records_of("prompt", *rows)
+    assert asked.prompt == record.prompt and asked.meta["prompt_key"] == record.meta["prompt_key"]
+    with pytest.raises(DataError, match="is an answer alone, and .* a whole transcript"):
+        records_of("comparison", *ranking_rows([[transcripts[0][0], "나쁜 답"]], ["물음"])[layout])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prompt_before_every_answer_of_a_ranking_is_cut_off(layout: str) -> None:
+    prompts = [f"물음 {n}" for n in range(3)]
+    rows = ranking_rows([[f"{prompt} 좋은 답", f"{prompt}\n나쁜 답"] for prompt in prompts], prompts)[layout]
+    for record in records_of("comparison", *rows):
+        assert ranked_texts(record) == ("좋은 답", "나쁜 답")
+    notes = ReadingNotes()
+    assert ranked_texts(records_of("comparison", *rows[:2], notes=notes)[0]) == ("물음 0 좋은 답", "물음 0\n나쁜 답")
+    assert notes.warnings == Counter({"answers begin with their prompt and were kept as they are": 2})
+
+
+def test_a_prompt_is_read_from_one_whole_transcript_and_beside_answers_that_cannot_be_read() -> None:
+    row = {"prompt": "물음", "response": hh("가", "나", "물음", "답")}
+    (record,) = records_of("response", row)
+    (asked,) = records_of("prompt", row)
+    assert asked.prompt == record.prompt and asked.meta["prompt_key"] == record.meta["prompt_key"]
+    (asked,) = records_of("prompt", {"prompt": "물음", "responses": 3, "scores": [1]})
+    assert asked.prompt == load_template("kullm").render("물음")
 
 
 def test_skipped_transcripts_are_counted(tmp_path: Path) -> None:
