@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from rlhf.data.row_values import END_OF_TEXT, without_end_marks
 from rlhf.data.spec import DataError
 
 
@@ -123,9 +124,8 @@ def split_rendered(text: str) -> tuple[str, str] | None:
             raise DataError("ends with a user's turn: there is no response to it")
         end = max(start, following.start())
     answer = text[start:end]
-    if markup.end and answer.rstrip().endswith(markup.end):
-        answer = answer.rstrip().removesuffix(markup.end)
-    return text[:start], answer
+    closed = without_end_marks(answer, (markup.end, *END_OF_TEXT)) if markup.end else answer
+    return text[:start], closed if markup.end in answer[len(closed) :] else answer
 
 
 def _first_markup(text: str) -> Markup | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlhf.data.row_values import INVISIBLE
+from rlhf.data.row_values import without_end_marks
 from rlhf.distributed import is_main
 from rlhf.types import (
     PreferenceRecord,
@@ -130,7 +130,7 @@ class TextEncoder:
 
         `append_eos` False is for a response that was cut off, which must not look finished.
         """
-        texts = [self._without_trailing_eos(text) for text in texts]
+        texts = [without_end_marks(text, self._eos_texts) for text in texts]
         encoded = []
         for ids in self._encode(texts, read_special_tokens=False):
             whole = [*ids, self.eos_id] if append_eos else ids
@@ -173,17 +173,6 @@ class TextEncoder:
             if full[start : start + len(plain)] == plain:
                 return tuple(full[:start])
         return ()
-
-    def _without_trailing_eos(self, text: str) -> str:
-        """`text` without the ends of sequence that close it; white and invisible characters may stand among them."""
-        kept = end = len(text)
-        while True:
-            while end and (text[end - 1].isspace() or text[end - 1] in INVISIBLE):
-                end -= 1
-            ending = next((eos for eos in self._eos_texts if text.endswith(eos, 0, end)), None)
-            if ending is None:
-                return text[:kept]
-            kept = end = end - len(ending)
 
     def _without_start_text(self, text: str) -> str:
         bos = self.tokenizer.bos_token

@@ -12,7 +12,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from rlhf.data.rendered import is_rendered, raw_prompt, split_rendered
-from rlhf.data.row_values import INVISIBLE
+from rlhf.data.row_values import INVISIBLE, without_end_marks
 from rlhf.data.sources import DataError
 from rlhf.data.templates import TEXT_TEMPLATES, Template, load_template
 from rlhf.data.token_cache import cached_tokens, record_key_parts
@@ -233,8 +233,4 @@ def test_rows_survive_the_cache_and_damage_is_found(
 def test_many_ends_of_sequence_take_linear_time() -> None:
     """A model's looped output: the patterns for trailing ends used to look from each of them to the end again."""
     looped = EOS * 100_000
-    encoder = TextEncoder(TOKENIZERS["plain"])
-    assert (
-        encoder._without_trailing_eos("답" + looped) == "답"
-        and encoder._without_trailing_eos(looped + "답") == looped + "답"
-    )
+    assert without_end_marks("답" + looped, [EOS]) == "답" and without_end_marks(looped + "답", [EOS]) == looped + "답"

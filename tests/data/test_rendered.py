@@ -106,6 +106,9 @@ def test_the_markers_of_a_chat_model_are_read_as_its_special_tokens() -> None:
         ("### Human: 가### Assistant: 나### Human: ", "### Human: 가### Assistant:", " 나"),
         (CHATML + "답<|im_end|>\n", CHATML, "답"),
         (CHATML + "답<|im_end|>\n<|im_start|>user\n", CHATML, "답"),
+        (CHATML + "답<|im_end|>\n<|endoftext|>", CHATML, "답"),
+        (CHATML + "답<|im_end|> </s>\n<|im_start|>user\n", CHATML, "답"),
+        (CHATML + "답 </s>", CHATML, "답 </s>"),  # no end of the turn before it: what the answer says
         ("<s>[INST] 가 [/INST] 나 </s>", "<s>[INST] 가 [/INST]", " 나 "),
         # the markers of another family are text
         ("### 질문: 가\n\n### 답변: 대본:\n\nHuman: 안녕", "### 질문: 가\n\n### 답변:", " 대본:\n\nHuman: 안녕"),
