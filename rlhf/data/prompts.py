@@ -142,7 +142,7 @@ class PromptReader:
         instruction = read_text(value, column)
         if markup_of(instruction) is not None:
             return self._rendered(row, instruction, given)
-        if (unfinished := unfinished_markup(instruction)) is not None:
+        if (unfinished := unfinished_markup(instruction)) is not None and unfinished.special:
             raise BadRow(
                 column, f"begins with the markers of {unfinished.name} and does not end where the answer begins"
             )
@@ -332,6 +332,13 @@ def answers_begin_with_prompt(row: Row, layout: Layout) -> bool:
         isinstance(answer, str) and answer.startswith(prompt) and answer[len(prompt) :][:1].isspace()
         for answer in answers
     )
+
+
+def begins_with_plain_marker(row: Row, layout: Layout) -> bool:
+    """Whether a row's prompt begins with a marker of plain text, such as `### User:`, and no answer's marker ends it."""
+    prompt = row.values.get(layout.columns.get("prompt", ""))
+    unfinished = unfinished_markup(prompt) if isinstance(prompt, str) else None
+    return unfinished is not None and not unfinished.special
 
 
 def _split(text: str, column: str) -> tuple[str, str] | None:

@@ -23,7 +23,14 @@ from typing import Any
 
 from rlhf.data.formats import SCORE_GAP, Layout, category_of, layout_of
 from rlhf.data.printed_lists import parse_printed
-from rlhf.data.prompts import REPEATING_ROWS, Prompt, PromptReader, answers_begin_with_prompt, read_input
+from rlhf.data.prompts import (
+    REPEATING_ROWS,
+    Prompt,
+    PromptReader,
+    answers_begin_with_prompt,
+    begins_with_plain_marker,
+    read_input,
+)
 from rlhf.data.row_values import (
     BadRow,
     DroppedRow,
@@ -45,6 +52,12 @@ __all__ = ["SkippedRow", "prompt_key", "rows_to_records"]
 
 MAX_PAIRS_PER_PROMPT = 4
 """Pairs made of the labelled responses to one prompt, so that one prompt does not outweigh the others."""
+
+UNFINISHED = (
+    "prompts begin with the marker of a turn and do not end with that of the answer, so the template goes around both; "
+    "take the markers off, or add the answer's"
+)
+"""The warning of prompts that `begins_with_plain_marker` is true of."""
 
 
 @dataclass
@@ -92,6 +105,8 @@ def rows_to_records(
         layout = layout_of(file_rows, kind, spec)
         answers_repeat = kind != "prompt" and _notice_repetition(file_rows, layout, notes)
         _notice_ignored(file_rows, layout, notes)
+        if unfinished := sum(begins_with_plain_marker(row, layout) for row in file_rows):
+            notes.warnings[UNFINISHED] += unfinished
         reader = _Reader(kind, spec, layout, PromptReader(template, layout, answers_repeat=answers_repeat))
         for row in file_rows:
             try:

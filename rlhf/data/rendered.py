@@ -99,10 +99,14 @@ def holds_transcript(text: str) -> bool:
 
 
 def unfinished_markup(prompt: str) -> Markup | None:
-    """The markup of special tokens that a prompt begins with, where it does not end where the answer begins."""
+    """The markup whose marker a prompt begins with and asks by, where it does not end where the answer begins.
+
+    Where that is of special tokens the prompt was cut; other markers someone may also write by chance.
+    """
     if markup_of(prompt) is not None:
         return None
-    begins = (markup for markup in MARKUPS if markup.special and markup.marker.match(prompt.lstrip()))
+    prompt = prompt.lstrip()
+    begins = (markup for markup in MARKUPS if markup.marker.match(prompt))
     return next((markup for markup in begins if markup.question.search(prompt)), None)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.records import rows_to_records
+from rlhf.data.records import UNFINISHED, rows_to_records
 from rlhf.data.rendered import is_rendered, raw_prompt, split_rendered
 from rlhf.data.sources import DataError, DatasetSpec, Row, SkippedRow, read_rows
 from rlhf.data.spec import ReadingNotes
@@ -80,6 +80,24 @@ def test_a_question_about_markers_is_a_plain_prompt(prompt: str) -> None:
         prompt = "왜 " + prompt
     (record,) = records_of("response", {"prompt": prompt, "response": "답"})
     assert record.prompt == load_template("kullm").render(prompt) and "rendered" not in record.meta
+
+
+@pytest.mark.parametrize(
+    "prompt", ["### User:\n안녕", "### Instruction:\n안녕", "\n\nHuman: 안녕", "### 명령어:\n안녕\n\n### 입력:\n글"]
+)
+def test_prompts_that_begin_with_plain_markers_alone_are_counted(prompt: str) -> None:
+    for kind, row in (("prompt", {"prompt": prompt}), ("response", {"instruction": prompt, "output": "답"})):
+        notes = ReadingNotes()
+        (record, _, _) = records_of(kind, row, row, {name: "물음" for name in row}, notes=notes)
+        assert record.prompt == load_template("kullm").render(prompt)
+        assert notes.warnings == Counter({UNFINISHED: 2})
+
+
+@pytest.mark.parametrize("prompt", [*PROMPTS.values(), "왜 ### User: 라고 써요?", "### 제목\n안녕", "### Assistant:"])
+def test_whole_markers_and_those_within_a_prompt_warn_of_nothing(prompt: str) -> None:
+    notes = ReadingNotes()
+    records_of("prompt", {"prompt": prompt}, notes=notes)
+    assert not notes.warnings
 
 
 def test_the_markers_of_a_chat_model_are_read_as_its_special_tokens() -> None:
