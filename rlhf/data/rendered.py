@@ -13,7 +13,7 @@ from rlhf.data.spec import DataError
 class Markup:
     """How a family of templates marks turns. `question` begins the user's turn, `answer` the assistant's, `marker` any.
 
-    `end` ends a turn, "" where nothing does. `special` is for markers that are special tokens of the models that have
+    `next_question` begins the user's turn after an answer. `end` ends a turn, "" where nothing does. `special` is for markers that are special tokens of the models that have
     them and that nobody writes by chance.
     """
 
@@ -21,12 +21,16 @@ class Markup:
     question: re.Pattern[str]
     answer: re.Pattern[str]
     marker: re.Pattern[str]
+    next_question: re.Pattern[str]
     end: str = ""
     special: bool = False
 
 
-def _markup(name: str, question: str, answer: str, marker: str, end: str = "", special: bool = False) -> Markup:
-    return Markup(name, re.compile(question), re.compile(answer), re.compile(marker), end, special)
+def _markup(
+    name: str, question: str, answer: str, marker: str, end: str = "", special: bool = False, next_question: str = ""
+) -> Markup:
+    patterns = (re.compile(pattern) for pattern in (question, answer, marker, next_question or question))
+    return Markup(name, *patterns, end, special)
 
 
 _BREAK = r"(?:\n(?!\n))?"
@@ -38,8 +42,12 @@ MARKUPS = (
         r"### (?:답변|응답|Response):" + _BREAK,
         r"(?:^|\n)### (?:명령어|입력|응답|질문|맥락|답변|Instruction|Input|Response):",
     ),
-    _markup(  # hh-rlhf
-        "Human/Assistant", r"(?:^|\n\n)Human:", r"\n\nAssistant:" + _BREAK, r"(?:^|\n\n)(?:Human|Assistant):"
+    _markup(  # hh-rlhf; after an answer a line of its own is enough for the next question
+        "Human/Assistant",
+        r"(?:^|\n\n)Human:",
+        r"\n\nAssistant:" + _BREAK,
+        r"(?:^|\n\n)(?:Human|Assistant):",
+        next_question=r"\n?\nHuman:",
     ),
     _markup(  # Solar, Orca; Guanaco writes the turns without a line break between them
         "### User", r"### (?:User|Human):", r"### Assistant:" + _BREAK, r"### (?:System|User|Human|Assistant):"
@@ -122,7 +130,7 @@ def split_rendered(text: str) -> tuple[str, str] | None:
     *_, last = markup.answer.finditer(text)
     start, end = last.end(), len(text)
     # the line break before the next marker may belong to this one
-    following = markup.question.search(text, start - 1 if text[start - 1] == "\n" else start)
+    following = markup.next_question.search(text, start - 1 if text[start - 1] == "\n" else start)
     if following is not None:
         if text[following.end() :].strip():
             raise DataError("ends with a user's turn: there is no response to it")
