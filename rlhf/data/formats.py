@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf.data.printed_lists import parse_printed
 from rlhf.data.rendered import holds_transcript
+from rlhf.data.row_values import content_of, is_missing
 from rlhf.data.sources import FILE_FORMATS, DataError, DatasetSpec, Row
 
 KINDS = ("prompt", "response", "preference", "ranked", "comparison")
@@ -165,7 +166,7 @@ def layout_of(rows: Sequence[Row], kind: str, spec: DatasetSpec) -> Layout:
     if len(candidates) != 1:
         raise DataError(_choice_error(candidates, there, kind, where))
     chosen = candidates[0]
-    columns = {**chosen.fields, **_optional(chosen.optional, there)}
+    columns = {**chosen.fields, **_optional(chosen.optional, there, rows)}
     if chosen.name == "completions":
         completions = [name for name in there if re.fullmatch(r"completion_\d+", name)]
         response_columns = tuple(sorted(completions, key=lambda name: int(name.rpartition("_")[2])))
@@ -173,9 +174,21 @@ def layout_of(rows: Sequence[Row], kind: str, spec: DatasetSpec) -> Layout:
     return replace(layout, ignored=_ignored(layout, there, kind, spec))
 
 
-def _optional(optional: Mapping[str, Sequence[str]], there: Sequence[str]) -> dict[str, str]:
-    found = {name: next((column for column in columns if column in there), None) for name, columns in optional.items()}
-    return {name: column for name, column in found.items() if column is not None}
+def _optional(optional: Mapping[str, Sequence[str]], there: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
+    """The column of each optional name: the first one with something in it in some row."""
+    found: dict[str, str] = {}
+    for name, columns in optional.items():
+        present = [column for column in columns if column in there]
+        said = (column for column in present if any(_says_something(row.values.get(column)) for row in rows))
+        if present:
+            found[name] = next(said, present[0])
+    return found
+
+
+def _says_something(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(content_of(value))
+    return not is_missing(value) and value not in ([], {})
 
 
 def _ignored(layout: Layout, there: Sequence[str], kind: str, spec: DatasetSpec) -> tuple[str, ...]:

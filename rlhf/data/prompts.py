@@ -335,7 +335,7 @@ def answers_begin_with_prompt(row: Row, layout: Layout) -> bool:
 
 
 def begins_with_plain_marker(row: Row, layout: Layout) -> bool:
-    """Whether a row's prompt begins with a marker of plain text, such as `### User:`, and none of the answer ends it."""
+    """Whether a row's prompt begins with a marker of plain text, such as `### User:`, with no answer's at its end."""
     prompt = row.values.get(layout.columns.get("prompt", ""))
     unfinished = unfinished_markup(prompt) if isinstance(prompt, str) else None
     return unfinished is not None and not unfinished.special

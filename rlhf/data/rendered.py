@@ -13,8 +13,8 @@ from rlhf.data.spec import DataError
 class Markup:
     """How a family of templates marks turns. `question` begins the user's turn, `answer` the assistant's, `marker` any.
 
-    `next_question` begins the user's turn after an answer. `end` ends a turn, "" where nothing does. `special` is for markers that are special tokens of the models that have
-    them and that nobody writes by chance.
+    `next_question` begins the user's turn after an answer. `end` ends a turn, "" where nothing does. `special` is for
+    markers that are special tokens of the models that have them and that nobody writes by chance.
     """
 
     name: str
