@@ -91,11 +91,6 @@ def markup_of(prompt: str) -> Markup | None:
     return None
 
 
-def is_rendered(prompt: str) -> bool:
-    """Whether a prompt already went through a known template."""
-    return markup_of(prompt) is not None
-
-
 def begins_with_marker(text: str) -> bool:
     """Whether a text begins with the marker of a turn."""
     return any(markup.marker.match(text) or markup.marker.match(text.lstrip()) for markup in MARKUPS)

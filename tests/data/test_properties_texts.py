@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-from rlhf.data.rendered import is_rendered, raw_prompt, split_rendered
+from rlhf.data.rendered import markup_of, raw_prompt, split_rendered
 from rlhf.data.row_values import INVISIBLE, without_end_marks
 from rlhf.data.sources import DataError
 from rlhf.data.templates import TEXT_TEMPLATES, Template, load_template
@@ -121,7 +121,7 @@ def test_a_rendered_prompt_is_known_and_split_at_its_end(
 ) -> None:
     answer = "답" + answer.replace("#", "").replace("\n", "")
     prompt = load_template(name).render(instruction, given_input)
-    assert is_rendered(prompt) and split_rendered(prompt + answer) == (prompt, answer) and raw_prompt(prompt)
+    assert markup_of(prompt) is not None and split_rendered(prompt + answer) == (prompt, answer) and raw_prompt(prompt)
     assert instruction in prompt and (given_input in prompt or not given_input.strip())
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf.data.records import UNFINISHED, rows_to_records
-from rlhf.data.rendered import is_rendered, raw_prompt, split_rendered
+from rlhf.data.rendered import markup_of, raw_prompt, split_rendered
 from rlhf.data.sources import DataError, DatasetSpec, Row, SkippedRow, read_rows
 from rlhf.data.spec import ReadingNotes
 from rlhf.data.templates import load_template
@@ -45,7 +45,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
 def test_a_prompt_of_a_chat_model_gets_no_other_template(prompt: str) -> None:
-    assert is_rendered(prompt) and "".join(raw_prompt(prompt).split()) in ("짧게.물음", "짧게.네물음")
+    assert markup_of(prompt) is not None and "".join(raw_prompt(prompt).split()) in ("짧게.물음", "짧게.네물음")
     for kind, answers in (
         ("prompt", {}),
         ("response", {"response": "답"}),
