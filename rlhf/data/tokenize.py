@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rlhf.data.row_values import without_end_marks
+from rlhf.data.spec import DataError
 from rlhf.distributed import is_main
 from rlhf.types import (
     PreferenceRecord,
@@ -71,7 +72,7 @@ class TextEncoder:
 
     `prompt_has_special_tokens` is for templates that write special tokens as text (chat templates): they are then
     read as special tokens in the prompt. Otherwise, and always in a response, text that looks like a special
-    token stays text. Raises ValueError for a tokenizer without an end of sequence and for limits that leave no room.
+    token stays text. Raises DataError for a tokenizer without an end of sequence and for limits that leave no room.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class TextEncoder:
         prompt_has_special_tokens: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(
+            raise DataError(
                 "the tokenizer has no eos_token, so a response could never end; set one, for example in "
                 'tokenizer_config.json: "eos_token": "<|endoftext|>"'
             )
@@ -95,12 +96,12 @@ class TextEncoder:
         self.max_response_tokens = sys.maxsize if max_response_tokens is None else max_response_tokens
         self.prompt_has_special_tokens = prompt_has_special_tokens
         if self.max_prompt_tokens <= len(self.start_ids):
-            raise ValueError(
+            raise DataError(
                 f"max_prompt_tokens={max_prompt_tokens} leaves no room for a prompt: this tokenizer starts every text "
                 f"with {len(self.start_ids)} token(s); use at least {len(self.start_ids) + 1}"
             )
         if self.max_response_tokens < 1:
-            raise ValueError(f"max_response_tokens={max_response_tokens} must be at least 1")
+            raise DataError(f"max_response_tokens={max_response_tokens} must be at least 1")
         self._eos_texts = tuple(sorted({tokenizer.eos_token, COMMON_EOS_TEXT} - {None, ""}))
         guarded = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token} - {None, ""}
         self._guarded_ids = frozenset(int(tokenizer.convert_tokens_to_ids(text)) for text in guarded)
@@ -191,7 +192,7 @@ def tokenize_records(
 
     Special tokens in a prompt are read as such where `prompt_has_special_tokens`, or the record's meta, says so.
     A long prompt keeps its end; a long response keeps its beginning and has no end of sequence then. Both are counted.
-    Raises ValueError for a PromptRecord without a single token, which nothing could be sampled from.
+    Raises DataError for a PromptRecord without a single token, which nothing could be sampled from.
     """
     encoder = TextEncoder(
         tokenizer,
@@ -229,7 +230,7 @@ def _assemble(record: Record, prompt: EncodedText, responses: Sequence[EncodedTe
     category = str(record.meta.get("category") or "")
     if isinstance(record, PromptRecord):
         if not prompt.ids:
-            raise ValueError(f"prompt {record.id!r} has no tokens ({record.prompt!r}); nothing can be sampled from it")
+            raise DataError(f"prompt {record.id!r} has no tokens ({record.prompt!r}); nothing can be sampled from it")
         text = record.prompt
         if prompt.truncated:  # a byte-level token may begin in the middle of a character
             text = encoder.tokenizer.decode(prompt.ids[len(encoder.start_ids) :]).lstrip("\ufffd")

@@ -226,7 +226,7 @@ def test_rows_survive_the_cache_and_damage_is_found(
         path.write_bytes(bytes(data))
         try:
             assert cached_tokens(record_key_parts(records), cache_dir=folder, make=lambda: made)[0] == made[0]
-        except ValueError as error:
+        except DataError as error:
             assert str(path) in str(error) and "is damaged" in str(error)
 
 
