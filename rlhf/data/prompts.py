@@ -322,14 +322,17 @@ def _readable_answers(row: Row, layout: Layout) -> dict[str, Any]:
         return {}
 
 
-def answers_begin_with_prompt(row: Row, layout: Layout) -> bool:
-    """Whether every answer of a row of texts is its prompt, which came without markers, white space, and more text."""
+def answers_begin_with_prompt(row: Row, layout: Layout, *, apart: bool = True) -> bool:
+    """Whether every answer of a row of texts is its prompt, which came without markers, and more text.
+
+    With `apart` only where white space stands between the two.
+    """
     prompt = row.values.get(layout.columns.get("prompt", ""))
     if not isinstance(prompt, str) or not content_of(prompt) or markup_of(prompt) is not None:
         return False
     answers = _readable_answers(row, layout).values()
     return bool(answers) and all(
-        isinstance(answer, str) and answer.startswith(prompt) and answer[len(prompt) :][:1].isspace()
+        isinstance(answer, str) and answer.startswith(prompt) and (not apart or answer[len(prompt) :][:1].isspace())
         for answer in answers
     )
 

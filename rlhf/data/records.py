@@ -133,10 +133,16 @@ def _notice_ignored(rows: Sequence[Row], layout: Layout, notes: ReadingNotes) ->
 
 
 def _notice_repetition(rows: Sequence[Row], layout: Layout, notes: ReadingNotes) -> bool:
-    """Whether the answers of all rows begin with the prompt; where only those of some do, they are counted."""
+    """Whether the answers of all rows begin with the prompt and white space, more than chance.
+
+    Where only those of some do, or all do but not all with white space, they are counted and kept.
+    """
     repeating = sum(answers_begin_with_prompt(row, layout) for row in rows)
     if repeating == len(rows) >= REPEATING_ROWS:
         return True
+    touching = sum(answers_begin_with_prompt(row, layout, apart=False) for row in rows)
+    if touching == len(rows) >= REPEATING_ROWS:
+        repeating = touching
     if repeating:
         notes.warnings["answers begin with their prompt and were kept as they are"] += repeating
     return False

@@ -286,6 +286,17 @@ def test_prompts_without_markers_before_every_answer_are_cut_off() -> None:
     assert not notes.warnings
 
 
+def test_prompts_that_touch_every_answer_are_kept_and_counted() -> None:
+    rows = [{"prompt": f"q{n}", "chosen": f"q{n}good", "rejected": f"q{n} bad"} for n in range(3)]
+    notes = ReadingNotes()
+    assert records_of("preference", *rows, notes=notes)[0].chosen == "q0good"
+    assert notes.warnings == Counter({"answers begin with their prompt and were kept as they are": 3})
+    for fewer in (rows[:2], [*rows, {"prompt": "q", "chosen": "a", "rejected": "b"}]):  # may be chance
+        notes = ReadingNotes()
+        records_of("preference", *fewer, notes=notes)
+        assert not notes.warnings
+
+
 def ranking_rows(answers: list[list[str]], prompts: list[str]) -> dict[str, list[dict[str, Any]]]:
     """The same two answers to each prompt in every layout that ranks them."""
     rows: dict[str, list[dict[str, Any]]] = {"scores": [], "ranks": [], "columns": [], "scored pair": []}

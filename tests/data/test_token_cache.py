@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from rlhf.data.token_cache import cached_tokens, record_key_parts, tokenizer_fingerprint
 from rlhf.data.spec import DataError
+from rlhf.data.token_cache import cached_tokens, record_key_parts, tokenizer_fingerprint
 from rlhf.data.tokenize import TokenReport
 from rlhf.models.tiny_base import train_tokenizer
 from rlhf.types import (
