@@ -114,7 +114,7 @@ _SHAPES = {
     ),
     "ranked": (("prompt", "responses", "ranks"), ("prompt", "responses", "scores"), ("prompt", "chosen", "rejected")),
 }
-_ANSWERS = (("chosen", "rejected"), ("responses",), ("response",))
+_ANSWERS: tuple[tuple[str, ...], ...] = (("chosen", "rejected"), ("responses",), ("response",))
 """Our names of the answers that may stand beside a prompt."""
 _SHAPES["comparison"] = _SHAPES["ranked"] + _SHAPES["preference"][1:]
 """Our names that make up a record of each kind when `columns` says what they are."""
@@ -239,17 +239,17 @@ def _layout_of_mapping(
             f"{' or '.join(' + '.join(shape) for shape in _SHAPES[kind])}; the file's columns: {', '.join(there)}"
         )
     shape = max(shapes, key=lambda names: len(given.intersection(names[:1] if kind == "prompt" else names)))
-    columns = {name: known[name] for name in shape}
-    if shape == ("prompt",):  # whole dialogues beside it are the prompt, as they are for the other kinds
-        beside = [names for names in _ANSWERS if all(name in known for name in names)]
-        shape += max(beside, key=lambda names: len(given.intersection(names)), default=())
-        columns = {name: known[name] for name in shape}
+    names: tuple[str, ...] = shape
+    if names == ("prompt",):  # whole dialogues beside it are the prompt, as they are for the other kinds
+        beside = [answers for answers in _ANSWERS if all(name in known for name in answers)]
+        names += max(beside, key=lambda answers: len(given.intersection(answers)), default=())
+    columns = {name: known[name] for name in names}
     if columns.get("prompt") == "instruction" and "input" in there:
         columns["input"] = "input"  # the two belong together in every instruction format
     columns.update({name: column for name, column in mapped.items() if name not in CONTENT})
     if kind == "response" and "label" in mapped:
         columns["label"] = mapped["label"]
-    return Layout("columns", columns, response_columns if "responses" in shape else ())
+    return Layout("columns", columns, response_columns if "responses" in names else ())
 
 
 def _named_format(name: str, there: Sequence[str], kind: str, where: str) -> RowFormat:

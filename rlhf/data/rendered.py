@@ -29,8 +29,8 @@ class Markup:
 def _markup(
     name: str, question: str, answer: str, marker: str, end: str = "", special: bool = False, next_question: str = ""
 ) -> Markup:
-    patterns = (re.compile(pattern) for pattern in (question, answer, marker, next_question or question))
-    return Markup(name, *patterns, end, special)
+    following = re.compile(next_question or question)
+    return Markup(name, re.compile(question), re.compile(answer), re.compile(marker), following, end, special)
 
 
 _BREAK = r"(?:\n(?!\n))?"
