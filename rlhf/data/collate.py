@@ -21,14 +21,12 @@ from rlhf.types import (
 )
 
 
-def collate_responses(
-    examples: Sequence[TokenizedResponse], pad_id: int, *, whole_text: bool = False, pad_to_multiple_of: int = 1
-) -> TokenBatch:
+def collate_responses(examples: Sequence[TokenizedResponse], pad_id: int, *, whole_text: bool = False) -> TokenBatch:
     """Right-padded rows [B, L] with the labels of the responses, or of prompts too with `whole_text`.
 
-    `pad_to_multiple_of` rounds L up. Raises ValueError without examples.
+    Raises ValueError without examples.
     """
-    input_ids, mask = _pad([example.input_ids for example in examples], pad_id, pad_to_multiple_of, left=False)
+    input_ids, mask = _pad([example.input_ids for example in examples], pad_id, left=False)
     counted = mask.clone()
     if not whole_text:
         starts = torch.tensor([example.prompt_tokens for example in examples])
@@ -38,7 +36,7 @@ def collate_responses(
 
 
 def collate_rankings(
-    examples: Sequence[TokenizedRanking], pad_id: int, category_index: Mapping[str, int], *, pad_to_multiple_of: int = 1
+    examples: Sequence[TokenizedRanking], pad_id: int, category_index: Mapping[str, int]
 ) -> RankedBatch:
     """All candidates of the G examples as right-padded rows [N, L]; row n belongs to example `groups[n]`.
 
@@ -51,9 +49,7 @@ def collate_rankings(
                 f"known categories: {', '.join(map(repr, category_index)) or 'none'}"
             )
     rows = [(group, example, place) for group, example in enumerate(examples) for place in range(len(example.ranks))]
-    input_ids, mask = _pad(
-        [example.candidates[place].input_ids for _, example, place in rows], pad_id, pad_to_multiple_of, left=False
-    )
+    input_ids, mask = _pad([example.candidates[place].input_ids for _, example, place in rows], pad_id, left=False)
     return RankedBatch(
         input_ids=input_ids,
         attention_mask=mask,
@@ -64,24 +60,20 @@ def collate_rankings(
     )
 
 
-def collate_prompts(
-    examples: Sequence[TokenizedPrompt], pad_id: int, row_ids: Sequence[int], *, pad_to_multiple_of: int = 1
-) -> PromptBatch:
+def collate_prompts(examples: Sequence[TokenizedPrompt], pad_id: int, row_ids: Sequence[int]) -> PromptBatch:
     """Left-padded prompts [B, P], so that every response starts in the same column. `row_ids` has B numbers."""
     if len(row_ids) != len(examples):
         raise ValueError(f"{len(examples)} prompts came with {len(row_ids)} row_ids; give one for each prompt")
-    input_ids, mask = _pad([example.input_ids for example in examples], pad_id, pad_to_multiple_of, left=True)
+    input_ids, mask = _pad([example.input_ids for example in examples], pad_id, left=True)
     return PromptBatch(input_ids=input_ids, attention_mask=mask, row_ids=torch.tensor(list(row_ids)))
 
 
-def _pad(rows: Sequence[Sequence[int]], pad_id: int, multiple: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids [B, L] (int64) and mask [B, L] (bool) of ragged rows."""
     if not rows:
         raise ValueError("a batch needs at least one example, got none")
-    if multiple < 1:
-        raise ValueError(f"pad_to_multiple_of={multiple} must be at least 1")
     lengths = torch.tensor([len(row) for row in rows])
-    width = -(-int(lengths.max()) // multiple) * multiple
+    width = int(lengths.max())
     columns = torch.arange(width)
     mask = columns >= width - lengths[:, None] if left else columns < lengths[:, None]
     ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)

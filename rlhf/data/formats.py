@@ -14,6 +14,7 @@ from typing import Any
 
 from rlhf.data.printed_lists import parse_printed
 from rlhf.data.rendered import holds_transcript
+from rlhf.data.row_values import content_of, is_missing
 from rlhf.data.sources import FILE_FORMATS, DataError, DatasetSpec, Row
 
 KINDS = ("prompt", "response", "preference", "ranked", "comparison")
@@ -113,6 +114,8 @@ _SHAPES = {
     ),
     "ranked": (("prompt", "responses", "ranks"), ("prompt", "responses", "scores"), ("prompt", "chosen", "rejected")),
 }
+_ANSWERS: tuple[tuple[str, ...], ...] = (("chosen", "rejected"), ("responses",), ("response",))
+"""Our names of the answers that may stand beside a prompt."""
 _SHAPES["comparison"] = _SHAPES["ranked"] + _SHAPES["preference"][1:]
 """Our names that make up a record of each kind when `columns` says what they are."""
 
@@ -163,7 +166,7 @@ def layout_of(rows: Sequence[Row], kind: str, spec: DatasetSpec) -> Layout:
     if len(candidates) != 1:
         raise DataError(_choice_error(candidates, there, kind, where))
     chosen = candidates[0]
-    columns = {**chosen.fields, **_optional(chosen.optional, there)}
+    columns = {**chosen.fields, **_optional(chosen.optional, there, rows)}
     if chosen.name == "completions":
         completions = [name for name in there if re.fullmatch(r"completion_\d+", name)]
         response_columns = tuple(sorted(completions, key=lambda name: int(name.rpartition("_")[2])))
@@ -171,9 +174,21 @@ def layout_of(rows: Sequence[Row], kind: str, spec: DatasetSpec) -> Layout:
     return replace(layout, ignored=_ignored(layout, there, kind, spec))
 
 
-def _optional(optional: Mapping[str, Sequence[str]], there: Sequence[str]) -> dict[str, str]:
-    found = {name: next((column for column in columns if column in there), None) for name, columns in optional.items()}
-    return {name: column for name, column in found.items() if column is not None}
+def _optional(optional: Mapping[str, Sequence[str]], there: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
+    """The column of each optional name: the first one with something in it in some row."""
+    found: dict[str, str] = {}
+    for name, columns in optional.items():
+        present = [column for column in columns if column in there]
+        said = (column for column in present if any(_says_something(row.values.get(column)) for row in rows))
+        if present:
+            found[name] = next(said, present[0])
+    return found
+
+
+def _says_something(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(content_of(value))
+    return not is_missing(value) and value not in ([], {})
 
 
 def _ignored(layout: Layout, there: Sequence[str], kind: str, spec: DatasetSpec) -> tuple[str, ...]:
@@ -224,13 +239,17 @@ def _layout_of_mapping(
             f"{' or '.join(' + '.join(shape) for shape in _SHAPES[kind])}; the file's columns: {', '.join(there)}"
         )
     shape = max(shapes, key=lambda names: len(given.intersection(names[:1] if kind == "prompt" else names)))
-    columns = {name: known[name] for name in shape}
+    names: tuple[str, ...] = shape
+    if names == ("prompt",):  # whole dialogues beside it are the prompt, as they are for the other kinds
+        beside = [answers for answers in _ANSWERS if all(name in known for name in answers)]
+        names += max(beside, key=lambda answers: len(given.intersection(answers)), default=())
+    columns = {name: known[name] for name in names}
     if columns.get("prompt") == "instruction" and "input" in there:
         columns["input"] = "input"  # the two belong together in every instruction format
     columns.update({name: column for name, column in mapped.items() if name not in CONTENT})
     if kind == "response" and "label" in mapped:
         columns["label"] = mapped["label"]
-    return Layout("columns", columns, response_columns if "responses" in shape else ())
+    return Layout("columns", columns, response_columns if "responses" in names else ())
 
 
 def _named_format(name: str, there: Sequence[str], kind: str, where: str) -> RowFormat:

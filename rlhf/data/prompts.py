@@ -29,6 +29,9 @@ from rlhf.types import Message
 REPEATING_ROWS = 3
 """Rows of a file that must all begin their answers with their prompt before that is more than chance."""
 
+_ANSWERS = ("response", "chosen", "rejected", "response1", "response2")
+"""Our names of the columns that hold one answer each."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -67,12 +70,15 @@ class PromptReader:
             return self._conversation(row, messages, columns["messages"])
         if "text" in columns:
             return self._rendered_text(row, columns["text"])[0]
-        if "chosen" in columns and ("prompt" not in columns or self._holds_prompt(row)):
+        if "chosen" in columns and ("prompt" not in columns or self._holds_dialogues(row)):
             return self.pair(row)[0]
         if "instances" in columns:
             value = row.values.get(columns["instances"])
             first = read_list(value, columns["instances"])[0] if value else {}
             return self.prompt(row, read_input(first.get("input") if isinstance(first, Mapping) else None, "input"))
+        answers = _readable_answers(row, self.layout)
+        if answers and self._holds_prompt(row, answers):
+            return self._split_transcripts(row, answers)[0]
         return self.prompt_of(row)
 
     def prompt_and_response(self, row: Row) -> tuple[Prompt, str]:
@@ -83,7 +89,7 @@ class PromptReader:
         if "text" in columns:
             prompt, response = self._rendered_text(row, columns["text"])
             return prompt, read_text(response, columns["text"])
-        prompt, (response,) = self._prompt_and_answers(row, [columns["response"]])
+        prompt, (response,) = self.prompt_and_answers(row)
         return prompt, response
 
     def pair(self, row: Row) -> tuple[Prompt, str, str]:
@@ -91,7 +97,7 @@ class PromptReader:
         columns = self.layout.columns
         names = (columns["chosen"], columns["rejected"])
         sides = [self.value(row, name) for name in names]
-        if all(isinstance(side, list) for side in sides) and any(len(side) > 1 for side in sides):
+        if self._holds_dialogues(row):
             parts = [read_messages(side, name) for side, name in zip(sides, names, strict=True)]
             if parts[0][:-1] != parts[1][:-1]:
                 raise BadRow(names[1], f"has no common prompt with `{names[0]}`: the turns before the last one differ")
@@ -100,11 +106,26 @@ class PromptReader:
             prompt, chosen = self._dialogue(row, sides[0], names[0])
             return prompt, chosen, self._dialogue(row, sides[1], names[1])[1]
         if "prompt" in columns:
-            prompt, (chosen, rejected) = self._prompt_and_answers(row, names)
+            prompt, (chosen, rejected) = self.prompt_and_answers(row)
             return prompt, chosen, rejected
-        texts = [read_text(side, name) for side, name in zip(sides, names, strict=True)]
-        prompt, (chosen, rejected) = self._split_transcripts(row, texts, names)
+        prompt, (chosen, rejected) = self._split_transcripts(row, dict(zip(names, sides, strict=True)))
         return prompt, chosen, rejected
+
+    def prompt_and_answers(self, row: Row) -> tuple[Prompt, list[str]]:
+        """The prompt of a row and all its answers: its response, its pair or its ranking, in the order of the row.
+
+        Whole transcripts give the prompt; a prompt that every answer of the file repeats is cut off.
+        """
+        answers = answers_of(row, self.layout)
+        if self._holds_prompt(row, answers):
+            return self._split_transcripts(row, answers)
+        prompt = self.prompt_of(row)
+        texts = [read_answer(answer, name) for name, answer in answers.items()]
+        if self.answers_repeat:
+            given = read_text(self.value(row, self.layout.columns["prompt"]), self.layout.columns["prompt"])
+            cut = [text[len(given) :].lstrip() for text in texts]
+            texts = [read_text(text, name) for text, name in zip(cut, answers, strict=True)]
+        return prompt, texts
 
     def prompt_of(self, row: Row) -> Prompt:
         """The prompt of a row that has a column of it, with the row's input."""
@@ -121,7 +142,7 @@ class PromptReader:
         instruction = read_text(value, column)
         if markup_of(instruction) is not None:
             return self._rendered(row, instruction, given)
-        if (unfinished := unfinished_markup(instruction)) is not None:
+        if (unfinished := unfinished_markup(instruction)) is not None and unfinished.special:
             raise BadRow(
                 column, f"begins with the markers of {unfinished.name} and does not end where the answer begins"
             )
@@ -215,26 +236,14 @@ class PromptReader:
 
     # answers beside a prompt, and transcripts that hold both
 
-    def _prompt_and_answers(self, row: Row, names: Sequence[str]) -> tuple[Prompt, list[str]]:
-        sides = [self.value(row, name) for name in names]
-        if not all(isinstance(side, str) for side in sides):
-            prompt = self.prompt_of(row)
-            return prompt, [read_answer(side, name) for side, name in zip(sides, names, strict=True)]
-        if self._holds_prompt(row, names):
-            texts = [read_text(side, name) for side, name in zip(sides, names, strict=True)]
-            return self._split_transcripts(row, texts, names)
-        prompt = self.prompt_of(row)
-        answers = [read_text(side, name) for side, name in zip(sides, names, strict=True)]
-        if self.answers_repeat:
-            given = read_text(self.value(row, self.layout.columns["prompt"]), self.layout.columns["prompt"])
-            cut = [answer[len(given) :].lstrip() for answer in answers]
-            answers = [read_text(answer, name) for answer, name in zip(cut, names, strict=True)]
-        return prompt, answers
+    def _holds_dialogues(self, row: Row) -> bool:
+        """Whether `chosen` and `rejected` are lists of messages with the turns before the answer."""
+        sides = [self.value(row, self.layout.columns[name]) for name in ("chosen", "rejected")]
+        return all(isinstance(side, list) for side in sides) and any(len(side) > 1 for side in sides)
 
-    def _holds_prompt(self, row: Row, names: Sequence[str] = ()) -> bool:
+    def _holds_prompt(self, row: Row, answers: Mapping[str, Any]) -> bool:
         """Whether the answers are whole transcripts, the prompt among their turns; BadRow where only some are."""
-        names = names or (self.layout.columns["chosen"], self.layout.columns["rejected"])
-        sides = [self.value(row, name) for name in names]
+        names, sides = list(answers), list(answers.values())
         if not all(isinstance(side, str) for side in sides):
             return False
         fronts = [_front(side) for side in sides]
@@ -259,8 +268,9 @@ class PromptReader:
         text = read_text(value, column)
         return _keys(turns_of(text) if markup_of(text) else [text])
 
-    def _split_transcripts(self, row: Row, texts: Sequence[str], names: Sequence[str]) -> tuple[Prompt, list[str]]:
-        parts = [_split(text, name) for text, name in zip(texts, names, strict=True)]
+    def _split_transcripts(self, row: Row, transcripts: Mapping[str, Any]) -> tuple[Prompt, list[str]]:
+        names = list(transcripts)
+        parts = [_split(text, name) for name, text in [(name, read_text(transcripts[name], name)) for name in names]]
         cut: list[tuple[str, str]] = []
         for part, name in zip(parts, names, strict=True):
             if part is None:
@@ -285,18 +295,53 @@ def read_input(value: Any, column: str) -> str:
     return "" if is_missing(value) else read_text(value, column, blank=True)
 
 
-def answers_begin_with_prompt(row: Row, layout: Layout) -> bool:
-    """Whether every answer of a row of texts is its prompt, which came without markers, white space, and more text."""
+def answers_of(row: Row, layout: Layout) -> dict[str, Any]:
+    """The answers of a row in order, by their place (`chosen`, `responses[0]`), as they stand there.
+
+    Raises BadRow where a list of them cannot be read.
+    """
     columns = layout.columns
-    names = [columns[name] for name in ("chosen", "rejected", "response") if name in columns]
-    prompt = row.values.get(columns.get("prompt", ""))
-    if not names or not isinstance(prompt, str) or not content_of(prompt) or markup_of(prompt) is not None:
+    if layout.response_columns:
+        values = [row.values.get(name) for name in layout.response_columns]
+        while len(values) > 2 and values[-1] in (None, ""):
+            values.pop()  # a file may hold prompts with fewer responses than its widest row
+        names = layout.response_columns[: len(values)]
+    elif "responses" in columns:
+        column = columns["responses"]
+        return {f"{column}[{place}]": value for place, value in enumerate(read_list(row.values.get(column), column))}
+    else:
+        names = tuple(columns[name] for name in _ANSWERS if name in columns)
+    return {name: read_cell(row.values.get(name), name) if row.text_cells else row.values.get(name) for name in names}
+
+
+def _readable_answers(row: Row, layout: Layout) -> dict[str, Any]:
+    """The answers of a row that is asked for its prompt alone: none where they cannot be read."""
+    try:
+        return answers_of(row, layout)
+    except BadRow:
+        return {}
+
+
+def answers_begin_with_prompt(row: Row, layout: Layout, *, apart: bool = True) -> bool:
+    """Whether every answer of a row of texts is its prompt, which came without markers, and more text.
+
+    With `apart` only where white space stands between the two.
+    """
+    prompt = row.values.get(layout.columns.get("prompt", ""))
+    if not isinstance(prompt, str) or not content_of(prompt) or markup_of(prompt) is not None:
         return False
-    answers = [row.values.get(name) for name in names]
-    return all(
-        isinstance(answer, str) and answer.startswith(prompt) and answer[len(prompt) :][:1].isspace()
+    answers = _readable_answers(row, layout).values()
+    return bool(answers) and all(
+        isinstance(answer, str) and answer.startswith(prompt) and (not apart or answer[len(prompt) :][:1].isspace())
         for answer in answers
     )
+
+
+def begins_with_plain_marker(row: Row, layout: Layout) -> bool:
+    """Whether a row's prompt begins with a marker of plain text, such as `### User:`, with no answer's at its end."""
+    prompt = row.values.get(layout.columns.get("prompt", ""))
+    unfinished = unfinished_markup(prompt) if isinstance(prompt, str) else None
+    return unfinished is not None and not unfinished.special
 
 
 def _split(text: str, column: str) -> tuple[str, str] | None:

@@ -23,13 +23,19 @@ from typing import Any
 
 from rlhf.data.formats import SCORE_GAP, Layout, category_of, layout_of
 from rlhf.data.printed_lists import parse_printed
-from rlhf.data.prompts import REPEATING_ROWS, Prompt, PromptReader, answers_begin_with_prompt, read_input
+from rlhf.data.prompts import (
+    REPEATING_ROWS,
+    Prompt,
+    PromptReader,
+    answers_begin_with_prompt,
+    begins_with_plain_marker,
+    read_input,
+)
 from rlhf.data.row_values import (
     BadRow,
     DroppedRow,
     content_of,
     prompt_key,
-    read_answer,
     read_label,
     read_list,
     read_number,
@@ -46,6 +52,12 @@ __all__ = ["SkippedRow", "prompt_key", "rows_to_records"]
 
 MAX_PAIRS_PER_PROMPT = 4
 """Pairs made of the labelled responses to one prompt, so that one prompt does not outweigh the others."""
+
+UNFINISHED = (
+    "prompts begin with the marker of a turn and do not end with that of the answer, so the template goes around both; "
+    "take the markers off, or add the answer's"
+)
+"""The warning of prompts that `begins_with_plain_marker` is true of."""
 
 
 @dataclass
@@ -93,6 +105,8 @@ def rows_to_records(
         layout = layout_of(file_rows, kind, spec)
         answers_repeat = kind != "prompt" and _notice_repetition(file_rows, layout, notes)
         _notice_ignored(file_rows, layout, notes)
+        if unfinished := sum(begins_with_plain_marker(row, layout) for row in file_rows):
+            notes.warnings[UNFINISHED] += unfinished
         reader = _Reader(kind, spec, layout, PromptReader(template, layout, answers_repeat=answers_repeat))
         for row in file_rows:
             try:
@@ -119,10 +133,16 @@ def _notice_ignored(rows: Sequence[Row], layout: Layout, notes: ReadingNotes) ->
 
 
 def _notice_repetition(rows: Sequence[Row], layout: Layout, notes: ReadingNotes) -> bool:
-    """Whether the answers of all rows begin with the prompt; where only those of some do, they are counted."""
+    """Whether the answers of all rows begin with the prompt and white space, more than chance.
+
+    Where only those of some do, or all do but not all with white space, they are counted and kept.
+    """
     repeating = sum(answers_begin_with_prompt(row, layout) for row in rows)
     if repeating == len(rows) >= REPEATING_ROWS:
         return True
+    touching = sum(answers_begin_with_prompt(row, layout, apart=False) for row in rows)
+    if touching == len(rows) >= REPEATING_ROWS:
+        repeating = touching
     if repeating:
         notes.warnings["answers begin with their prompt and were kept as they are"] += repeating
     return False
@@ -229,10 +249,7 @@ class _Reader:
 
     def _read_scored_pair(self, row: Row) -> Record:
         columns = self.layout.columns
-        prompt = self.prompts.prompt_of(row)
-        responses = [
-            read_answer(self.prompts.value(row, columns[name]), columns[name]) for name in ("response1", "response2")
-        ]
+        prompt, responses = self.prompts.prompt_and_answers(row)
         sums = [self._sum(row, "sum1", "scores1"), self._sum(row, "sum2", "scores2")]
         if sums[0] == sums[1]:
             raise DroppedRow(columns["sum1"], f"and `{columns['sum2']}` are equal ({sums[0]:g}): a tie")
@@ -250,20 +267,8 @@ class _Reader:
 
     def _read_ranking(self, row: Row) -> Record:
         columns = self.layout.columns
-        prompt = self.prompts.prompt_of(row)
-        if self.layout.response_columns:
-            name = self.layout.response_columns[-1]
-            values = [row.values.get(column) for column in self.layout.response_columns]
-            while len(values) > 2 and values[-1] in (None, ""):
-                values.pop()  # a file may hold prompts with fewer responses than its widest row
-            responses = [
-                read_answer(self.prompts.value(row, column), column)
-                for column, _ in zip(self.layout.response_columns, values, strict=False)
-            ]
-        else:
-            name = columns["responses"]
-            values = read_list(row.values.get(name), name)
-            responses = [read_answer(value, f"{name}[{index}]") for index, value in enumerate(values)]
+        prompt, responses = self.prompts.prompt_and_answers(row)
+        name = self.layout.response_columns[-1] if self.layout.response_columns else columns["responses"]
         if len(responses) < 2:
             raise BadRow(name, f"needs at least two responses, got {len(responses)}")
         by_rank = "ranks" in columns

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from rlhf.data.row_values import END_OF_TEXT, without_end_marks
 from rlhf.data.spec import DataError
 
 
@@ -12,20 +13,24 @@ from rlhf.data.spec import DataError
 class Markup:
     """How a family of templates marks turns. `question` begins the user's turn, `answer` the assistant's, `marker` any.
 
-    `end` ends a turn, "" where nothing does. `special` is for markers that are special tokens of the models that have
-    them and that nobody writes by chance.
+    `next_question` begins the user's turn after an answer. `end` ends a turn, "" where nothing does. `special` is for
+    markers that are special tokens of the models that have them and that nobody writes by chance.
     """
 
     name: str
     question: re.Pattern[str]
     answer: re.Pattern[str]
     marker: re.Pattern[str]
+    next_question: re.Pattern[str]
     end: str = ""
     special: bool = False
 
 
-def _markup(name: str, question: str, answer: str, marker: str, end: str = "", special: bool = False) -> Markup:
-    return Markup(name, re.compile(question), re.compile(answer), re.compile(marker), end, special)
+def _markup(
+    name: str, question: str, answer: str, marker: str, end: str = "", special: bool = False, next_question: str = ""
+) -> Markup:
+    following = re.compile(next_question or question)
+    return Markup(name, re.compile(question), re.compile(answer), re.compile(marker), following, end, special)
 
 
 _BREAK = r"(?:\n(?!\n))?"
@@ -37,8 +42,12 @@ MARKUPS = (
         r"### (?:답변|응답|Response):" + _BREAK,
         r"(?:^|\n)### (?:명령어|입력|응답|질문|맥락|답변|Instruction|Input|Response):",
     ),
-    _markup(  # hh-rlhf
-        "Human/Assistant", r"(?:^|\n\n)Human:", r"\n\nAssistant:" + _BREAK, r"(?:^|\n\n)(?:Human|Assistant):"
+    _markup(  # hh-rlhf; after an answer a line of its own is enough for the next question
+        "Human/Assistant",
+        r"(?:^|\n\n)Human:",
+        r"\n\nAssistant:" + _BREAK,
+        r"(?:^|\n\n)(?:Human|Assistant):",
+        next_question=r"\n?\nHuman:",
     ),
     _markup(  # Solar, Orca; Guanaco writes the turns without a line break between them
         "### User", r"### (?:User|Human):", r"### Assistant:" + _BREAK, r"### (?:System|User|Human|Assistant):"
@@ -82,11 +91,6 @@ def markup_of(prompt: str) -> Markup | None:
     return None
 
 
-def is_rendered(prompt: str) -> bool:
-    """Whether a prompt already went through a known template."""
-    return markup_of(prompt) is not None
-
-
 def begins_with_marker(text: str) -> bool:
     """Whether a text begins with the marker of a turn."""
     return any(markup.marker.match(text) or markup.marker.match(text.lstrip()) for markup in MARKUPS)
@@ -98,10 +102,14 @@ def holds_transcript(text: str) -> bool:
 
 
 def unfinished_markup(prompt: str) -> Markup | None:
-    """The markup of special tokens that a prompt begins with, where it does not end where the answer begins."""
+    """The markup whose marker a prompt begins with and asks by, where it does not end where the answer begins.
+
+    Where that is of special tokens the prompt was cut; other markers someone may also write by chance.
+    """
     if markup_of(prompt) is not None:
         return None
-    begins = (markup for markup in MARKUPS if markup.special and markup.marker.match(prompt.lstrip()))
+    prompt = prompt.lstrip()
+    begins = (markup for markup in MARKUPS if markup.marker.match(prompt))
     return next((markup for markup in begins if markup.question.search(prompt)), None)
 
 
@@ -117,15 +125,14 @@ def split_rendered(text: str) -> tuple[str, str] | None:
     *_, last = markup.answer.finditer(text)
     start, end = last.end(), len(text)
     # the line break before the next marker may belong to this one
-    following = markup.question.search(text, start - 1 if text[start - 1] == "\n" else start)
+    following = markup.next_question.search(text, start - 1 if text[start - 1] == "\n" else start)
     if following is not None:
         if text[following.end() :].strip():
             raise DataError("ends with a user's turn: there is no response to it")
         end = max(start, following.start())
     answer = text[start:end]
-    if markup.end and answer.rstrip().endswith(markup.end):
-        answer = answer.rstrip().removesuffix(markup.end)
-    return text[:start], answer
+    closed = without_end_marks(answer, (markup.end, *END_OF_TEXT)) if markup.end else answer
+    return text[:start], closed if markup.end in answer[len(closed) :] else answer
 
 
 def _first_markup(text: str) -> Markup | None:

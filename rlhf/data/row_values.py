@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from rlhf.data.printed_lists import parse_printed
@@ -21,7 +21,16 @@ _INVISIBLE_RANGES = (
 INVISIBLE = frozenset(chr(code) for first, last in _INVISIBLE_RANGES for code in range(first, last + 1))
 """Characters that show nothing and are no white space."""
 _WITHOUT_INVISIBLE = {ord(character): None for character in INVISIBLE}
-_EOS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<end_of_turn>", "<eos>", "[EOS]")
+END_OF_TEXT = (
+    "<|endoftext|>",
+    "</s>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "<eos>",
+    "[EOS]",
+)
 _ROLES = {
     "system": "system",
     "user": "user",
@@ -64,12 +73,19 @@ def prompt_key(text: str) -> str:
 def content_of(text: str) -> str:
     """A text without white space around it, invisible characters and literal end-of-sequence tokens at its end."""
     text = text.translate(_WITHOUT_INVISIBLE).strip()
-    end = len(text)
-    while ending := next((eos for eos in _EOS if text.endswith(eos, 0, end)), None):
-        end -= len(ending)
-        while end and text[end - 1].isspace():
+    return without_end_marks(text, END_OF_TEXT).rstrip()
+
+
+def without_end_marks(text: str, marks: Collection[str]) -> str:
+    """`text` without the marks that close it; white and invisible characters may stand among them."""
+    kept = end = len(text)
+    while True:
+        while end and (text[end - 1].isspace() or text[end - 1] in INVISIBLE):
             end -= 1
-    return text[:end]
+        ending = next((mark for mark in marks if text.endswith(mark, 0, end)), None)
+        if ending is None:
+            return text[:kept]
+        kept = end = end - len(ending)
 
 
 def shown(value: Any) -> str:

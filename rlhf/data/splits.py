@@ -19,8 +19,8 @@ _WORDS = {
 def files_of_split(directory: Path, files: Sequence[Path], split: str | None) -> list[Path]:
     """The files whose names hold the word of `split`, such as `train-00000.parquet`; "train+test" are both splits.
 
-    Without `split` all files. Raises DataError where they are of several splits then, where no file is of `split`, and
-    where a name holds the words of several splits.
+    Without `split` all files. Raises DataError where they are of several splits then, or some of a split and some of
+    none, where no file is of `split`, and where a name holds the words of several splits.
     """
     if split is None:
         named = sorted({name for file in files for name in _words(file) & set(_WORDS.values())})
@@ -28,6 +28,13 @@ def files_of_split(directory: Path, files: Sequence[Path], split: str | None) ->
             raise DataError(
                 f"{directory}: its files are of the splits {', '.join(named)} ({_names(files)}); "
                 f'say which: {{"path": "{directory}", "split": "{named[-1]}"}}, all of them: "{"+".join(named)}"'
+            )
+        unnamed = [file for file in files if not _words(file) & set(_WORDS.values())]
+        if named and unnamed:
+            raise DataError(
+                f"{directory}: some of its files are of the split {', '.join(named)} and {_names(unnamed)} of none "
+                f"({_names(files)}); give the files that are meant, each as a data set of its own, or "
+                f'{{"path": "{directory}", "split": "{named[-1]}"}}'
             )
         return list(files)
     chosen: list[Path] = []

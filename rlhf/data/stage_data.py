@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlhf.checkpoint.atomic import replaced_file
 from rlhf.config import DataConfig
 from rlhf.data.mixture import blend, drop_leaked, hold_out, stage_share
 from rlhf.data.records import rows_to_records
@@ -123,7 +124,8 @@ def load_stage_data(
     report["evaluation"] = {**eval_report.as_dict(), "categories": _category_counts(evaluation)}
     if is_main():
         text = json.dumps(report, ensure_ascii=False, indent=2)
-        (report_dir / f"{report_name}.json").write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+        with replaced_file(report_dir / f"{report_name}.json") as part_file:
+            part_file.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
     for part in [*parts, *eval_parts]:
         for line in _warnings(kind, part):
             logger.warning(line)
@@ -231,13 +233,13 @@ def _skip_reasons(report: dict[str, Any]) -> str:
 
 
 def _write_skipped(path: Path, skipped: Sequence[SkippedRow]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not skipped:
         path.unlink(missing_ok=True)
         return
     lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in skipped]
     # half of a surrogate pair (a file name that is not UTF-8, a column) is written as JSON's own escape of it
-    path.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
+    with replaced_file(path) as part_file:
+        part_file.write_text("".join(lines), encoding="utf-8", errors="backslashreplace")
 
 
 def _category_counts(rows: Sequence[Tokenized]) -> dict[str, int]:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from rlhf.checkpoint.atomic import replaced_file
+from rlhf.data.spec import DataError
 from rlhf.data.tokenize import Tokenized, TokenReport
 from rlhf.distributed import rank_zero_first
 from rlhf.types import (
@@ -43,7 +44,7 @@ def cached_tokens(
 
     The report's `key` is a digest of `key_parts`, which are all that the rows depend on: strings, or iterables of
     strings such as `record_key_parts(...)`.
-    Rank 0 makes and writes the file atomically, other ranks wait for it. Raises ValueError for a damaged file.
+    Rank 0 makes and writes the file atomically, other ranks wait for it. Raises DataError for a damaged file.
     """
     key = _digest(key_parts)
     path = cache_dir / f"tokens-{key}.safetensors"
@@ -60,9 +61,9 @@ def cached_tokens(
         arrays = load_file(path)
         whole = arrays.pop("digest", np.empty(0, dtype=np.uint8)).tobytes() == _content_digest(arrays)
     except SafetensorError as error:
-        raise ValueError(f"token cache {path} is damaged ({error}); delete it and run again") from error
+        raise DataError(f"token cache {path} is damaged ({error}); delete it and run again") from error
     if not whole:
-        raise ValueError(f"token cache {path} is damaged (not what was written); delete it and run again")
+        raise DataError(f"token cache {path} is damaged (not what was written); delete it and run again")
     rows, report = _from_arrays(arrays)
     return rows, dataclasses.replace(report, key=key)
 

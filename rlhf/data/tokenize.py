@@ -15,7 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlhf.data.row_values import INVISIBLE
+from rlhf.data.row_values import without_end_marks
+from rlhf.data.spec import DataError
 from rlhf.distributed import is_main
 from rlhf.types import (
     PreferenceRecord,
@@ -71,7 +72,7 @@ class TextEncoder:
 
     `prompt_has_special_tokens` is for templates that write special tokens as text (chat templates): they are then
     read as special tokens in the prompt. Otherwise, and always in a response, text that looks like a special
-    token stays text. Raises ValueError for a tokenizer without an end of sequence and for limits that leave no room.
+    token stays text. Raises DataError for a tokenizer without an end of sequence and for limits that leave no room.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class TextEncoder:
         prompt_has_special_tokens: bool = False,
     ) -> None:
         if tokenizer.eos_token_id is None:
-            raise ValueError(
+            raise DataError(
                 "the tokenizer has no eos_token, so a response could never end; set one, for example in "
                 'tokenizer_config.json: "eos_token": "<|endoftext|>"'
             )
@@ -95,12 +96,12 @@ class TextEncoder:
         self.max_response_tokens = sys.maxsize if max_response_tokens is None else max_response_tokens
         self.prompt_has_special_tokens = prompt_has_special_tokens
         if self.max_prompt_tokens <= len(self.start_ids):
-            raise ValueError(
+            raise DataError(
                 f"max_prompt_tokens={max_prompt_tokens} leaves no room for a prompt: this tokenizer starts every text "
                 f"with {len(self.start_ids)} token(s); use at least {len(self.start_ids) + 1}"
             )
         if self.max_response_tokens < 1:
-            raise ValueError(f"max_response_tokens={max_response_tokens} must be at least 1")
+            raise DataError(f"max_response_tokens={max_response_tokens} must be at least 1")
         self._eos_texts = tuple(sorted({tokenizer.eos_token, COMMON_EOS_TEXT} - {None, ""}))
         guarded = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token} - {None, ""}
         self._guarded_ids = frozenset(int(tokenizer.convert_tokens_to_ids(text)) for text in guarded)
@@ -130,7 +131,7 @@ class TextEncoder:
 
         `append_eos` False is for a response that was cut off, which must not look finished.
         """
-        texts = [self._without_trailing_eos(text) for text in texts]
+        texts = [without_end_marks(text, self._eos_texts) for text in texts]
         encoded = []
         for ids in self._encode(texts, read_special_tokens=False):
             whole = [*ids, self.eos_id] if append_eos else ids
@@ -174,17 +175,6 @@ class TextEncoder:
                 return tuple(full[:start])
         return ()
 
-    def _without_trailing_eos(self, text: str) -> str:
-        """`text` without the ends of sequence that close it; white and invisible characters may stand among them."""
-        kept = end = len(text)
-        while True:
-            while end and (text[end - 1].isspace() or text[end - 1] in INVISIBLE):
-                end -= 1
-            ending = next((eos for eos in self._eos_texts if text.endswith(eos, 0, end)), None)
-            if ending is None:
-                return text[:kept]
-            kept = end = end - len(ending)
-
     def _without_start_text(self, text: str) -> str:
         bos = self.tokenizer.bos_token
         return text.removeprefix(bos) if bos and self.start_ids == (self.tokenizer.bos_token_id,) else text
@@ -202,7 +192,7 @@ def tokenize_records(
 
     Special tokens in a prompt are read as such where `prompt_has_special_tokens`, or the record's meta, says so.
     A long prompt keeps its end; a long response keeps its beginning and has no end of sequence then. Both are counted.
-    Raises ValueError for a PromptRecord without a single token, which nothing could be sampled from.
+    Raises DataError for a PromptRecord without a single token, which nothing could be sampled from.
     """
     encoder = TextEncoder(
         tokenizer,
@@ -240,7 +230,7 @@ def _assemble(record: Record, prompt: EncodedText, responses: Sequence[EncodedTe
     category = str(record.meta.get("category") or "")
     if isinstance(record, PromptRecord):
         if not prompt.ids:
-            raise ValueError(f"prompt {record.id!r} has no tokens ({record.prompt!r}); nothing can be sampled from it")
+            raise DataError(f"prompt {record.id!r} has no tokens ({record.prompt!r}); nothing can be sampled from it")
         text = record.prompt
         if prompt.truncated:  # a byte-level token may begin in the middle of a character
             text = encoder.tokenizer.decode(prompt.ids[len(encoder.start_ids) :]).lstrip("\ufffd")

@@ -71,6 +71,24 @@ def test_instruction_rows(columns: dict[str, Any], prompt: str) -> None:
         assert asked.meta["prompt_key"] == record.meta["prompt_key"]
 
 
+def test_a_column_that_is_blank_in_every_row_hides_no_other() -> None:
+    row = {
+        "instruction": "물음",
+        "input": "",
+        "context": "맥락",
+        "system": " ",
+        "system_prompt": "짧게.",
+        "output": "답",
+    }
+    for kind in ("prompt", "response"):
+        assert records_of(kind, row)[0].prompt == "짧게.\n\n" + WITH_INPUT
+        first, second = records_of(kind, row, {**row, "input": "글"})  # where both say something, the first one counts
+        assert (first.prompt, second.prompt) == (
+            "짧게.\n\n" + ASKED,
+            "짧게.\n\n" + WITH_INPUT.replace("맥락\n\n### 답", "글\n\n### 답"),
+        )
+
+
 PROMPT_ROWS = {
     "response": {"response": "답"},
     "completion": {"completion": "답"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.records import rows_to_records
-from rlhf.data.rendered import is_rendered, raw_prompt, split_rendered
+from rlhf.data.records import UNFINISHED, rows_to_records
+from rlhf.data.rendered import markup_of, raw_prompt, split_rendered
 from rlhf.data.sources import DataError, DatasetSpec, Row, SkippedRow, read_rows
 from rlhf.data.spec import ReadingNotes
 from rlhf.data.templates import load_template
@@ -44,7 +45,7 @@ PROMPTS = {
 
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS.keys())
 def test_a_prompt_of_a_chat_model_gets_no_other_template(prompt: str) -> None:
-    assert is_rendered(prompt) and "".join(raw_prompt(prompt).split()) in ("짧게.물음", "짧게.네물음")
+    assert markup_of(prompt) is not None and "".join(raw_prompt(prompt).split()) in ("짧게.물음", "짧게.네물음")
     for kind, answers in (
         ("prompt", {}),
         ("response", {"response": "답"}),
@@ -81,6 +82,24 @@ def test_a_question_about_markers_is_a_plain_prompt(prompt: str) -> None:
     assert record.prompt == load_template("kullm").render(prompt) and "rendered" not in record.meta
 
 
+@pytest.mark.parametrize(
+    "prompt", ["### User:\n안녕", "### Instruction:\n안녕", "\n\nHuman: 안녕", "### 명령어:\n안녕\n\n### 입력:\n글"]
+)
+def test_prompts_that_begin_with_plain_markers_alone_are_counted(prompt: str) -> None:
+    for kind, row in (("prompt", {"prompt": prompt}), ("response", {"instruction": prompt, "output": "답"})):
+        notes = ReadingNotes()
+        (record, _, _) = records_of(kind, row, row, {name: "물음" for name in row}, notes=notes)
+        assert record.prompt == load_template("kullm").render(prompt)
+        assert notes.warnings == Counter({UNFINISHED: 2})
+
+
+@pytest.mark.parametrize("prompt", [*PROMPTS.values(), "왜 ### User: 라고 써요?", "### 제목\n안녕", "### Assistant:"])
+def test_whole_markers_and_those_within_a_prompt_warn_of_nothing(prompt: str) -> None:
+    notes = ReadingNotes()
+    records_of("prompt", {"prompt": prompt}, notes=notes)
+    assert not notes.warnings
+
+
 def test_the_markers_of_a_chat_model_are_read_as_its_special_tokens() -> None:
     tokenizer = train_tokenizer(["물음 답 짧게"] * 5, 300)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
@@ -102,9 +121,13 @@ def test_the_markers_of_a_chat_model_are_read_as_its_special_tokens() -> None:
     [
         ("### 질문: 가\n\n### 답변: 나\n\n### 질문: ", "### 질문: 가\n\n### 답변:", " 나\n"),
         ("\n\nHuman: 가\n\nAssistant: 나\n\nHuman:", "\n\nHuman: 가\n\nAssistant:", " 나"),
+        ("\n\nHuman: 가\n\nAssistant: 나\nHuman:", "\n\nHuman: 가\n\nAssistant:", " 나"),
         ("### Human: 가### Assistant: 나### Human: ", "### Human: 가### Assistant:", " 나"),
         (CHATML + "답<|im_end|>\n", CHATML, "답"),
         (CHATML + "답<|im_end|>\n<|im_start|>user\n", CHATML, "답"),
+        (CHATML + "답<|im_end|>\n<|endoftext|>", CHATML, "답"),
+        (CHATML + "답<|im_end|> </s>\n<|im_start|>user\n", CHATML, "답"),
+        (CHATML + "답 </s>", CHATML, "답 </s>"),  # no end of the turn before it: what the answer says
         ("<s>[INST] 가 [/INST] 나 </s>", "<s>[INST] 가 [/INST]", " 나 "),
         # the markers of another family are text
         ("### 질문: 가\n\n### 답변: 대본:\n\nHuman: 안녕", "### 질문: 가\n\n### 답변:", " 대본:\n\nHuman: 안녕"),
@@ -127,6 +150,7 @@ def test_the_answer_of_a_text_ends_before_the_next_turn(text: str, prompt: str, 
         "### 질문: 가\n\n### 답변: 나\n\n### 질문: 다",
         "### 명령어:\n가\n\n### 응답:\n나\n### 명령어:\n다",
         "\n\nHuman: 가\n\nAssistant: 나\n\nHuman: 다",
+        "\n\nHuman: 가\n\nAssistant: 나\nHuman: 다",
         "### Human: 가### Assistant: 나### Human: 다",
         CHATML + "답<|im_end|>\n<|im_start|>user\n다<|im_end|>",
         "[INST] 가 [/INST] 나 </s>[INST] 다",
@@ -173,6 +197,36 @@ def test_a_prompt_beside_whole_transcripts_is_read_once(prompt: str, front: str,
     if not front.startswith("아래"):  # one transcript alone must begin with a marker
         (imitated,) = records_of("response", row, columns={"response": "chosen"})
         assert (imitated.prompt, imitated.response) == (record.prompt, record.chosen)
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def bot(content: str) -> dict[str, str]:
+    return {"role": "assistant", "content": content}
+
+
+EARLIER = [{"role": "system", "content": "짧게."}, user("가"), bot("나"), user("물음")]
+DIALOGUES = {"chosen": [*EARLIER, bot("좋은 답")], "rejected": [*EARLIER, bot("나쁜 답")]}
+"""Lists of messages beside the last question, as UltraFeedback has them."""
+
+
+@pytest.mark.parametrize(
+    "answers", [DIALOGUES, {"chosen": hh("가", "나", "물음", "다"), "rejected": hh("가", "나", "물음", "라")}]
+)
+@pytest.mark.parametrize(
+    "names", [("prompt", "chosen", "rejected"), ("질문", "chosen", "rejected"), ("질문", "갑", "을")]
+)
+def test_every_kind_reads_one_prompt_from_whole_dialogues(answers: dict[str, Any], names: tuple[str, ...]) -> None:
+    row = dict(zip(names, ("물음", answers["chosen"], answers["rejected"]), strict=True))
+    columns = {} if names[0] == "prompt" else {"prompt": names[0]}
+    columns |= {} if names[1] == "chosen" else {"chosen": names[1], "rejected": names[2]}
+    (pair,) = records_of("comparison", row, columns=columns)
+    (asked,) = records_of("prompt", row, columns=columns)
+    assert all(turn in asked.prompt for turn in ("가", "나", "물음")) and asked.prompt == pair.prompt
+    assert asked.meta["prompt_key"] == pair.meta["prompt_key"]
+    assert set(asked.columns) == set(names[1:])
 
 
 def test_published_transcripts_beside_their_last_question_are_read_as_without_it() -> None:
@@ -230,6 +284,70 @@ def test_prompts_without_markers_before_every_answer_are_cut_off() -> None:
         notes=notes,
     )
     assert not notes.warnings
+
+
+def test_prompts_that_touch_every_answer_are_kept_and_counted() -> None:
+    rows = [{"prompt": f"q{n}", "chosen": f"q{n}good", "rejected": f"q{n} bad"} for n in range(3)]
+    notes = ReadingNotes()
+    assert records_of("preference", *rows, notes=notes)[0].chosen == "q0good"
+    assert notes.warnings == Counter({"answers begin with their prompt and were kept as they are": 3})
+    for fewer in (rows[:2], [*rows, {"prompt": "q", "chosen": "a", "rejected": "b"}]):  # may be chance
+        notes = ReadingNotes()
+        records_of("preference", *fewer, notes=notes)
+        assert not notes.warnings
+
+
+def ranking_rows(answers: list[list[str]], prompts: list[str]) -> dict[str, list[dict[str, Any]]]:
+    """The same two answers to each prompt in every layout that ranks them."""
+    rows: dict[str, list[dict[str, Any]]] = {"scores": [], "ranks": [], "columns": [], "scored pair": []}
+    for prompt, pair in zip(prompts, answers, strict=True):
+        rows["scores"].append({"prompt": prompt, "responses": pair, "scores": [2, 1]})
+        rows["ranks"].append({"query": prompt, "responses": json.dumps(pair), "ranks": [0, 1]})
+        rows["columns"].append(
+            {"prompt": prompt, "completion_0": pair[0], "completion_1": pair[1], "completion_2": "", "ranking": [0, 1]}
+        )
+        rows["scored pair"].append({"prompt": prompt, "response1": pair[0], "sum1": 2, "response2": pair[1], "sum2": 1})
+    return rows
+
+
+LAYOUTS = ("scores", "ranks", "columns", "scored pair")
+
+
+def ranked_texts(record: Any) -> tuple[str, ...]:
+    return record.responses if hasattr(record, "responses") else (record.chosen, record.rejected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_whole_transcripts_of_a_ranking_are_read_once(layout: str) -> None:
+    transcripts = [[hh("가", "나", "물음", "좋은 답"), hh("가", "나", "물음", "나쁜 답")]]
+    rows = ranking_rows(transcripts, ["물음"])[layout]
+    (record,) = records_of("comparison", *rows)
+    assert record.prompt == hh("가", "나", "물음", "").rstrip() and record.meta["rendered"] is True
+    assert [text.strip() for text in ranked_texts(record)] == ["좋은 답", "나쁜 답"]
+    (asked,) = records_of("prompt", *rows)
+    assert asked.prompt == record.prompt and asked.meta["prompt_key"] == record.meta["prompt_key"]
+    with pytest.raises(DataError, match="is an answer alone, and .* a whole transcript"):
+        records_of("comparison", *ranking_rows([[transcripts[0][0], "나쁜 답"]], ["물음"])[layout])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prompt_before_every_answer_of_a_ranking_is_cut_off(layout: str) -> None:
+    prompts = [f"물음 {n}" for n in range(3)]
+    rows = ranking_rows([[f"{prompt} 좋은 답", f"{prompt}\n나쁜 답"] for prompt in prompts], prompts)[layout]
+    for record in records_of("comparison", *rows):
+        assert ranked_texts(record) == ("좋은 답", "나쁜 답")
+    notes = ReadingNotes()
+    assert ranked_texts(records_of("comparison", *rows[:2], notes=notes)[0]) == ("물음 0 좋은 답", "물음 0\n나쁜 답")
+    assert notes.warnings == Counter({"answers begin with their prompt and were kept as they are": 2})
+
+
+def test_a_prompt_is_read_from_one_whole_transcript_and_beside_answers_that_cannot_be_read() -> None:
+    row = {"prompt": "물음", "response": hh("가", "나", "물음", "답")}
+    (record,) = records_of("response", row)
+    (asked,) = records_of("prompt", row)
+    assert asked.prompt == record.prompt and asked.meta["prompt_key"] == record.meta["prompt_key"]
+    (asked,) = records_of("prompt", {"prompt": "물음", "responses": 3, "scores": [1]})
+    assert asked.prompt == load_template("kullm").render("물음")
 
 
 def test_skipped_transcripts_are_counted(tmp_path: Path) -> None:

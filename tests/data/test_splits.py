@@ -53,7 +53,15 @@ def test_files_of_several_splits_are_not_merged_in_silence(tmp_path: Path) -> No
     with pytest.raises(DataError, match="train_test.jsonl: the name holds several splits"):
         names(both, split="train")
     assert names(folder(tmp_path / "one", "latest.jsonl", "contest_2.jsonl")) == ["contest_2.jsonl", "latest.jsonl"]
-    assert names(folder(tmp_path / "two", "train_a.jsonl", "more.jsonl")) == ["more.jsonl", "train_a.jsonl"]
+    assert names(folder(tmp_path / "two", "train_a.jsonl", "train_b.jsonl")) == ["train_a.jsonl", "train_b.jsonl"]
+
+
+def test_a_file_of_a_split_beside_one_of_none_is_not_merged_in_silence(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"of the split test and koalpaca\.jsonl of none.*each as a data set of its own"
+    ):
+        names(folder(tmp_path, "koalpaca.jsonl", "test.jsonl"))
+    assert names(tmp_path, split="test") == ["test.jsonl"]
 
 
 def test_folders_of_splits_and_subsets(tmp_path: Path) -> None:

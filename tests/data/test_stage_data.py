@@ -214,3 +214,17 @@ def test_embedded_corpus_leaves_out_the_template_the_sft_answers_and_all_that_is
     held = [row.values for row in read_rows(DatasetSpec.parse("sample:preference_heldout"))]
     joined = "\n".join(corpus)
     assert held and not any(row["chosen"] in joined or f"\n{row['prompt']}\n" in joined for row in held)
+
+
+def test_reports_are_replaced_whole_and_never_written_in_place(load, tmp_path):
+    rows = [*sft_rows(2), {"instruction": "", "output": "x"}]
+    reports = [tmp_path / "report" / name for name in ("data.json", "skipped_rows.jsonl")]
+    load("response", [write(tmp_path / "a.jsonl", rows)], on_bad_row="skip")
+    before = [path.read_text(encoding="utf-8") for path in reports]
+    links = [path.with_name(f"link-{path.name}") for path in reports]
+    for path, link in zip(reports, links, strict=True):
+        link.hardlink_to(path)  # the old file, whatever takes its name
+    load("response", [write(tmp_path / "b.jsonl", [*rows, *rows])], on_bad_row="skip")
+    assert [link.read_text(encoding="utf-8") for link in links] == before
+    assert all(path.read_text(encoding="utf-8") != text for path, text in zip(reports, before, strict=True))
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {path.name for path in [*reports, *links]}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data.rendered import is_rendered, raw_prompt, split_rendered
+from rlhf.data.rendered import markup_of, raw_prompt, split_rendered
 from rlhf.data.sources import DataError
 from rlhf.data.templates import TEXT_TEMPLATES, load_template
 
@@ -186,12 +186,12 @@ def test_wrong_files(tmp_path: Path, name: str, content: str, message: str) -> N
 def test_rendered_prompts_are_known_and_taken_apart(name: str) -> None:
     template = load_template(name)
     prompt = template.render("질문은\n두 줄", "맥락")
-    assert is_rendered(prompt) and raw_prompt(prompt).split() == ["질문은", "두", "줄", "맥락"]
+    assert markup_of(prompt) is not None and raw_prompt(prompt).split() == ["질문은", "두", "줄", "맥락"]
     assert split_rendered(prompt + "답 하나") == (prompt, "답 하나")
-    assert not is_rendered(prompt + "답 하나")
+    assert markup_of(prompt + "답 하나") is None
 
 
 def test_plain_prompts_are_not_taken_for_rendered_ones() -> None:
     for text in ("안녕?", "### 질문: 이 표기는 뭐예요?", "무엇을 쓸까요 ### 답변:", "Human: hello"):
-        assert not is_rendered(text)
+        assert markup_of(text) is None
     assert split_rendered("그냥 글") is None

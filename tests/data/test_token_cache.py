@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from rlhf.data.spec import DataError
 from rlhf.data.token_cache import cached_tokens, record_key_parts, tokenizer_fingerprint
 from rlhf.data.tokenize import TokenReport
 from rlhf.models.tiny_base import train_tokenizer
@@ -113,7 +114,7 @@ def test_a_damaged_or_foreign_file_is_an_error_and_never_executed(damage, tmp_pa
         path.write_bytes(pickle.dumps(Bomb()))
     else:
         save_file({name: array for name, array in load_file(path).items() if name != "tokens"}, path)
-    with pytest.raises(ValueError, match="is damaged .*delete it"):
+    with pytest.raises(DataError, match="is damaged .*delete it"):
         cached_tokens("key", cache_dir=tmp_path, make=lambda: (ROWS["prompt"], REPORT))
     assert not (tmp_path / "executed").exists()
 

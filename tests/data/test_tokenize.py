@@ -4,6 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from rlhf.data.spec import DataError
 from rlhf.data.tokenize import TextEncoder, TokenReport, tokenize_records
 from rlhf.types import PreferenceRecord, PromptRecord, RankedRecord, ResponseRecord
 
@@ -136,7 +137,7 @@ def test_long_prompt_keeps_its_end_and_its_bos():
     whole = plain(tokenizer, text)
     assert len(whole) > 5
     assert encode(tokenizer, text, "네", prompt_limit=5)[0] == (tokenizer.bos_token_id, *whole[-4:])
-    with pytest.raises(ValueError, match="max_prompt_tokens=1 .* at least 2"):
+    with pytest.raises(DataError, match="max_prompt_tokens=1 .* at least 2"):
         encode(tokenizer, text, "네", prompt_limit=1)
 
 
@@ -209,7 +210,7 @@ def test_more_texts_than_one_call_keep_their_order(tokenizer, monkeypatch):
 
 
 def test_empty_prompt_and_missing_eos_are_errors(tokenizer):
-    with pytest.raises(ValueError, match="'p' has no tokens"):
+    with pytest.raises(DataError, match="'p' has no tokens"):
         tokenize_records([PromptRecord("p", "")], tokenizer, max_prompt_tokens=9, max_response_tokens=9)
-    with pytest.raises(ValueError, match="no eos_token"):
+    with pytest.raises(DataError, match="no eos_token"):
         encode(make_tokenizer(eos=None), "a", "b")
