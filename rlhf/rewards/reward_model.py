@@ -15,7 +15,6 @@ from rlhf.data.templates import Template, load_template
 from rlhf.data.token_cache import tokenizer_fingerprint
 from rlhf.data.tokenize import TextEncoder
 from rlhf.distributed import logger
-from rlhf.models.positions import max_positions
 from rlhf.numerics.statistics import score_last
 from rlhf.rewards.reward import RewardSources
 from rlhf.types import Responses, RewardOutput, TokenizedPrompt
@@ -31,6 +30,8 @@ class RewardModel:
     """
 
     def __init__(self, sources: RewardSources) -> None:
+        from rlhf.models.positions import max_positions  # loads transformers, which a list of the rewards needs not
+
         self.engine = sources.engine
         self.tokenizer = sources.reward_tokenizer
         self.same_tokenizer = same_tokenizer(sources.reward_tokenizer, sources.tokenizer)

@@ -96,7 +96,8 @@ def test_positions_of_an_adapter_are_those_of_its_base(tiny_models, tokenizer, t
         (transformers.BloomConfig(), None),
         (transformers.FalconConfig(alibi=True), None),
         (transformers.FalconConfig(alibi=False), 2048),
-        (transformers.MptConfig(max_seq_len=128), 128),
+        (transformers.MptConfig(max_seq_len=128), None),  # ALiBi by default
+        (transformers.MptConfig(max_seq_len=128, attn_config={"alibi": False}), 128),
         (transformers.MambaConfig(), None),
     ],
 )  # fmt: skip
