@@ -102,6 +102,8 @@ class Pipeline:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # bash cannot trap what its parent ignored, as the parent of a background job does
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
