@@ -10,6 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rlhf.pipeline.command_line import check_command_line
+
+if __name__ == "__main__":
+    check_command_line("reward")  # a mistake is told before torch is loaded
+
 from rlhf.algorithms.reward import RewardTrainer
 from rlhf.checkpoint.atomic import write_json
 from rlhf.checkpoint.export import export_scalar_model
@@ -17,7 +22,7 @@ from rlhf.checkpoint.fingerprint import model_fingerprint
 from rlhf.engine import compute_dtype
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar import ScalarModel
-from rlhf.pipeline import StageRun, run_as_script, stage_main
+from rlhf.pipeline.stage_run import StageRun, run_as_script, stage_main
 from rlhf.pipeline.stages import RewardStageConfig
 
 

@@ -17,7 +17,7 @@ import measure
 from sides.stage_trainers import offline_trainer
 
 from rlhf.config import BatchConfig, OptimizerConfig
-from rlhf.distributed import init_world, seed_everything
+from rlhf.distributed.world import init_world, seed_everything
 from rlhf.types import TokenizedRanking, TokenizedResponse
 
 STAGE_OF = {"response": "sft", "comparison": "reward"}

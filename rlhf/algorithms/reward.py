@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rlhf.algorithms.config import RewardConfig
 from rlhf.config import ConfigError
 from rlhf.data.collate import collate_rankings
 from rlhf.data.stage_data import StageData
-from rlhf.distributed import all_gather_rows, rank, world_size
+from rlhf.distributed.collectives import all_gather_rows
+from rlhf.distributed.place import rank, world_size
 from rlhf.numerics.statistics import score_last
 from rlhf.training.offline import OfflineTrainer
 from rlhf.types import RankedBatch, TokenizedRanking
@@ -53,20 +55,6 @@ def ranking_loss(
         loss = loss + centering_coef * (scores[better] + scores[worse]) ** 2
     pairs_per_prompt = torch.bincount(groups[better], minlength=int(groups.max()) + 1)
     return (loss / pairs_per_prompt[groups[better]]).sum()
-
-
-@dataclass
-class RewardConfig:
-    """The reward model's loss and evaluation."""
-
-    centering_coef: float = 0.0
-    """Weight of (s_i + s_j)^2 (Eisenstein et al. use 0.01); 0 turns it off."""
-    use_margins: bool = False
-    """Subtract the margin of a row, where it has one, inside the sigmoid (Llama 2)."""
-    calibration_rows: int = 512
-    """Prompts whose best responses set the saved mean and standard deviation of the scores (InstructGPT: mean 0)."""
-    eval_every_steps: int = 0
-    """Optimizer steps between evaluations; 0 evaluates before and after only. The best model is kept."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from rlhf.config import ConfigError
-from rlhf.distributed import is_main, logger
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main
 from rlhf.distributed.processes import process_stat
 
 _WITHOUT_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)

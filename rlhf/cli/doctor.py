@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from rlhf.doctor import NotARunError, StageView, diagnose
-from rlhf.pipeline import STAGES
+from rlhf.doctor.report import NotARunError, StageView, diagnose
+from rlhf.pipeline.stages import STAGES
 
 
 def stage_views() -> list[StageView]:

@@ -18,7 +18,8 @@ from rlhf.data.spec import DataError, DatasetSpec, ReadingNotes, SkippedRow
 from rlhf.data.templates import Template, load_template
 from rlhf.data.token_cache import cached_tokens, record_key_parts, tokenizer_fingerprint
 from rlhf.data.tokenize import Tokenized, TokenReport, tokenize_records
-from rlhf.distributed import is_main, logger
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main
 from rlhf.types import Record
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from rlhf.data.row_values import without_end_marks
 from rlhf.data.spec import DataError
-from rlhf.distributed import is_main
+from rlhf.distributed.place import is_main
 from rlhf.types import (
     PreferenceRecord,
     PromptRecord,

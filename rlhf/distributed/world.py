@@ -1,4 +1,4 @@
-"""Rank, world size, device and seeding.
+"""Joining and leaving the world, this rank's device, and seeding.
 
 Everything works in a single process without a launcher: the world is then of size one.
 """
@@ -17,25 +17,7 @@ import torch
 import torch.distributed as dist
 
 from rlhf.config import ConfigError
-
-
-def rank() -> int:
-    """This process's rank, 0 in a world of one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank()
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """The number of processes, 1 without a launcher."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """True on rank 0, which writes files and prints."""
-    return rank() == 0
+from rlhf.distributed.place import free_port, rank
 
 
 def init_world(timeout_minutes: float = 60.0) -> torch.device:
@@ -83,13 +65,6 @@ def close_world() -> None:
     """Leave the world in good order; a rank that only exits may end with the library's abort and a false status."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _check_port(port: int) -> None:

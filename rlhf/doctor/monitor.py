@@ -9,7 +9,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.distributed import is_main, logger
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main
 from rlhf.doctor.checks import Check, examine
 from rlhf.doctor.findings import Finding
 from rlhf.doctor.history import condensed

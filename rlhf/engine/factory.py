@@ -14,7 +14,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf.config import ConfigError, EngineConfig, OptimizerConfig
-from rlhf.distributed import init_world, logger, world_size
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import world_size
+from rlhf.distributed.world import init_world
 from rlhf.engine.batch_plan import BatchPlan
 from rlhf.engine.deepspeed_config import compute_dtype, deepspeed_settings
 from rlhf.models.experts import check_no_experts

@@ -21,7 +21,8 @@ from tqdm import tqdm
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.checkpoint.atomic import replaced_directory
-from rlhf.distributed import logger, rank_zero_first
+from rlhf.distributed.collectives import rank_zero_first
+from rlhf.distributed.log import logger
 
 EOS_TEXT = "<|endoftext|>"
 PAD_TEXT = "<|pad|>"

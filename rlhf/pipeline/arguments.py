@@ -11,16 +11,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import io
 import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
-from rlhf.config import REMOVED_FIELDS, ConfigError, RunConfig, facts_of
-from rlhf.distributed import free_port
+from rlhf.config import REMOVED_FIELDS, ConfigError, RunConfig, facts_of, read_options
+from rlhf.distributed.place import free_port
 from rlhf.pipeline.stages import PROJECT, STAGES, default_run, parse_stage
 
 LAUNCHER_OPTIONS = {
@@ -59,7 +58,7 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
     max_restarts = 0
     shared: list[tuple[str, list[str]]] = []
     own: dict[str, list[tuple[str, list[str]]]] = {stage: [] for stage in STAGES}
-    for name, values in _options(arguments):
+    for name, values in read_options(arguments):
         section, _, field_name = name.rpartition(".")
         values = _from_user_dir(field_name, values, user_dir)
         if name == "short":
@@ -124,22 +123,6 @@ def bash_assignments(pipeline: PipelineArguments) -> str:
     return "\n".join(lines)
 
 
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """(`name`, values) of every option, in order; a value is whatever does not begin with two dashes."""
-    index = 0
-    while index < len(arguments):
-        word = arguments[index]
-        if not word.startswith("--") or word == "--":
-            raise ConfigError(f"`{word}` is not an option; options are written --field value")
-        name, equals, value = word[2:].partition("=")
-        index += 1
-        values = [value] if equals else []
-        while not equals and index < len(arguments) and not arguments[index].startswith("--"):
-            values.append(arguments[index])
-            index += 1
-        yield name.replace("-", "_"), values
-
-
 def _single(name: str, values: Sequence[str]) -> str:
     if len(values) != 1:
         raise ConfigError(f"--{name} needs one value, got {list(values)}")
@@ -159,7 +142,7 @@ def _option_names(stage: str) -> set[str]:
     for kind in STAGES[stage].config_classes().values():
         for item in dataclasses.fields(kind):
             names.add(item.name)
-            if item.type in (bool, "bool"):  # TrlParser replaces a field's annotation by the type once it has run
+            if item.type == "bool":
                 names.add(f"no_{item.name}")
     return names
 
@@ -215,14 +198,10 @@ def _existing(value: str, user_dir: Path) -> str:
 
 def _run_config(stage: str, values: Sequence[str]) -> RunConfig:
     """Parse all of a stage's arguments, so that a mistake in the last one is found before the first one runs."""
-    usage = io.StringIO()
     try:
-        with contextlib.redirect_stderr(usage):
-            run: RunConfig = parse_stage(stage, values).run
+        run: RunConfig = parse_stage(stage, values).run
     except ConfigError as error:
         raise ConfigError(f"stage {stage}: {error}") from error
-    except SystemExit as error:  # argparse prints pages of usage before the line that matters
-        raise ConfigError(f"stage {stage}: {usage.getvalue().strip().splitlines()[-1]}") from error
     return run
 
 

@@ -9,7 +9,7 @@ from rlhf.algorithms.advantages import ESTIMATORS
 from rlhf.algorithms.ppo import PtxMixture
 from rlhf.checkpoint.fingerprint import model_fingerprint
 from rlhf.data import StageData
-from rlhf.distributed import logger
+from rlhf.distributed.log import logger
 from rlhf.engine import RLHFEngine
 from rlhf.generation.backend import make_backend
 from rlhf.generation.token_sampling import Sampling

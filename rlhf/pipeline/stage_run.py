@@ -18,19 +18,12 @@ from rlhf.checkpoint.export import check_writable
 from rlhf.checkpoint.run_lock import RunLock
 from rlhf.config import EMBEDDED_BASE, ConfigError, RunConfig, save_config
 from rlhf.data import DataError, StageData, load_stage_data
-from rlhf.distributed import (
-    any_rank,
-    close_world,
-    init_world,
-    is_main,
-    logger,
-    raise_on_all,
-    seed_everything,
-    setup_logging,
-    world_size,
-)
+from rlhf.distributed.collectives import any_rank, raise_on_all
 from rlhf.distributed.job_exit import run_to_end
+from rlhf.distributed.log import logger, setup_logging
+from rlhf.distributed.place import is_main, world_size
 from rlhf.distributed.rank_watch import watched_ranks
+from rlhf.distributed.world import close_world, init_world, seed_everything
 from rlhf.engine import BatchPlan, training_engine, zero3_loading
 from rlhf.models.loading import check_vocabulary
 from rlhf.models.lora import apply_lora

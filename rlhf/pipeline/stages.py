@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from rlhf.algorithms.advantages import ESTIMATORS
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
-from rlhf.algorithms.reward import RewardConfig
-from rlhf.algorithms.sft import SFTConfig
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig, PPOOptimizerConfig, RewardConfig, SFTConfig
 from rlhf.config import (
     BatchConfig,
     ConfigError,
@@ -26,7 +24,7 @@ from rlhf.config import (
     check_together,
     parse_config,
 )
-from rlhf.doctor import OFFLINE, ON_POLICY, REWARD, Check
+from rlhf.doctor.checks import OFFLINE, ON_POLICY, REWARD, Check
 from rlhf.report.figures import Figure
 
 PROJECT = Path(__file__).resolve().parents[2]

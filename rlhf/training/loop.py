@@ -12,9 +12,10 @@ from typing import Any
 import torch
 
 from rlhf.config import RunConfig
-from rlhf.distributed import logger
+from rlhf.distributed.log import logger
 from rlhf.distributed.rank_watch import Stopped, beat, note_saved, stop_requested
-from rlhf.doctor import Check, HealthMonitor
+from rlhf.doctor.checks import Check
+from rlhf.doctor.monitor import HealthMonitor
 from rlhf.training.metrics import MeanMeter, MetricsWriter
 from rlhf.training.resume import TrainingStates
 

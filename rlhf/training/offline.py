@@ -10,7 +10,8 @@ import torch
 from tqdm import tqdm
 
 from rlhf.data.stage_data import StageData
-from rlhf.distributed import is_main, logger, rank
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main, rank
 from rlhf.training.data_order import DataOrder, Plan
 from rlhf.training.loop import Loop, RunContext
 from rlhf.training.step import accumulate_step, learning_rate

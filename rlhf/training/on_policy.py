@@ -8,7 +8,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlhf.distributed import is_main, logger
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main
 from rlhf.training.loop import Loop, RunContext
 
 

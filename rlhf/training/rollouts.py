@@ -14,7 +14,9 @@ import torch.nn.functional as F
 
 from rlhf.config import ConfigError
 from rlhf.data.collate import collate_prompts
-from rlhf.distributed import all_gather_rows, all_reduce_max, logger, rank, world_size
+from rlhf.distributed.collectives import all_gather_rows, all_reduce_max
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import rank, world_size
 from rlhf.generation.backend import Backend
 from rlhf.generation.token_sampling import Sampling
 from rlhf.numerics.statistics import correlation, last_true, masked_mean, repeated_share

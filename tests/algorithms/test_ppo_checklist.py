@@ -20,22 +20,16 @@ import torch
 import transformers
 
 from rlhf.algorithms.advantages import ESTIMATORS, Estimator, EstimatorInput, gae
-from rlhf.algorithms.ppo import (
-    EmptyRolloutError,
-    KLController,
-    PPOBatchConfig,
-    PPOConfig,
-    PPOExperience,
-    PPOOptimizerConfig,
-    shape_rewards,
-)
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
+from rlhf.algorithms.ppo import EmptyRolloutError, KLController, PPOExperience, shape_rewards
 from rlhf.config import ConfigError, EngineConfig, ModelConfig
 from rlhf.data import collate_responses
 from rlhf.engine import BatchPlan, RLHFEngine
-from rlhf.generation import Sampling, generate
+from rlhf.generation.continuous_batching import generate
+from rlhf.generation.token_sampling import Sampling
 from rlhf.models.scalar import ScalarModel
 from rlhf.numerics.logprobs import logprobs_from_logits
-from rlhf.pipeline import parse_stage
+from rlhf.pipeline.stages import parse_stage
 from rlhf.training.metrics import MeanMeter
 from rlhf.training.scoring import label_loss, response_logprobs, response_values
 from rlhf.types import PromptBatch, Rollout, TokenizedPrompt, TokenizedResponse
@@ -628,7 +622,8 @@ def test_21_minibatches_are_reshuffled_every_epoch_and_shared_by_all_ranks(make_
 
 def test_17_scores_are_normalised_to_mean_0_and_variance_1_on_the_reference_responses(tiny_models, tokenizer, tmp_path):
     """DeepSpeedExamples#316 for the padding: a long and a short reference response in one batch."""
-    from rlhf.algorithms.reward import RewardConfig, RewardTrainer
+    from rlhf.algorithms.config import RewardConfig
+    from rlhf.algorithms.reward import RewardTrainer
     from rlhf.checkpoint.export import export_scalar_model
     from rlhf.types import TokenizedRanking
     from tests.support.local_engine import LocalEngine

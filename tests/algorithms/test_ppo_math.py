@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from rlhf.algorithms.advantages import gae
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig
 from rlhf.algorithms.ppo import (
     KLController,
-    PPOBatchConfig,
-    PPOConfig,
     PPOExperience,
     chosen_prompts,
     explained_variance,

@@ -8,14 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf.algorithms.reward import (
-    ScoredRows,
-    accuracy_of,
-    histogram,
-    ranked_pairs,
-    ranking_loss,
-    ranking_metrics,
-)
+from rlhf.algorithms.reward import ScoredRows, accuracy_of, histogram, ranked_pairs, ranking_loss, ranking_metrics
 from rlhf.config import ConfigError
 
 GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3])

@@ -11,12 +11,12 @@ import torch
 
 from rlhf.cli.__main__ import main
 from rlhf.cli.doctor import stage_views
-from rlhf.doctor import OFFLINE, SICKNESSES, HealthMonitor, NotARunError, StageView, diagnose, examine, record_stop
-from rlhf.doctor.checks import NEEDS
-from rlhf.doctor.findings import finding
+from rlhf.doctor.checks import NEEDS, OFFLINE, examine
+from rlhf.doctor.findings import SICKNESSES, finding
 from rlhf.doctor.history import condensed
 from rlhf.doctor.limits import KEPT_FIRST, KEPT_LAST
-from rlhf.doctor.monitor import GONE_AFTER
+from rlhf.doctor.monitor import GONE_AFTER, HealthMonitor, record_stop
+from rlhf.doctor.report import NotARunError, StageView, diagnose
 from rlhf.numerics.statistics import correlation, repeated_share
 
 LINES = 32

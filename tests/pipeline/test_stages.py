@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import ConfigError
-from rlhf.pipeline import STAGES, parse_stage
-from rlhf.pipeline.stages import find_stage_model
+from rlhf.pipeline.stages import STAGES, find_stage_model, parse_stage
 
 ROOT = Path(__file__).parents[2]
 NAMES = list(STAGES)

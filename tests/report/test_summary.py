@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlhf.cli.summary import main
-from rlhf.pipeline import STAGES
+from rlhf.pipeline.stages import STAGES
 from rlhf.report import summary
 from tests.support.results import made_up_results, write_results
 

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 
 import rlhf.algorithms.ppo as ppo
 import rlhf.generation.actor_backend
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig
-from rlhf.algorithms.reward import RewardConfig, RewardTrainer
-from rlhf.algorithms.sft import SFTConfig, SFTTrainer
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf.algorithms.reward import RewardTrainer
+from rlhf.algorithms.sft import SFTTrainer
 from rlhf.checkpoint.export import export_scalar_model, full_state_dict
 from rlhf.cli.__main__ import main
 from rlhf.config import EngineConfig, OptimizerConfig
@@ -383,7 +383,7 @@ import sys
 import torch
 from pathlib import Path
 from rlhf.config import EngineConfig, OptimizerConfig
-from rlhf.distributed import rank
+from rlhf.distributed.place import rank
 from rlhf.engine import BatchPlan, training_engine
 from rlhf.training.nonfinite import NonFiniteError
 from rlhf.training.step import accumulate_step

@@ -57,7 +57,8 @@ import os, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
 from rlhf.config import ConfigError, RunConfig
-from rlhf.distributed import close_world, rank_watch
+from rlhf.distributed import rank_watch
+from rlhf.distributed.world import close_world
 from rlhf.distributed.job_exit import run_to_end
 directory = Path(sys.argv[sys.argv.index("--output_dir") + 1]) / "sft"
 directory.mkdir(parents=True, exist_ok=True)

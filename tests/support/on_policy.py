@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOTrainer, PtxMixture
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig
+from rlhf.algorithms.ppo import PPOTrainer, PtxMixture
 from rlhf.config import RunConfig
 from rlhf.data.stage_data import StageData
 from rlhf.engine import BatchPlan
-from rlhf.generation import Sampling, make_backend
+from rlhf.generation.backend import make_backend
+from rlhf.generation.token_sampling import Sampling
 from rlhf.models.inner_model import eos_token_ids
-from rlhf.pipeline import STAGES
+from rlhf.pipeline.stages import STAGES
 from rlhf.rewards.reward import RewardSources
 from rlhf.rewards.reward_model import RewardModel
 from rlhf.training.loop import RunContext

@@ -2,7 +2,7 @@
 
 import json
 
-from rlhf.pipeline import STAGES
+from rlhf.pipeline.stages import STAGES
 
 
 def made_up_results():

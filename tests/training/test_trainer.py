@@ -12,8 +12,9 @@ import transformers
 import rlhf.training.data_order
 import rlhf.training.metrics
 import rlhf.training.offline
-from rlhf.algorithms.reward import RewardConfig, RewardTrainer
-from rlhf.algorithms.sft import SFTConfig, SFTTrainer
+from rlhf.algorithms.config import RewardConfig, SFTConfig
+from rlhf.algorithms.reward import RewardTrainer
+from rlhf.algorithms.sft import SFTTrainer
 from rlhf.config import BatchConfig
 from rlhf.engine import BatchPlan
 from rlhf.models.scalar import ScalarModel
