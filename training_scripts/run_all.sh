@@ -6,34 +6,26 @@ usage() {
     cat <<'HELP'
 Usage: bash training_scripts/run_all.sh [OPTIONS]
 
-Runs supervised fine-tuning, reward model and PPO through the `deepspeed` launcher, each on the result of the one
-before, and ends with a table and OUTPUT_DIR/summary.json. With no option it aligns the embedded tiny Korean model.
-An environment is made in .venv first if the running Python lacks something (a few minutes, once).
+Supervised fine-tuning, reward model and PPO, each on the result of the one before; at the end a table and
+OUTPUT_DIR/summary.json. With no option it aligns the embedded tiny Korean model. Everything is checked first.
 
-What to train
   --config FILE            YAML with shared fields and sections sft:, reward:, ppo: (presets: training_scripts/configs/)
   --base_model NAME        model directory or hub name
   --sft_data PATH...       instruction data        --preference_data PATH...  pairs or rankings
   --prompt_data PATH...    prompts for PPO         --output_dir DIR           default runs/default
-  --zero_stage 0|1|2|3     --seed N                --max_steps N
-  --FIELD VALUE            any field of docs/configuration.md; it goes to every stage that has it
-  --STAGE.FIELD VALUE      the same for one stage: --reward.learning_rate 5e-5
+  --FIELD VALUE            any field, for every stage that has it; --STAGE.FIELD VALUE for one stage
+  --stages sft,reward,ppo  only some of the stages; --short: a few steps of each, in a directory of its own
 
-How to run
-  --num_devices N          processes on this machine (default: every GPU; 1 without a GPU)
+  --num_devices N          processes on this machine (default: every GPU; 1 without a GPU); --master_port PORT
   --hostfile FILE          several machines (see training_scripts/hostfile.example); --num_nodes N, --master_addr ADDRESS
-  --master_port PORT       default: a free one
-  --stages sft,reward,ppo  only some of the stages
-  --short                  a few steps of each stage, to see that everything runs
 
-When it is interrupted
-  Ctrl-C, SIGTERM or SIGHUP: the stage finishes its step, saves its training state and stops, and the status is 0;
-  a second one kills it.
+  Ctrl-C, SIGTERM, SIGHUP  the stage finishes its step, saves its training state and stops, status 0; twice kills it
   --resume auto            go on where the last run stopped or died; finished stages are skipped
   --resume never           start anew although an unfinished run lies in OUTPUT_DIR
-  --max_restarts N         start a stage that died or failed again with --resume auto, at most N times in the whole run
-                           (default 0; not after a mistake that only you can mend, status 2)
-  --help                   this text
+  --overwrite              start anew although a finished run lies there; it is removed whole
+  --max_restarts N         start a stage that died again with --resume auto, at most N times in all (default 0)
+
+  --help-all               every field with its value and where it comes from (add --config FILE to see its values)
 
 Relative paths on the command line are taken from where you are; those in a configuration file from the project's root.
 Variables: RLHF_PYTHON (Python to use), RLHF_VENV (where the environment is made), OMP_NUM_THREADS (per process).
@@ -48,10 +40,15 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=setup_env.sh
 source "$here/setup_env.sh" --
 
+case " $* " in
+    *" --help-all "*) exec "$RLHF_PYTHON" -m rlhf.pipeline.arguments "$@" ;;
+esac
+
 # Importing libraries may print; the assignments are the last lines.
 settings="$("$RLHF_PYTHON" -m rlhf.pipeline.arguments "$@" | sed -n '/^DEFAULT_STAGES=/,$p')"
 eval "$settings"  # DEFAULT_STAGES STAGES RESUME_STAGES OUTPUT_DIR MAX_RESTARTS LAUNCHER_ARGS; SCRIPT_x TITLE_x ARGS_x of stage x
 
+user_dir="$PWD"
 cd "$here/.."
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
     ranks=1
@@ -181,6 +178,10 @@ if command -v flock >/dev/null; then
         exit 2
     }
 fi
+
+echo
+echo "=== checking every stage"
+(cd "$user_dir" && "$RLHF_PYTHON" -m rlhf.pipeline.preflight "$@") || exit "$?"
 
 for index in "${!STAGES[@]}"; do
     run_stage "$((index + 1))" "${STAGES[index]}"

@@ -67,8 +67,7 @@ def field_help(stages: Mapping[str, FieldsInForce]) -> str:
         lines += ["", f"{concern(root)}: {class_text(root)}"]
         for name, by_stage in family.items():
             lines.append(f"  --{name} {_merged_values(by_stage, len(stages))}")
-            text = " ".join(dict.fromkeys(entry.text for entry in by_stage.values()))
-            lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += textwrap.wrap(_merged_texts(by_stage), width, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
@@ -101,6 +100,14 @@ def _merged_values(by_stage: Mapping[str, _FieldInForce], stages: int) -> str:
     value, source = found.pop()
     owners = "" if len(by_stage) == stages else f"; {', '.join(by_stage)}"
     return f"{value}  ({source}; {kind}{owners})"
+
+
+def _merged_texts(by_stage: Mapping[str, _FieldInForce]) -> str:
+    texts: dict[str, list[str]] = {}
+    for stage, entry in by_stage.items():
+        texts.setdefault(entry.text, []).append(stage)
+    (first, _), *others = texts.items()
+    return " ".join([first, *(f"In {', '.join(stages)}: {text}" for text, stages in others)])
 
 
 def concern(config_class: type) -> str:

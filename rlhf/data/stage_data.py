@@ -27,13 +27,14 @@ from rlhf.types import Record
 class StageData:
     """Tokenised rows to train and to evaluate on, and the report that was written as `data.json`.
 
-    `fingerprint` is one of all rows, in their order, as tokens.
+    `fingerprint` is one of all rows, in their order, as tokens; `summary` says in a few lines what there is.
     """
 
     train: list[Any]
     evaluation: list[Any]
     report: dict[str, Any]
     fingerprint: str
+    summary: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,8 @@ def load_stage_data(
     for part in [*parts, *eval_parts]:
         for line in _warnings(kind, part):
             logger.warning(line)
-    for line in _summary(report, config, skipped_file):
-        logger.info(line)
-    return StageData(train, evaluation, report, f"{train_report.key} {eval_report.key}")
+    fingerprint = f"{train_report.key} {eval_report.key}"
+    return StageData(train, evaluation, report, fingerprint, _summary(report, config, skipped_file))
 
 
 def reads_special_tokens(template: Template, tokenizer: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -43,6 +44,7 @@ def training_engine(
     import deepspeed
 
     device = init_world()
+    check_engine(engine, optimizer, plan)
     _check(model, engine, plan)
     model_config = getattr(model, "config", None)
     if model_config is not None:
@@ -90,6 +92,18 @@ def inference_engine(model: nn.Module, *, engine: EngineConfig, plan: BatchPlan)
     return wrapped
 
 
+def check_engine(engine: EngineConfig, optimizer: OptimizerConfig, plan: BatchPlan) -> None:
+    """ConfigError for an engine or an optimizer that could not be made, before there is a model."""
+    _settings(engine, plan, None)
+    if optimizer.optimizer != "adamw":
+        if engine.offload != "none":
+            raise ConfigError(f"optimizer={optimizer.optimizer} does not go with offload={engine.offload}; use adamw")
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ConfigError(
+                f"optimizer={optimizer.optimizer} needs bitsandbytes: pip install 'rlhf[quantization]', or use adamw"
+            )
+
+
 @contextmanager
 def zero3_loading(engine: EngineConfig, plan: BatchPlan) -> Iterator[None]:
     """Within the block `from_pretrained` partitions weights over the ranks as it loads them, under ZeRO-3 alone.
@@ -134,8 +148,6 @@ def build_optimizer(
         "eps": config.adam_eps,
     }
     if config.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
-        if offload != "none":
-            raise ConfigError(f"optimizer={config.optimizer} does not go with offload={offload}; use optimizer=adamw")
         import bitsandbytes as bnb
 
         kind = bnb.optim.AdamW8bit if config.optimizer == "adamw_8bit" else bnb.optim.PagedAdamW8bit

@@ -80,6 +80,16 @@ def build_tiny_base(
     return path
 
 
+def write_untrained_tiny_base(texts: Sequence[str], directory: Path) -> None:
+    """Write the tokenizer and the shape of the tiny base with weights that nothing has trained: for checks, in seconds.
+
+    The tokenizer is that of the trained one, so what is tokenised for the one serves the other.
+    """
+    tokenizer = _tokenizer(texts, TinyRecipe())
+    GPTNeoXForCausalLM(_model_config(TinyRecipe(), tokenizer)).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
 def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer of at most `vocabulary_size` tokens with an end of sequence and a separate padding."""
     backend = Tokenizer(models.BPE())
@@ -95,9 +105,14 @@ def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> PreTrainedTok
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS_TEXT, pad_token=PAD_TEXT)
 
 
-def _train_and_save(texts: Sequence[str], directory: Path, recipe: TinyRecipe, seed: int, progress: bool) -> None:
+def _tokenizer(texts: Sequence[str], recipe: TinyRecipe) -> PreTrainedTokenizerFast:
     tokenizer = train_tokenizer(texts, recipe.vocabulary_size)
     tokenizer.model_max_length = recipe.max_positions
+    return tokenizer
+
+
+def _train_and_save(texts: Sequence[str], directory: Path, recipe: TinyRecipe, seed: int, progress: bool) -> None:
+    tokenizer = _tokenizer(texts, recipe)
     documents = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
     tokens = sum(len(document) for document in documents)
     if tokens < recipe.row_tokens:

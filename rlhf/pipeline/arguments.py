@@ -19,8 +19,9 @@ from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 from rlhf.config import REMOVED_FIELDS, ConfigError, RunConfig, facts_of, read_options
+from rlhf.config.explain import field_help
 from rlhf.distributed.place import free_port
-from rlhf.pipeline.stages import PROJECT, STAGES, default_run, parse_stage
+from rlhf.pipeline.stages import PROJECT, STAGES, default_run, parse_stage, stage_fields
 
 LAUNCHER_OPTIONS = {
     "num_devices": "--num_gpus",
@@ -30,6 +31,9 @@ LAUNCHER_OPTIONS = {
     "master_port": "--master_port",
 }
 """Options of the pipeline and what the `deepspeed` launcher calls them."""
+
+
+HELP_ALL = "--help-all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +106,13 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
         tuple(stage for stage, run in runs.items() if run.resume == "auto"),
         max_restarts,
     )
+
+
+def all_fields(arguments: Sequence[str]) -> str:
+    """Every field of every stage as this command line sets it, for reading."""
+    pipeline = sort_arguments(arguments, user_dir=Path.cwd())
+    os.chdir(PROJECT)  # where the stages run, and what paths of a configuration file are taken from
+    return field_help({name: stage_fields(name, pipeline.stage_arguments[name]) for name in pipeline.stages})
 
 
 def bash_assignments(pipeline: PipelineArguments) -> str:
@@ -244,9 +255,12 @@ def _launcher_arguments(options: Mapping[str, str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the assignments; a mistake goes to standard error and returns 2."""
+    """Print the assignments, with `--help-all` every field; a mistake goes to standard error and returns 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if HELP_ALL in arguments:
+            print(all_fields([word for word in arguments if word != HELP_ALL]))
+            return 0
         print(bash_assignments(sort_arguments(arguments, user_dir=Path.cwd())))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

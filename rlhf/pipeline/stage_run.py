@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +24,12 @@ from rlhf.distributed.log import logger, setup_logging
 from rlhf.distributed.place import is_main, world_size
 from rlhf.distributed.rank_watch import watched_ranks
 from rlhf.distributed.world import close_world, init_world, seed_everything
-from rlhf.engine import BatchPlan, training_engine, zero3_loading
+from rlhf.engine import BatchPlan, check_engine, compute_dtype, training_engine, zero3_loading
+from rlhf.models.architecture import ModelSize, check_trainable
 from rlhf.models.loading import check_vocabulary
 from rlhf.models.lora import apply_lora
 from rlhf.models.positions import check_positions
+from rlhf.pipeline.dry_run import DryRun, DryRunEndError, Findings, disk_use
 from rlhf.pipeline.stages import STAGES, Stage, StageConfig, default_run, find_stage_model, parse_stage
 from rlhf.training.data_order import planned_steps
 from rlhf.training.loop import RunContext
@@ -49,6 +51,8 @@ class StageRun(Generic[Config]):
     stage: Stage
     config: Config
     directory: Path
+    dry_run: DryRun | None = None
+    """Where everything is checked before a run: how, and what was found; the weights are then not loaded."""
 
     @property
     def run(self) -> RunConfig:
@@ -58,21 +62,36 @@ class StageRun(Generic[Config]):
     def plan(self) -> BatchPlan:
         """How the sequences of an optimizer step lie over the devices."""
         batch = self.config.batch
-        return BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size(), batch.micro_batch_tokens)
+        devices = world_size() if self.dry_run is None else self.dry_run.devices
+        return BatchPlan(batch.global_batch_size, batch.micro_batch_size, devices, batch.micro_batch_tokens)
 
     def base_model(self) -> str:
         """The model to start from; the embedded one is trained on first use (about a minute) and kept.
 
-        Raises ConfigError for one with fewer positions than a prompt and its response may have.
+        Raises ConfigError for one that cannot train as the configuration says, or has fewer positions than a prompt and
+        its response may have.
         """
         base_model = self.config.model.base_model
         if base_model == EMBEDDED_BASE:
-            from rlhf.data import embedded_corpus
-            from rlhf.models.tiny_base import build_tiny_base
-
-            base_model = str(build_tiny_base(embedded_corpus(), Path(self.run.cache_dir)))
+            base_model = str(self._embedded_base())
         self.check_positions(base_model, "base_model")
+        self.model_size(base_model, "base_model")
         return base_model
+
+    def _embedded_base(self) -> Path:
+        from rlhf.data import embedded_corpus
+        from rlhf.models.tiny_base import build_tiny_base, write_untrained_tiny_base
+
+        if self.dry_run is None:
+            return build_tiny_base(embedded_corpus(), Path(self.run.cache_dir))
+        stand_in = self.dry_run.report_dir.parent / EMBEDDED_BASE
+        if not stand_in.is_dir():
+            write_untrained_tiny_base(embedded_corpus(), stand_in)
+        return stand_in
+
+    def model_size(self, path: str, what: str) -> ModelSize:
+        """The size of the causal LM in `path`, once it is known that it can train as the configuration says."""
+        return check_trainable(path, self.config.model, what=what)
 
     def check_positions(self, path: str, what: str) -> None:
         """ConfigError when the model in `path` has fewer positions than a prompt and its response may have."""
@@ -86,13 +105,15 @@ class StageRun(Generic[Config]):
 
     def earlier_model(self, config_field: str, given: str | None) -> str:
         """The model that `config_field` takes from an earlier stage where it is not `given`."""
+        if given is None and self.dry_run is not None and self.stage.takes[config_field] in self.dry_run.bases:
+            return self.dry_run.bases[self.stage.takes[config_field]]
         return find_stage_model(self.stage, config_field, given, self.run.output_dir)
 
     def load_data(
         self, kind: str, specs: Sequence[str], eval_specs: Sequence[str], tokenizer: Any, **options: Any
     ) -> StageData:
         """The stage's data sets as tokens; see `rlhf.data.load_stage_data`."""
-        return load_stage_data(
+        data = load_stage_data(
             kind,
             specs,
             eval_specs,
@@ -100,14 +121,41 @@ class StageRun(Generic[Config]):
             tokenizer=tokenizer,
             seed=self.run.seed,
             cache_dir=Path(self.run.cache_dir),
-            report_dir=self.directory,
+            report_dir=self.directory if self.dry_run is None else self.dry_run.report_dir,
             stages=tuple(stage.name for stage in default_run()),
             **{"stage": self.stage.name, **options},
         )
+        if self.dry_run is None:
+            for line in data.summary:
+                logger.info(line)
+        else:
+            self.dry_run.data[options.get("report_name", "data")] = data
+        return data
 
-    def planned_steps(self, data: StageData) -> int:
-        """Optimizer steps of an offline run over `data`."""
-        return planned_steps(len(data.train), self.config.batch, self.plan.global_batch_size)
+    def planned_steps(self, base_model: str, data: StageData) -> int:
+        """Optimizer steps of an offline run over `data` that trains one model; a dry run ends here."""
+        steps = planned_steps(len(data.train), self.config.batch, self.plan.global_batch_size)
+        if self.dry_run is not None:
+            self.end_dry_run({"model": self.model_size(base_model, "base_model")}, steps)
+        return steps
+
+    def end_dry_run(self, sizes: Mapping[str, ModelSize], total_steps: int) -> None:
+        """End a dry run, where this is one: the next thing is to load the weights of the models in `sizes`.
+
+        Raises ConfigError for engines that could not be made, DryRunEndError otherwise.
+        """
+        if self.dry_run is None:
+            return
+        model, engine = self.config.model, self.config.engine
+        check_engine(engine, self.config.optimizer, self.plan)
+        exported, states = disk_use(
+            sizes,
+            self.run,
+            steps=total_steps,
+            weight_bytes=compute_dtype(engine.precision).itemsize,
+            adapted=model.lora_rank > 0,
+        )
+        raise DryRunEndError(Findings(total_steps, sizes, exported, states))
 
     def training_engine(self, load: Callable[[], nn.Module], tokenizer: Any, *, total_steps: int) -> Any:
         """The model that `load` gives, adapted where LoRA is on, in a training engine."""

@@ -24,6 +24,8 @@ from rlhf.config import (
     check_together,
     parse_config,
 )
+from rlhf.config.explain import FieldsInForce
+from rlhf.config.parsing import fields_in_force
 from rlhf.doctor.checks import OFFLINE, ON_POLICY, REWARD, Check
 from rlhf.report.figures import Figure
 
@@ -211,17 +213,24 @@ def default_run() -> list[Stage]:
 def parse_stage(name: str, argv: Sequence[str] | None = None) -> Any:
     """The configuration of stage `name` (an instance of its `config` class) from a command line; see `parse_config`."""
     stage = STAGES[name]
-    parts = parse_config(
-        name,
-        stage.config_classes(),
-        argv,
-        sections=STAGES.keys(),
-        known_fields=set().union(*(other.field_names() for other in STAGES.values())),
-        default_config=DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None,
-    )
+    parts = parse_config(name, stage.config_classes(), argv, **_sources())
     config = stage.config(**parts)
     config.check()
     return config
+
+
+def stage_fields(name: str, argv: Sequence[str]) -> FieldsInForce:
+    """What a command line and its file give to stage `name`, for explaining it."""
+    return fields_in_force(name, STAGES[name].config_classes().values(), argv, **_sources())
+
+
+def _sources() -> dict[str, Any]:
+    """Where a stage's fields may come from beside its own dataclasses."""
+    return {
+        "sections": STAGES.keys(),
+        "known_fields": set().union(*(other.field_names() for other in STAGES.values())),
+        "default_config": DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None,
+    }
 
 
 def find_stage_model(stage: Stage, config_field: str, given: str | None, output_dir: str) -> str:
