@@ -55,8 +55,9 @@ def check_all(pipeline: PipelineArguments) -> list[str]:
         dry_run.report_dir.mkdir(parents=True)
         runs[name] = StageRun(STAGES[name], config, Path(config.run.output_dir) / name, dry_run)
     taken = {earlier for name in runs for earlier in STAGES[name].takes.values()}
-    for name in taken & runs.keys():
-        bases[name] = _for_stage(name, runs[name].base_model)
+    for name in runs:
+        if name in taken:
+            bases[name] = _for_stage(name, runs[name].base_model)
     sizes = {name: _data_bytes(config.data) for name, config in configs.items()}
     found = {name: _for_stage(name, partial(_dry_run, runs[name])) for name in sorted(runs, key=sizes.__getitem__)}
     disk = _check_disk(Path(pipeline.output_dir), found)
@@ -161,7 +162,7 @@ def _check_disk(output_dir: Path, found: Mapping[str, Findings]) -> str:
     if exported + states > free + there:
         raise ConfigError(
             f"the disk of {output_dir} has {_gib(free)} free, and the run takes about {needed}: choose another disk "
-            "with --output_dir, or keep fewer training states with --keep_last 1 (0 keeps none, and a killed run is lost)"
+            "with --output_dir, or keep fewer training states with --keep_last 1 (0 keeps none: a killed run is lost)"
         )
     return f"disk: about {needed}; {_gib(free)} free in {output_dir}"
 
@@ -192,7 +193,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Check the run that these arguments describe."""
     started = time.monotonic()
     setup_logging()
-    logger.addFilter(_Once())
+    once = _Once()
+    logger.addFilter(once)
     try:
         pipeline = sort_arguments(list(sys.argv[1:] if argv is None else argv), user_dir=Path.cwd())
         os.chdir(PROJECT)  # where the stages run, and what paths of a configuration file are taken from
@@ -202,6 +204,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_USER
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
+    finally:
+        logger.removeFilter(once)
     print("\n".join([*lines, f"nothing is wrong; checked in {time.monotonic() - started:.0f} s"]))
     return 0
 
