@@ -133,7 +133,10 @@ def build_optimizer(
     }
     if config.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
         if offload != "none":
-            raise ConfigError(f"optimizer={config.optimizer} does not go with offload={offload}; use optimizer=adamw")
+            raise ConfigError(
+                f"optimizer={config.optimizer} does not go with offload={offload}; use offload=none, which learns the "
+                "same, or optimizer=adamw, whose states are not rounded to 8 bits"
+            )
         import bitsandbytes as bnb
 
         kind = bnb.optim.AdamW8bit if config.optimizer == "adamw_8bit" else bnb.optim.PagedAdamW8bit
