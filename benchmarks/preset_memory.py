@@ -22,8 +22,9 @@ What lies in memory, of T weights in all, n of them trained, b bytes each (bf16 
                scoring passes take four times the tokens without gradients: 12 b h bytes each; the larger counts
 
 Peak: weights + optimizer + gradients + the larger of cache (sampling) and activations + buckets (training), which is
-a little too much where gradients are gone while PPO samples (stages 2 and 3, fp32). Not counted: the CUDA context (about
-0.5 GB for each process), fragmentation, temporary copies while loading. Stages follow one another and share nothing.
+a little too much where gradients are gone while PPO samples (stages 2 and 3, fp32). Not counted: the CUDA context
+(about 0.5 GB for each process), fragmentation, temporary copies while loading. Stages follow one another and share
+nothing.
 """
 
 from __future__ import annotations

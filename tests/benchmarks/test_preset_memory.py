@@ -1,25 +1,22 @@
-"""The memory table of the presets: published parameter counts, real engines on this CPU, and the page that shows it."""
+"""The memory table of the presets: published parameter counts, a real key/value cache, and the page that shows it.
+
+Real engines are counted in tests/slow/test_benchmarks_preset_memory.py.
+"""
 
 from __future__ import annotations
 
-import gc
 import importlib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from rlhf.checkpoint.export import export_scalar_model
-from rlhf.engine import BatchPlan, RLHFEngine
-from rlhf.models.lora import apply_lora
-from rlhf.models.scalar import ScalarModel
-from rlhf.pipeline.stages import STAGES, parse_stage
-from tests.support.tiny_models import ROWS, save_tiny_model, tiny_config
+from rlhf.generation.fast_decoder import make_fast_decoder
+from rlhf.models.loading import load_causal_lm
+from rlhf.pipeline.stages import parse_stage
+from tests.support.tiny_models import ROWS, tiny_config
 
 ROOT = Path(__file__).parents[2]
-PLAN = BatchPlan(4, 4, 1)
-SHAPE = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 3}
 
 
 @pytest.fixture()
@@ -55,83 +52,19 @@ def test_the_adapter_of_kullm_has_the_size_worked_by_hand(memory) -> None:
     assert parts.adapter == 40 * 8 * (5120 + 3 * 5120)
 
 
-def live_bytes() -> dict[int, int]:
-    """The bytes of every storage that a tensor of this process has, by its address."""
-    gc.collect()
-    found = {}
-    for item in gc.get_objects():
-        if issubclass(type(item), torch.Tensor) and item.device.type == "cpu":
-            for tensor in (item, item.grad if item.is_leaf else None):
-                if tensor is not None:
-                    storage = tensor.untyped_storage()
-                    found[storage.data_ptr()] = storage.nbytes()
-    return found
-
-
-def build(stages: dict[str, Any], actor: Path, reward: Path) -> RLHFEngine:
-    config = stages["ppo"]
-    return RLHFEngine.build(
-        actor, critic_model=reward, reward_model=reward, model=config.model, engine=config.engine,
-        optimizer=config.optimizer, critic_learning_rate=1e-3, plan=PLAN, total_steps=4, zero_critic_head=True,
-    )  # fmt: skip
-
-
-def backward(engine: Any, scalar: bool) -> None:
-    ids = torch.randint(1, ROWS, (4, 12))
-    output = engine(ids, attention_mask=torch.ones_like(ids))
-    loss = (output if scalar else output.logits).float().pow(2).mean()
-    engine.set_gradient_accumulation_boundary(True)
-    engine.backward(loss)
-
-
-CASES = {
-    "every weight": ("fp32", 0, 0, 0, "none"),
-    "every weight, bf16": ("bf16", 1, 0, 0, "none"),
-    "every weight, bf16, gradients divided": ("bf16", 2, 0, 0, "none"),
-    "adapters": ("fp32", 0, 4, 4, "none"),
-    "adapters, bf16": ("bf16", 0, 4, 2, "none"),
-    "a whole reward model": ("bf16", 1, 4, 0, "none"),
-    "4 bits": ("bf16", 0, 4, 4, "4bit"),
-    "8 bits": ("bf16", 0, 4, 4, "8bit"),
-}
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_the_tensors_of_a_real_engine_weigh_what_the_script_says(
-    memory, case: str, tokenizer, tmp_path, monkeypatch
-) -> None:
-    precision, stage, rank, reward_rank, quantization = CASES[case]
-    actor = save_tiny_model(tmp_path / "actor", "gpt_neox", tokenizer, **SHAPE)
-    base = save_tiny_model(tmp_path / "base", "gpt_neox", tokenizer, seed=1, **SHAPE)
-    monkeypatch.setitem(memory.ARCHITECTURES, str(actor), tiny_config("gpt_neox", **SHAPE))
-    monkeypatch.setitem(memory.ARCHITECTURES, str(base), tiny_config("gpt_neox", **SHAPE))
-    common = ["--precision", precision, "--zero_stage", str(stage), "--output_dir", str(tmp_path)]
-    options = {
-        "sft": ["--base_model", str(actor)],
-        "reward": ["--base_model", str(base), "--lora_rank", str(reward_rank)],
-        "ppo": ["--base_model", str(actor), "--lora_rank", str(rank), "--quantization", quantization],
-    }
-    stages = {name: parse_stage(name, [*common, *options[name]]) for name in STAGES}
-    model = ScalarModel.from_base(base, dtype=torch.float32)
-    if reward_rank:
-        model = apply_lora(model, stages["reward"].model)
-    export_scalar_model(model, tokenizer, tmp_path / "reward")
-    del model
-    before = live_bytes()
-    engines = build(stages, actor, tmp_path / "reward")
-    during: set[int] = set()  # the sizes of what is there in the middle of a backward pass
-    trained = [weight for weight in engines.actor.parameters() if weight.requires_grad]
-    trained[0].register_hook(lambda gradient: during.update(live_bytes().values()))
-    for _ in range(2):  # Adam makes its moments in the first step
-        backward(engines.actor, scalar=False)
-        backward(engines.critic, scalar=True)
-        held = sum(size for place, size in live_bytes().items() if place not in before)
-        engines.actor.step()
-        engines.critic.step()
-    said = memory.stage_memory(stages, "ppo", 1)
-    code_tables = 2 * 3 * 4 * 4 * (16 + 256) if quantization == "4bit" else 0  # of NF4 and of its scales, each layer
-    assert held == pytest.approx(said.weights + said.optimizer + said.gradients + code_tables, rel=5e-3)
-    assert (2 * 1_000_000 in during) == (said.buckets == 2 * 1_000_000) == (stage == 2), "there while the gradients are computed, and gone after it"
+def test_the_cache_of_a_real_decoder_weighs_what_the_script_says(memory, tiny_models, tmp_path, monkeypatch) -> None:
+    name = str(tiny_models["llama"])
+    monkeypatch.setitem(memory.ARCHITECTURES, name, tiny_config("llama"))
+    options = [
+        "--base_model", name, "--precision", "fp32", "--rollout_batch_size", "16", "--generation_batch_size", "3",
+        "--max_prompt_tokens", "5", "--max_response_tokens", "40", "--output_dir", str(tmp_path),
+    ]  # fmt: skip
+    said = memory.stage_memory({stage: parse_stage("ppo", options) for stage in ("reward", "ppo")}, "ppo", 1)
+    model = load_causal_lm(name, dtype=torch.float32).eval()
+    decoder = make_fast_decoder(model, slots=3, capacity=5 + 40)
+    with torch.no_grad():
+        decoder.prefill(torch.randint(1, ROWS, (3, 45)), [45] * 3)
+    assert sum(layer.untyped_storage().nbytes() for layer in decoder.cache) == said.cache
 
 
 def test_the_page_holds_the_output_of_the_script(memory) -> None:
