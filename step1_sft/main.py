@@ -30,7 +30,7 @@ def main(stage: StageRun[SFTStageConfig]) -> dict:
     base_model = stage.base_model()
     tokenizer = load_tokenizer(base_model, trust_remote_code=config.model.trust_remote_code)
     data = stage.load_data("response", config.data.sft_data, config.data.sft_eval_data, tokenizer)
-    total_steps = stage.planned_steps(base_model, data)
+    total_steps = stage.planned_steps(data)
     dtype = compute_dtype(config.engine.precision)
     engine = stage.training_engine(
         lambda: load_causal_lm(base_model, config.model, dtype=dtype), tokenizer, total_steps=total_steps

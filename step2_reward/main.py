@@ -32,7 +32,7 @@ def main(stage: StageRun[RewardStageConfig]) -> dict:
     base_model = stage.base_model()
     tokenizer = load_tokenizer(base_model, trust_remote_code=config.model.trust_remote_code)
     data = stage.load_data("comparison", config.data.preference_data, config.data.preference_eval_data, tokenizer)
-    total_steps = stage.planned_steps(base_model, data)
+    total_steps = stage.planned_steps(data)
     dtype = compute_dtype(config.engine.precision)
     engine = stage.training_engine(
         lambda: ScalarModel.from_base(base_model, config.model, dtype=dtype, seed=config.run.seed),

@@ -458,14 +458,25 @@ def planned_iterations(batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:
     """Iterations of a run over so many prompts. ConfigError when a rollout is no whole number of minibatches."""
     responses = batch.rollout_batch_size * batch.samples_per_prompt
     if responses % plan.global_batch_size:
-        unit = plan.global_batch_size // math.gcd(plan.global_batch_size, batch.samples_per_prompt)
-        below = batch.rollout_batch_size // unit * unit
         raise ConfigError(
             f"rollout_batch_size={batch.rollout_batch_size} prompts with samples_per_prompt={batch.samples_per_prompt} "
             f"give {responses} responses, which is no multiple of global_batch_size={plan.global_batch_size} (a PPO "
-            f"minibatch); use rollout_batch_size={' or '.join(str(size) for size in (below, below + unit) if size)}"
+            "minibatch). Where memory set these sizes, lower micro_batch_size or generation_batch_size in their place, "
+            f"which learns the same; else use {_whole_minibatches(batch, plan, responses)}, which changes the training"
         )
     return planned_steps(max(1, prompts), batch, batch.rollout_batch_size)
+
+
+def _whole_minibatches(batch: PPOBatchConfig, plan: Plan, responses: int) -> str:
+    """The nearest sizes of a rollout, and of a minibatch, with which one is a multiple of the other."""
+    unit = plan.global_batch_size // math.gcd(plan.global_batch_size, batch.samples_per_prompt)
+    below = batch.rollout_batch_size // unit * unit
+    rollouts = " or ".join(str(size) for size in (below, below + unit) if size)
+    fitting = [size for size in range(plan.world_size, responses + 1) if responses % size == 0]
+    nearest = [*[size for size in fitting if size < plan.global_batch_size][-1:],
+               *[size for size in fitting if size > plan.global_batch_size][:1]]  # fmt: skip
+    minibatches = f", or global_batch_size={' or '.join(map(str, nearest))}" if nearest else ""
+    return f"rollout_batch_size={rollouts}{minibatches}"
 
 
 def warmup_iterations(config: PPOConfig, batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:

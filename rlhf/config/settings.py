@@ -113,7 +113,7 @@ def check_together(model: ModelConfig, engine: EngineConfig) -> None:
     if model.quantization != "none" and engine.zero_stage == 3:
         raise ConfigError(
             f"quantization={model.quantization} does not go with zero_stage=3: quantised weights cannot be "
-            "partitioned; use zero_stage 0, 1 or 2, or quantization=none"
+            "partitioned; use zero_stage 0, 1 or 2, which learns the same, or quantization=none, which does not"
         )
 
 

@@ -95,13 +95,21 @@ def inference_engine(model: nn.Module, *, engine: EngineConfig, plan: BatchPlan)
 def check_engine(engine: EngineConfig, optimizer: OptimizerConfig, plan: BatchPlan) -> None:
     """ConfigError for an engine or an optimizer that could not be made, before there is a model."""
     _settings(engine, plan, None)
-    if optimizer.optimizer != "adamw":
-        if engine.offload != "none":
-            raise ConfigError(f"optimizer={optimizer.optimizer} does not go with offload={engine.offload}; use adamw")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ConfigError(
-                f"optimizer={optimizer.optimizer} needs bitsandbytes: pip install 'rlhf[quantization]', or use adamw"
-            )
+    _check_eight_bit(optimizer, engine.offload)
+
+
+def _check_eight_bit(optimizer: OptimizerConfig, offload: str) -> None:
+    if optimizer.optimizer == "adamw":
+        return
+    if offload != "none":
+        raise ConfigError(
+            f"optimizer={optimizer.optimizer} does not go with offload={offload}; use offload=none, which learns the "
+            "same, or optimizer=adamw, whose states are not rounded to 8 bits"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"optimizer={optimizer.optimizer} needs bitsandbytes: pip install 'rlhf[quantization]', or use adamw"
+        )
 
 
 @contextmanager
@@ -142,6 +150,7 @@ def build_optimizer(
         for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0))
         if parameters
     ]
+    _check_eight_bit(config, offload)
     arguments: dict[str, Any] = {
         "lr": config.learning_rate if learning_rate is None else learning_rate,
         "betas": tuple(config.adam_betas),

@@ -31,8 +31,9 @@ def check_positions(
     if limit is not None and needed_tokens > limit:
         raise ConfigError(
             f"{what}{place} has {limit} positions, and max_prompt_tokens + max_response_tokens is {needed_tokens}: "
-            f"lower one of them by {needed_tokens - limit}, max_prompt_tokens if long prompts may lose their "
-            f"beginning, else max_response_tokens"
+            f"together they may be {limit}. What is above your longest prompt or response (data.json of a run counts "
+            "what was cut) can go and changes nothing; below that, lower max_prompt_tokens if long prompts may lose "
+            "their beginning, else max_response_tokens, and either changes the training"
         )
 
 

@@ -152,5 +152,5 @@ def load_ptx(stage: StageRun[PPOStageConfig], tokenizer: Any) -> PtxMixture | No
     ptx_coef, ptx_data = stage.config.ppo.ptx_coef, stage.config.data.ptx_data
     if ptx_coef == 0:
         return None
-    data = stage.load_data("response", ptx_data, [], tokenizer, stage="sft", report_name="ptx")
+    data = stage.load_data("response", ptx_data, [], tokenizer, stage="sft", report_name="ptx", field="ptx_data")
     return PtxMixture(data, stage.plan, coef=ptx_coef, pad_token_id=tokenizer.pad_token_id, seed=stage.run.seed)

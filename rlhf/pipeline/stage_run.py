@@ -75,7 +75,9 @@ class StageRun(Generic[Config]):
         if base_model == EMBEDDED_BASE:
             base_model = str(self._embedded_base())
         self.check_positions(base_model, "base_model")
-        self.model_size(base_model, "base_model")
+        size = self.model_size(base_model, "base_model")
+        if self.dry_run is not None:
+            self.dry_run.sizes["model"] = size
         return base_model
 
     def _embedded_base(self) -> Path:
@@ -132,12 +134,9 @@ class StageRun(Generic[Config]):
             self.dry_run.data[options.get("report_name", "data")] = data
         return data
 
-    def planned_steps(self, base_model: str, data: StageData) -> int:
-        """Optimizer steps of an offline run over `data` that trains one model; a dry run ends here."""
-        steps = planned_steps(len(data.train), self.config.batch, self.plan.global_batch_size)
-        if self.dry_run is not None:
-            self.end_dry_run({"model": self.model_size(base_model, "base_model")}, steps)
-        return steps
+    def planned_steps(self, data: StageData) -> int:
+        """Optimizer steps of an offline run over `data`."""
+        return planned_steps(len(data.train), self.config.batch, self.plan.global_batch_size)
 
     def end_dry_run(self, sizes: Mapping[str, ModelSize], total_steps: int) -> None:
         """End a dry run, where this is one: the next thing is to load the weights of the models in `sizes`.
@@ -158,7 +157,9 @@ class StageRun(Generic[Config]):
         raise DryRunEndError(Findings(total_steps, sizes, exported, states))
 
     def training_engine(self, load: Callable[[], nn.Module], tokenizer: Any, *, total_steps: int) -> Any:
-        """The model that `load` gives, adapted where LoRA is on, in a training engine."""
+        """The model that `load` gives, adapted where LoRA is on, in a training engine. A dry run ends here."""
+        if self.dry_run is not None:
+            self.end_dry_run(self.dry_run.sizes, total_steps)
         model_config, engine_config = self.config.model, self.config.engine
         with zero3_loading(engine_config, self.plan):
             model = load()

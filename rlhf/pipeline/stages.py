@@ -92,7 +92,8 @@ class PPOStageConfig(StageConfig):
         if samples < estimator.samples_per_prompt:
             raise ConfigError(
                 f"advantage={self.ppo.advantage} compares the responses to one prompt and needs samples_per_prompt of "
-                f"at least {estimator.samples_per_prompt}, got {samples}"
+                f"at least {estimator.samples_per_prompt}, got {samples}; nothing leaves the training as it is: "
+                f"set samples_per_prompt={estimator.samples_per_prompt}"
             )
         if self.ppo.critic_model is not None and not estimator.needs_critic:
             raise ConfigError(f"advantage={self.ppo.advantage} has no critic: leave critic_model out")

@@ -97,7 +97,7 @@ def test_rows_that_are_skipped_are_listed_where_the_message_says(check, tmp_path
 def test_a_mistake_of_any_stage_names_it_and_the_first_stage_has_not_begun(check, tmp_path, words, message):
     status, _, err = check(*words)
     assert status == 2
-    assert err.startswith("error: ") and err.count("\n") == 1
+    assert err.startswith("error: ") and err.count("error: ") == 1
     assert re.search(message, err), err
     assert not [path for path in (tmp_path / "out").glob("*") if path.name != preflight.REPORTS]
 
