@@ -22,7 +22,8 @@ class DryRun:
 
     `devices`: processes of the run that is checked. `bases`: stage of the same run -> what its model will be trained
     from, which stands for it in later stages. `report_dir`: where the list of skipped rows is written, and beside it
-    what the stages share. `data`: the data sets by the name of their report; `sizes`: of the models that train, by role.
+    what the stages share. `data`: the data sets by the name of their report; `sizes`: those of the models that
+    train, by role.
     """
 
     devices: int
