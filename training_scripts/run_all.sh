@@ -182,6 +182,9 @@ if command -v flock >/dev/null; then
     }
 fi
 
+# What was asked for: the doctor tells a run that was cut short from one of some stages only.
+printf '%s\n' "${STAGES[@]}" >"$OUTPUT_DIR/.pipeline.stages"
+
 for index in "${!STAGES[@]}"; do
     run_stage "$((index + 1))" "${STAGES[index]}"
 done
