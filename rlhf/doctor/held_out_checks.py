@@ -19,11 +19,9 @@ def too_few_held_out(history: History) -> list[Finding]:
     if rows == 0:
         message = "nothing is held out: whether anything was learnt cannot be said"
     else:
-        message = (
-            f"{rows:.0f} held out: a mean over {_rows(rows)} is known to +-{Z95 / math.sqrt(rows):.2g} of their SD"
-        )
-        accuracy = [line for line in history if "eval_accuracy_low" in line]
-        message += f"; {_accuracy(best_evaluation(history) or accuracy[-1])}" if accuracy else ""
+        message = f"{rows:.0f} held out: a mean over so many is known to +-{Z95 / math.sqrt(rows):.2g} of their SD"
+        lines = [line for line in history if "eval_accuracy_low" in line]
+        message += f"; {_accuracy(best_evaluation(lines) or lines[-1])}" if lines else ""
     return [finding("too_few_held_out", "warning", points[0][0], step, message, FEW_ROWS / max(rows, 0.5))]
 
 
@@ -69,7 +67,7 @@ def score_below_start(history: History) -> list[Finding]:
     if gain >= -error * (FALL_ERRORS if rows >= FEW_ROWS else FALL_ERRORS_FEW):
         return []
     start = next((each for each in history if each["step"] == 0 and "eval_score" in each), None)
-    message = f"{_fall(start, line)} on {_rows(rows)}, standard error {error:.3g}"
+    message = f"{_fall(start, line)} on {rows:.0f} prompts, standard error {error:.3g}"
     step = int(line["step"])
     return [finding("score_below_start", "warning", step, step, message, -gain / max(error, 1e-9))]
 
@@ -94,7 +92,3 @@ def _accuracy(line: Line) -> str:
     of = f"{pairs:.0f} pairs" if pairs == rows else f"{pairs:.0f} pairs of {rows:.0f} prompts"
     low, high = line["eval_accuracy_low"], line["eval_accuracy_high"]
     return f"held-out accuracy {line['eval_accuracy']:.3f} on {of} (95% interval {low:.3f} to {high:.3f})"
-
-
-def _rows(count: float) -> str:
-    return f"{count:.0f} row" if count == 1 else f"{count:.0f} rows"
