@@ -43,6 +43,7 @@ def run_state(directory: Path) -> RunState:
     process that lives holds `.lock`, or a `run_all.sh` that was asked for this stage lives. Incomplete: neither, though
     the stage was begun, or the last `run_all.sh` was asked for it. What nobody asked for is not started.
     """
+    directory = directory.resolve()  # its name tells which stage it is
     was_begun, asked_for = begun(directory), directory.name in _asked_for(directory.parent)
     # before the result, which is written while the locks are held
     runs = was_begun and _runs(directory)

@@ -139,6 +139,15 @@ def test_stages_that_were_asked_for_and_never_began(tmp_path, capsys):
     assert text.count("(run_incomplete)") == 1, "nobody asked for PPO"
 
 
+def test_from_inside_a_stages_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(begin(tmp_path / "reward"))
+    asked_for(tmp_path, "sft", "reward")
+    with (tmp_path / ".pipeline.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert status(".", capsys)[0] == 0
+    assert status(".", capsys)[0] == 3
+
+
 def test_between_two_stages_of_a_run_all_that_lives(tmp_path, capsys):
     begin(tmp_path / "sft", result='{"seed": 1}')
     begin(tmp_path / "reward")  # died, and is started again by --max_restarts
