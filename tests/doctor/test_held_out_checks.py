@@ -125,6 +125,8 @@ def test_the_same_accuracies_are_compared_pair_by_pair():
         ((66, 112), (56, 112), {"reward_model_at_chance"}),  # 0.589: the interval begins at 0.497
         ((67, 112), (56, 112), set()),  # 0.598: at 0.506
         ((20, 29), (15, 29), {"too_few_held_out"}),
+        ((23, 29), (22, 29), {"too_few_held_out"}),  # no better than length for sure, but as few rows never show
+        ((21, 29), (22, 29), {"too_few_held_out", "reward_model_is_shortcut"}),
         ((14, 29), (15, 29), {"too_few_held_out", "reward_model_at_chance"}),
         ((30, 30), (15, 30), set()),
     ],
