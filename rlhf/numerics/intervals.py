@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # the doctor's checks are read where torch is not loaded
+    import torch
 
 Z95 = 1.959963984540054
 """The normal distribution's 97.5% quantile."""

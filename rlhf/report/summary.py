@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.checkpoint.atomic import write_json
-from rlhf.doctor import SICKNESSES
+from rlhf.doctor.findings import SICKNESSES
 from rlhf.report.figures import Figure
 
 SAMPLES = "samples"

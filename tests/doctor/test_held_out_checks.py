@@ -11,8 +11,9 @@ import torch
 from rlhf.algorithms.reward import ScoredRows, ranking_metrics
 from rlhf.cli.__main__ import main
 from rlhf.cli.doctor import stage_views
-from rlhf.doctor import HealthMonitor, examine
+from rlhf.doctor.checks import examine
 from rlhf.doctor.history import best_evaluation, condensed
+from rlhf.doctor.monitor import HealthMonitor
 from rlhf.training.on_policy import score_gain
 
 CHECKS = {stage.name: stage.checks for stage in stage_views()}
