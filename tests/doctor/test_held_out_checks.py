@@ -151,7 +151,7 @@ def test_it_is_the_kept_model_that_is_judged():
     assert found("reward", reward_run(coin, good, coin)) == {}
     one = found("reward", reward_run(coin, {**coin, "eval_loss": 0.6}, coin))["reward_model_at_chance"]
     assert one.since == 40
-    lines = reward_run(coin, good, *[coin] * 60)
+    lines = reward_run(*[coin] * 20, good, *[coin] * 60)
     assert best_evaluation(condensed(lines))["eval_accuracy"] == good["eval_accuracy"], "not forgotten in the middle"
 
 
@@ -197,15 +197,15 @@ def test_a_run_of_an_earlier_version_that_counts_no_rows_is_not_judged(tmp_path,
 # ------------------------------------------------------------------------------------------------- PPO's score
 
 
-def ppo_run(gain, *, prompts=52, spread=0.3, iterations=8, reward=0.0, seed=0):
-    """Held-out scores of standard deviation 1 at the start, `gain` later, and lines of metrics of the iterations."""
+def ppo_run(gain, *, prompts=52, spread=0.3, iterations=8, reward=0.0, score_std=1.0, seed=0):
+    """Held-out scores before and after, `gain` apart over the prompts, and lines of metrics of the iterations."""
     generator = random.Random(seed)
     before = [generator.gauss(0, 1) for _ in range(prompts)]
     noise = [generator.gauss(0, spread) for _ in range(prompts)]
     shift = gain - sum(noise) / prompts
     scores = {0: before, iterations: [one + shift + other for one, other in zip(before, noise, strict=True)]}
     evaluations = {
-        step: {"step": step, "eval_score": sum(values) / prompts, "eval_score_std": 1.0, "eval_rows": float(prompts)}
+        step: {"step": step, "eval_score": sum(values) / prompts, "eval_score_std": score_std, "eval_rows": float(prompts)}
         for step, values in scores.items()
     }
     gained = score_gain(*({"prompt_scores": values} for values in scores.values()))
@@ -215,10 +215,10 @@ def ppo_run(gain, *, prompts=52, spread=0.3, iterations=8, reward=0.0, seed=0):
 
 
 def test_a_run_that_ends_below_its_start(tmp_path, capsys):
-    status, text = diagnosis(tmp_path, "ppo", ppo_run(-0.19, reward=0.4), capsys)
+    status, text = diagnosis(tmp_path, "ppo", ppo_run(-0.38, score_std=2.0, reward=0.4), capsys)
     assert status == 1
     assert "the held-out score is below its start, since iteration 8 (score_below_start)" in text
-    assert "-0.190 = -0.19 SD of the first scores (less penalties, as optimised: +0.400) on 52 prompts" in text
+    assert "-0.380 = -0.19 SD of the first scores (less penalties, as optimised: +0.400) on 52 prompts" in text
 
 
 @pytest.mark.parametrize(
