@@ -131,7 +131,7 @@ def is_held(path: Path) -> bool | None:
 
 
 def last_holder(path: Path) -> str:
-    """Who died holding the lock file `path`, or holds it: `process 5 on node-1, since ...: COMMAND`; else empty."""
+    """Who died holding the lock file `path`, or holds it: `process 5 on node-1, since ...`; else empty."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -140,7 +140,7 @@ def last_holder(path: Path) -> str:
         holder = _read(descriptor)
     finally:
         os.close(descriptor)
-    return _described(holder) if holder else ""
+    return _named(holder) if holder else ""
 
 
 def _elsewhere(holder: dict[str, Any]) -> bool:
@@ -160,7 +160,11 @@ def _this_process() -> dict[str, Any]:
 def _described(holder: dict[str, Any]) -> str:
     if not holder:
         return "one that has not written its name yet"
-    return "process {pid} on {host}, since {started}: {command}".format(**holder)
+    return f"{_named(holder)}: {holder['command']}"
+
+
+def _named(holder: dict[str, Any]) -> str:
+    return "process {pid} on {host}, since {started}".format(**holder)
 
 
 def _may_live(holder: dict[str, Any]) -> bool:

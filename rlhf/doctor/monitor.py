@@ -52,7 +52,6 @@ class HealthWatch:
                 events.append(("worse", now))
         for name in [name for name in self.open if name not in present]:
             if SICKNESSES[name].of_the_model:
-                self._told.pop(name, None)
                 events.append(("ended", self.open.pop(name)))
                 continue
             self._absent[name] = self._absent.get(name, 0) + 1

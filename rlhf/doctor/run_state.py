@@ -94,5 +94,5 @@ def _how_it_ended(directory: Path) -> str:
         ended = f"stopped in good order by {stop['signal']} at step {stop['step']}"
     except (OSError, ValueError, KeyError, TypeError):
         died = last_holder(directory / ".lock")
-        ended = f"{died} is gone" if died else "nobody holds the directory"
+        ended = f"{died}, is gone" if died else "nobody holds the directory"
     return f"no result.json; {ended}; {saved}"

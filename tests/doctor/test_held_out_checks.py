@@ -205,7 +205,12 @@ def ppo_run(gain, *, prompts=52, spread=0.3, iterations=8, reward=0.0, score_std
     shift = gain - sum(noise) / prompts
     scores = {0: before, iterations: [one + shift + other for one, other in zip(before, noise, strict=True)]}
     evaluations = {
-        step: {"step": step, "eval_score": sum(values) / prompts, "eval_score_std": score_std, "eval_rows": float(prompts)}
+        step: {
+            "step": step,
+            "eval_score": sum(values) / prompts,
+            "eval_score_std": score_std,
+            "eval_rows": float(prompts),
+        }
         for step, values in scores.items()
     }
     gained = score_gain(*({"prompt_scores": values} for values in scores.values()))

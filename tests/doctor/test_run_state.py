@@ -61,7 +61,7 @@ def test_how_it_ended_is_told(tmp_path):
     (directory / "states" / "step-00000040").mkdir(parents=True)
     (directory / "states" / "step-00000120").mkdir()
     reason = run_state(directory).reason
-    assert "process 5 on node-2, since then: python is gone" in reason and "is step-00000120" in reason
+    assert "process 5 on node-2, since then, is gone" in reason and "is step-00000120" in reason
     (directory / "stopped.json").write_text('{"step": 7, "signal": "SIGTERM", "saved": true}', encoding="utf-8")
     assert "stopped in good order by SIGTERM at step 7" in run_state(directory).reason
 

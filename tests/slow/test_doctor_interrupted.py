@@ -59,7 +59,7 @@ def test_a_run_is_told_as_it_is(start, tmp_path, capsys):
     process.wait()
     status, text = doctor(run, capsys)
     assert status == 3 and "sft: incomplete; last line at step" in text
-    assert f"process {process.pid} on" in text and "is gone; the last training state is step-000" in text
+    assert f"process {process.pid} on" in text and ", is gone; the last training state is step-000" in text
     assert "diagnosis: incomplete, 2 findings" in text
     process = start("--max_steps", "100000", "--resume", "auto")
     assert doctor(run, capsys)[0] == 1, "it runs again"
