@@ -50,6 +50,7 @@ def main(stage: StageRun[SFTStageConfig]) -> dict:
         "eval_loss_before": outcome["before"].get("eval_loss"),
         "eval_loss_after": outcome["after"].get("eval_loss"),
         "eval_perplexity_after": outcome["after"].get("eval_perplexity"),
+        "held_out_rows": len(data.evaluation),
         "best_step": outcome["best_step"],
         "seconds": outcome["seconds"],
         "health": outcome["health"],

@@ -60,6 +60,8 @@ def main(stage: StageRun[PPOStageConfig]) -> dict:
         "score_before": before.get("score"),
         "score_after": after.get("score"),
         "score_std_before": before.get("score_std"),
+        "score_gain_error": after.get("score_gain_error"),
+        "held_out_prompts": int(after["rows"]),
         "reward_before": before.get("reward"),
         "reward_after": after.get("reward"),
         "kl_per_token": after.get("kl_per_token"),

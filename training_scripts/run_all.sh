@@ -182,6 +182,8 @@ fi
 echo
 echo "=== checking every stage"
 (cd "$user_dir" && "$RLHF_PYTHON" -m rlhf.pipeline.preflight "$@") || exit "$?"
+# What was asked for: the doctor tells a run that was cut short from one of some stages only.
+printf '%s\n' "${STAGES[@]}" >"$OUTPUT_DIR/.pipeline.stages"
 
 for index in "${!STAGES[@]}"; do
     run_stage "$((index + 1))" "${STAGES[index]}"

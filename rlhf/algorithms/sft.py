@@ -45,4 +45,5 @@ class SFTTrainer(OfflineTrainer[TokenBatch]):
             moved = batch.to(self.engine.device)
             meter.add({"eval_loss": self.loss_sum(moved)}, self.loss_count(moved))
         loss = meter.means(self.engine.device)["eval_loss"]
-        return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        rows = float(len(self.evaluation))
+        return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "eval_rows": rows}

@@ -134,16 +134,23 @@ class Stage:
         return {item.name for kind in self.config_classes().values() for item in dataclasses.fields(kind)}
 
 
-def _length_baseline(result: Mapping[str, Any]) -> str:
-    accuracy = result["length_baseline_accuracy"]
-    return "" if accuracy is None else f"choosing the longer response: {accuracy:.3f}"
+def _certainty(result: Mapping[str, Any]) -> str:
+    """How far the accuracy is known, and the better of choosing by length alone, on the same pairs."""
+    longer = result["length_baseline_accuracy"]
+    if longer is None:
+        return "nothing was held out"
+    rule = f"choosing the longer response: {longer:.3f}" if longer >= 0.5 else f"the shorter response: {1 - longer:.3f}"
+    return f"of n pairs, 95% interval {result['accuracy_low']:.3f} to {result['accuracy_high']:.3f}; {rule}"
 
 
 def _gain(result: Mapping[str, Any]) -> str:
+    """The gain of the score over n prompts, also in the spread of single scores at the start."""
     gain = (result["score_after"] or 0.0) - (result["score_before"] or 0.0)  # null where nothing was held out
-    spread = result["score_std_before"] or 0.0
-    in_spreads = f" = {gain / spread:+.2f} standard deviations of the SFT model's scores" if spread > 0 else ""
-    return f"{gain:+.3f}{in_spreads}"
+    spread, error = result["score_std_before"] or 0.0, result["score_gain_error"]
+    if spread == 0:
+        return f"{gain:+.3f}"
+    known_to = "" if error is None else f" (standard error {error / spread:.2f}, n prompts)"
+    return f"{gain:+.3f} = {gain / spread:+.2f} standard deviations of the SFT model's scores{known_to}"
 
 
 STAGES = {
@@ -156,7 +163,15 @@ STAGES = {
             title="supervised fine-tuning",
             config=SFTStageConfig,
             short_run={"max_steps": "4"},
-            figures=(Figure("held-out loss", before="eval_loss_before", after="eval_loss_after"),),
+            figures=(
+                Figure(
+                    "held-out loss",
+                    before="eval_loss_before",
+                    after="eval_loss_after",
+                    count="held_out_rows",
+                    note=lambda _: "nats per token, over n rows",
+                ),
+            ),
             checks=OFFLINE,
             curves=("loss", "eval_loss", "gradient_norm"),
         ),
@@ -168,11 +183,19 @@ STAGES = {
             config=RewardStageConfig,
             short_run={"max_steps": "4"},
             figures=(
-                Figure("held-out accuracy", after="accuracy", note=_length_baseline),
-                Figure("mean margin", after="mean_margin"),
-                Figure("", each="accuracy_by_category"),
+                Figure("held-out accuracy", after="accuracy", count="held_out_pairs", note=_certainty),
+                Figure("mean margin", after="mean_margin", count="held_out_pairs"),
+                Figure("", each="accuracy_by_category", count="pairs_by_category"),
             ),
-            result_keys=("length_baseline_accuracy",),
+            result_keys=(
+                "held_out_prompts",
+                "accuracy_low",
+                "accuracy_high",
+                "length_baseline_accuracy",
+                "over_shortcut",
+                "over_shortcut_low",
+                "over_shortcut_high",
+            ),
             checks=REWARD,
             curves=("loss", "accuracy", "margin", "eval_accuracy"),
         ),
@@ -186,20 +209,41 @@ STAGES = {
             short_run={"max_steps": "2"},
             unit="iteration",
             figures=(
-                Figure("held-out score", before="score_before", after="score_after", note=_gain),
+                Figure(
+                    "held-out score", before="score_before", after="score_after", count="held_out_prompts", note=_gain
+                ),
                 Figure(
                     "score less penalties",
                     before="reward_before",
                     after="reward_after",
+                    count="held_out_prompts",
                     note=lambda _: "what was optimised: clipped score, missing end, KL",
                 ),
-                Figure("KL per token (nats)", after="kl_per_token", note=lambda _: "to the SFT model"),
-                Figure("eos rate", before="eos_rate_before", after="eos_rate_after"),
-                Figure("response tokens", before="mean_response_tokens_before", after="mean_response_tokens_after"),
+                Figure(
+                    "KL per token (nats)",
+                    after="kl_per_token",
+                    count="held_out_prompts",
+                    note=lambda _: "to the SFT model",
+                ),
+                Figure("eos rate", before="eos_rate_before", after="eos_rate_after", count="held_out_prompts"),
+                Figure(
+                    "response tokens",
+                    before="mean_response_tokens_before",
+                    after="mean_response_tokens_after",
+                    count="held_out_prompts",
+                ),
             ),
-            result_keys=("score_std_before", "samples"),
+            result_keys=("score_std_before", "score_gain_error", "samples"),
             checks=ON_POLICY,
-            curves=("score", "kl_per_token", "eos_rate", "response_tokens", "entropy_estimate", "explained_variance"),
+            curves=(
+                "eval_score",
+                "score",
+                "kl_per_token",
+                "eos_rate",
+                "response_tokens",
+                "entropy_estimate",
+                "explained_variance",
+            ),
         ),
     )
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.checkpoint.atomic import write_json
+from rlhf.doctor.findings import SICKNESSES
 from rlhf.report.figures import Figure
 
 SAMPLES = "samples"
@@ -76,12 +77,12 @@ def closing_table(
     rows = []
     for stage in stages:
         stage_lines = [line for figure in stage.figures for line in figure.lines(summary[stage.name])]
-        rows += [("" if index else stage.label, *line) for index, line in enumerate(stage_lines)]
-    label_columns = max(_columns(label) for _, label, *_ in rows)
-    lines = [f"{'stage':<8}{_pad('figure', label_columns)}  {'before':>9} {'after':>9}"]
-    for title, label, before, after, note in rows:
-        figures = f"{_figure(before)} {_figure(after)}"
-        lines.append(f"{title:<8}{_pad(label, label_columns)}  {figures}  {note}".rstrip())
+        rows += [("" if index else stage.label, line) for index, line in enumerate(stage_lines)]
+    label_columns = max(_columns(line.label) for _, line in rows)
+    lines = [f"{'stage':<8}{_pad('figure', label_columns)}  {'before':>9} {'after':>9} {'n':>6}"]
+    for title, line in rows:
+        figures = f"{_figure(line.before)} {_figure(line.after)} {'' if line.count is None else line.count:>6}"
+        lines.append(f"{title:<8}{_pad(line.label, label_columns)}  {figures}  {line.note}".rstrip())
     for sample in summary[SAMPLES][:samples]:
         lines += [
             "",
@@ -99,7 +100,10 @@ def _health_lines(health: Mapping[str, Any]) -> list[str]:
     looked = {stage: found for stage, found in health.items() if found}
     findings = [(stage, entry) for stage, found in looked.items() for entry in found["findings"]]
     if findings:
-        lines = [f"doctor: {stage} since step {entry['since']}: {entry['message']}" for stage, entry in findings]
+        lines = [
+            f"doctor: {stage} since step {entry['since']}: {SICKNESSES[entry['check']].title}: {entry['message']}"
+            for stage, entry in findings
+        ]
         return [*lines, "doctor: `python -m rlhf.cli doctor OUTPUT_DIR` says what each means and what to try"]
     return [f"doctor: nothing found in {', '.join(looked)}" if looked else "doctor: has not looked at this run"]
 

@@ -144,7 +144,9 @@ class OfflineTrainer(Loop, Generic[Batch]):
 
     def _evaluate_and_log(self, step: int) -> dict[str, Any]:
         if not self.evaluation:
-            return {}
+            nothing = {"eval_rows": 0.0}
+            self.record(step, nothing)
+            return nothing
         self.engine.eval()
         with torch.no_grad():
             metrics = self.evaluate()
@@ -155,17 +157,21 @@ class OfflineTrainer(Loop, Generic[Batch]):
         return metrics
 
     def evaluation_batches(self, examples: Sequence[Any] | None = None) -> Iterator[tuple[Batch, int]]:
-        """This rank's batches of `examples` (default: the evaluation data) and how many leading ones count.
+        """This rank's batches of `examples` (default: the evaluation data) and how many leading rows count."""
+        chosen = self.evaluation if examples is None else examples
+        for part, counted in self.evaluation_parts(chosen):
+            yield self.collate([chosen[index] for index in part]), counted
+
+    def evaluation_parts(self, examples: Sequence[Any]) -> Iterator[tuple[Sequence[int], int]]:
+        """Which of `examples` each of this rank's batches holds, and how many leading ones count.
 
         Every rank gets equally many batches (a collective forward must not run short); rows that only fill up
         are the last examples again and do not count.
         """
         world = self.plan.world_size
-        chosen = self.evaluation if examples is None else examples
-        parts = self.plan.micro_batches([self.length(example) for example in chosen])
+        parts = self.plan.micro_batches([self.length(example) for example in examples])
         counts = [len(part) for part in parts]
         while len(parts) % world:
             parts.append(parts[-1])
             counts.append(0)
-        for part, counted in list(zip(parts, counts, strict=True))[rank() :: world]:
-            yield self.collate([chosen[index] for index in part]), counted
+        yield from list(zip(parts, counts, strict=True))[rank() :: world]

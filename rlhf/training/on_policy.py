@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from rlhf.distributed.log import logger
 from rlhf.distributed.place import is_main
+from rlhf.numerics.intervals import standard_error
 from rlhf.training.loop import Loop, RunContext
 
 
@@ -71,7 +74,21 @@ class OnPolicyTrainer(Loop):
 
     def _evaluate_and_log(self, iteration: int) -> dict[str, Any]:
         metrics = self.evaluate(iteration)
+        metrics.update(score_gain(self.outcome.get("before", {}), metrics))
         numbers = {f"eval_{name}": value for name, value in metrics.items() if isinstance(value, float)}
         self.record(iteration, numbers)
         logger.info("%s iteration %d: %s", self.stage, iteration, "  ".join(f"{k}={v:.4f}" for k, v in numbers.items()))
         return metrics
+
+
+def score_gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+    """How far the held-out score has risen since `before`, and the standard error of that over prompts.
+
+    Both evaluations are on the same prompts, so that the error is that of the differences by prompt: what is hard for
+    both does not count. {} where one of them has no `prompt_scores`, or those of a single prompt, which has no error.
+    """
+    scores = [evaluation.get("prompt_scores", []) for evaluation in (before, after)]
+    if min(map(len, scores)) < 2:
+        return {}
+    gains = torch.tensor(scores[1]) - torch.tensor(scores[0])
+    return {"score_gain": float(gains.mean()), "score_gain_error": standard_error(gains)}

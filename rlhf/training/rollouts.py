@@ -311,13 +311,14 @@ class RolloutWorker:
         shown: int,
         further: Callable[[ScoredRollout], dict[str, float]],
     ) -> dict[str, Any]:
-        """Metrics of `copies` responses to each prompt and, as "samples", the first response to each.
+        """Metrics of `copies` responses to each prompt: numbers, "prompt_scores", the mean score of each prompt, and
+        "samples", the first response to each.
 
         Drawn with the same random numbers every time. `further` metrics come from the algorithm; `shown` samples go to
-        the log. {} without prompts.
+        the log. Of no prompts nothing but their number, "rows".
         """
         if not prompts:
-            return {}
+            return {"rows": 0.0}
         examples = [prompt for prompt in prompts for _ in range(copies)]
         counted = len(examples)
         fill = max(0, world_size() - counted)  # every rank must have a row: collectives
@@ -328,7 +329,14 @@ class RolloutWorker:
             for prompt, text, score in zip(prompts, texts, scored.scores[::copies].tolist(), strict=True)
         ]
         logger.info(sample_table(samples[:shown]))
-        return {**self.describe(scored), **further(scored), "samples": samples}
+        return {
+            "rows": float(len(prompts)),
+            "responses": float(counted),
+            **self.describe(scored),
+            **further(scored),
+            "prompt_scores": scored.scores.view(-1, copies).mean(1).tolist(),
+            "samples": samples,
+        }
 
 
 class _Rewards:

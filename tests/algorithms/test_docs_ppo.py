@@ -28,7 +28,7 @@ def test_the_page_shows_what_the_block_prints() -> None:
 
 
 def test_the_step_is_five_lines() -> None:
-    body = SECTION.partition("old, old_values = ")[2].partition("\n\n")[2].partition("\n\nprint(")[0]
+    body = SECTION.partition("old, old_v = ")[2].partition("\n\n")[2].partition("\n\nprint(")[0]
     assert len(body.splitlines()) == 5
 
 

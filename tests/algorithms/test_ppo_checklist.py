@@ -907,16 +907,18 @@ def test_ppo_learns_what_the_scorer_rewards(make_trainer, tmp_path):
     scores = [line["score"] for line in lines]
     assert [line["ratio_first"] for line in lines] == pytest.approx([1.0] * 6, abs=1e-4)
     assert sum(scores[-2:]) / 2 > scores[0] + 0.5
-    assert outcome["after"]["score"] > outcome["before"]["score"] + 0.5
+    gain = outcome["after"]["score"] - outcome["before"]["score"]
+    assert gain > 0.5 and outcome["after"]["score_gain"] == pytest.approx(gain, abs=1e-5)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert len(trainer.engine.actor.gradients) == len(trainer.engine.critic.gradients) == 6 * 4 * 2
 
 
 def test_evaluation_samples_every_row_anew_and_the_same_way_every_time(make_trainer):
-    seen = []
+    seen, scored = [], []
 
     def scorer(rollout, texts):
         seen.append((rollout.prompt_ids.tolist(), rollout.response_ids.tolist(), list(texts)))
+        scored.extend(zip(texts, letter_score(rollout, texts).tolist(), strict=True))
         return letter_score(rollout, texts)
 
     trainer = make_trainer(scorer=scorer, plan=BatchPlan(8, 8, 1), eval_samples_per_prompt=5, new_tokens=12)
@@ -926,6 +928,10 @@ def test_evaluation_samples_every_row_anew_and_the_same_way_every_time(make_trai
     responses = [tuple(row) for _, rows, _ in seen[: len(seen) // 2] for row in rows if row[0] != EOS]
     assert len(set(responses)) == len(responses) > 10  # copies of a prompt draw from streams of their own
     assert [sample["id"] for sample in first["samples"]] == ["0", "1", "2"]
+    assert (first["rows"], first["responses"]) == (3, 15)
+    for index, prompt in enumerate(trainer.evaluated):
+        own = [score for text, score in scored[: len(scored) // 2] if text == prompt.text]
+        assert len(own) == 5 and first["prompt_scores"][index] == pytest.approx(sum(own) / 5)
     assert trainer.make_experience(1).scores.shape == (8,)
 
 

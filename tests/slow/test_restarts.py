@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.cli.__main__ import main as doctor
 from rlhf.config import ConfigError
 from rlhf.distributed.processes import process_stat
 from rlhf.pipeline.arguments import sort_arguments
@@ -286,3 +287,15 @@ def test_max_restarts_is_an_option_of_the_pipeline(tmp_path):
     for wrong in ("-1", "often"):
         with pytest.raises(ConfigError, match="--max_restarts needs a whole number of at least 0"):
             sort_arguments([f"--max_restarts={wrong}"], user_dir=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- doctor
+
+
+@pytest.mark.parametrize(
+    ("stages", "fail", "status"), [("sft", "", 0), ("sft,reward", "", 0), ("sft,reward", "reward", 3)]
+)
+def test_the_doctor_knows_which_stages_were_asked_for(pipeline, stages, fail, status, capsys):
+    pipeline.run("--stages", stages, **({"FAIL": f"{fail} 9 2"} if fail else {}))
+    assert doctor(["doctor", str(pipeline.output)]) == status
+    assert ("run_all.sh was asked for it" in " ".join(capsys.readouterr().out.split())) == (status == 3)
