@@ -35,6 +35,7 @@ from rlhf.engine import BatchPlan, training_engine, zero3_loading
 from rlhf.models.loading import check_vocabulary
 from rlhf.models.lora import apply_lora
 from rlhf.models.positions import check_positions
+from rlhf.pipeline.earlier_run import RESULT, finished_refusal, remove_earlier_run, remove_summary
 from rlhf.pipeline.stages import STAGES, Stage, StageConfig, default_run, find_stage_model, parse_stage
 from rlhf.training.data_order import planned_steps
 from rlhf.training.loop import RunContext
@@ -164,7 +165,7 @@ def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]
                 if is_main():
                     save_config(run.directory / "config.yaml", config.parts())
                 result = {**result, "seconds": round(result["seconds"], 1), "seed": config.run.seed}
-                write_json(run.directory / "result.json", result)
+                write_json(run.directory / RESULT, result)
                 remove_states(run.directory / STATES, config.run, keep_permanent=True)
             return result
 
@@ -201,7 +202,7 @@ def _is_finished(run: StageRun[Any]) -> bool:
 
 def _read_result(run: StageRun[Any]) -> dict[str, Any]:
     """`result.json` of an earlier run; {} where there is none, or a broken one."""
-    path = run.directory / "result.json"
+    path = run.directory / RESULT
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -211,12 +212,32 @@ def _read_result(run: StageRun[Any]) -> dict[str, Any]:
 
 
 def _clear_the_way(run: StageRun[Any]) -> None:
-    """Remove what an earlier run left and this one makes anew. ConfigError where that would lose an unfinished one."""
+    """Remove what an earlier run left and this one makes anew. ConfigError where that would lose more than was said:
+    a finished run without `overwrite`, or an unfinished one unasked."""
+    if run.run.overwrite:
+        _overwrite(run)
     states = run.directory / STATES
-    raise_on_all(refusal(states, run.run) if is_main() else None)
+    refused = finished_refusal(run.directory, run.run) or refusal(states, run.run) if is_main() else None
+    raise_on_all(refused)
     if is_main():
-        (run.directory / "result.json").unlink(missing_ok=True)
+        if (run.directory / RESULT).exists():
+            remove_summary(run.directory)
+            (run.directory / RESULT).unlink()
         remove_leftovers(run.directory)
         if run.run.resume != "auto":
             remove_states(states, run.run, keep_permanent=False)
         (run.directory / ".cleared").touch()  # for run_all.sh: what is there from now on is this run's
+
+
+def _overwrite(run: StageRun[Any]) -> None:
+    """Empty the directory for this run. A collective: no rank goes on before that is done."""
+    error: OSError | None = None
+    if is_main():
+        if any(not entry.name.startswith(".") for entry in run.directory.iterdir()):
+            logger.warning("removing what an earlier run left in %s (overwrite)", run.directory)
+        try:
+            remove_earlier_run(run.directory)
+        except OSError as failed:
+            error = failed
+    raise_on_all(error)
+    run.run.overwrite = False  # done; the configuration that is saved must not do it again
