@@ -97,7 +97,7 @@ launch() {
     # ranks. Ranks are asked to stop through a file instead (rlhf/distributed/rank_board.py), on every machine. Sets `status`.
     local board="$1/.ranks" waited=0
     shift
-    setsid deepspeed --log_level error "${LAUNCHER_ARGS[@]}" "$@" 9>&- &
+    setsid deepspeed --log_level critical "${LAUNCHER_ARGS[@]}" "$@" 9>&- &
     launcher=$!
     while alive "$launcher"; do
         # Again and again: ranks that only start clear away what they find.

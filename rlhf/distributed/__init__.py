@@ -9,9 +9,11 @@ from rlhf.distributed.collectives import (
     rank_zero_first,
 )
 from rlhf.distributed.log import logger, setup_logging
+from rlhf.distributed.progress import Progress
 from rlhf.distributed.world import close_world, free_port, init_world, is_main, rank, seed_everything, world_size
 
 __all__ = [
+    "Progress",
     "all_gather_rows",
     "all_reduce_max",
     "all_reduce_sum",

@@ -138,7 +138,7 @@ class StageRun(Generic[Config]):
         """What the loop is given. `content`: fingerprints of all it loads, compared when the run is resumed."""
         identity = run_identity(self.config.parts(), **content)
         states = TrainingStates(self.directory / STATES, self.run, identity)
-        return RunContext(self.stage.name, self.run, self.directory, self.stage.checks, states)
+        return RunContext(self.stage.name, self.run, self.directory, self.stage.checks, states, self.stage.logged)
 
 
 def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]], Callable[..., dict[str, Any]]]:

@@ -85,7 +85,7 @@ def closing_table(
     for sample in summary[SAMPLES][:samples]:
         lines += [
             "",
-            f"prompt       {_cut_beginning(_one_line(sample['prompt']), width - 13)}",
+            f"prompt       {_cut(_one_line(sample['prompt']), width - 13)}",
             _cut(f"SFT {sample['score_sft']:+8.2f} {_one_line(sample['sft'])}", width),
             _cut(f"PPO {sample['score_ppo']:+8.2f} {_one_line(sample['ppo'])}", width),
         ]
@@ -152,13 +152,3 @@ def _cut(text: str, columns: int) -> str:
     while _columns(kept) > columns - 3:
         kept = kept[:-1]
     return kept + "..."
-
-
-def _cut_beginning(text: str, columns: int) -> str:
-    """The end of `text`: a prompt begins with its template and ends with what was asked."""
-    if _columns(text) <= columns:
-        return text
-    kept = text
-    while _columns(kept) > columns - 3:
-        kept = kept[1:]
-    return "..." + kept

@@ -64,15 +64,15 @@ def test_table_columns_line_up_with_korean_labels(tmp_path):
     assert law.index("0.800") - korean.index("0.900") == 4, "four letters of two columns each"
 
 
-def test_a_long_prompt_shows_its_end_and_a_long_response_its_beginning(tmp_path):
+def test_a_long_prompt_and_a_long_response_show_their_beginning(tmp_path):
     results = made_up_results()
     sample = results["ppo"]["samples"][0]
-    results["ppo"]["samples"] = [{**sample, "prompt": "template " * 30 + "질문의 끝", "sft": "처음 " + "말 " * 100}]
+    results["ppo"]["samples"] = [{**sample, "prompt": "질문의 처음 " + "말 " * 100, "sft": "처음 " + "말 " * 100}]
     write_results(tmp_path, results)
     lines = summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS, width=60).splitlines()
     prompt = next(line for line in lines if line.startswith("prompt"))
     response = next(line for line in lines if line.startswith("SFT ") and "처음" in line)
-    assert prompt.endswith("질문의 끝") and "..." in prompt
+    assert prompt.startswith("prompt       질문의 처음") and prompt.endswith("...")
     assert response.endswith("...") and all(summary._columns(line) <= 60 for line in (prompt, response))
 
 
