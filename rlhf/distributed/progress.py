@@ -12,8 +12,10 @@ from tqdm import tqdm
 from rlhf.distributed.log import logger
 from rlhf.distributed.world import is_main
 
+FIRST_LINE_SECONDS = 5.0
+"""Before the first line where there is no terminal: it says how long the work will take."""
 LINE_SECONDS = 30.0
-"""Between two lines where there is no terminal."""
+"""Between two lines."""
 
 
 def on_terminal() -> bool:
@@ -24,7 +26,8 @@ def on_terminal() -> bool:
 class Progress:
     """Counts `unit`s of work, named `what`, from `done` up to `total`; rank 0 shows it.
 
-    Without a terminal it says so in the log every LINE_SECONDS, and at the end unless an error ends it.
+    Without a terminal it says so in the log after FIRST_LINE_SECONDS, every LINE_SECONDS from then on, and at the end
+    unless an error ends it.
     """
 
     def __init__(self, total: int, what: str, unit: str, *, done: int = 0, shown: bool = True) -> None:
@@ -35,7 +38,8 @@ class Progress:
         self.shown = shown and is_main()
         self._figures: dict[str, str] = {}
         self._bar: Any = None
-        self._started = self._said_at = time.monotonic()
+        self._started = time.monotonic()
+        self._due_at = self._started + FIRST_LINE_SECONDS
         if self.shown and on_terminal():
             self._bar = tqdm(total=total, initial=done, desc=what, unit=unit, file=sys.stderr)
 
@@ -59,8 +63,8 @@ class Progress:
             self._bar.update(amount)
             return
         now = time.monotonic()
-        if now - self._said_at >= LINE_SECONDS and self.done < self.total:
-            self._said_at = now
+        if now >= self._due_at and self.done < self.total:
+            self._due_at = now + LINE_SECONDS
             left = (now - self._started) / (self.done - self._first) * (self.total - self.done)
             self._say(f"{tqdm.format_interval(left)} left")
 

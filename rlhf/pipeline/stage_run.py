@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -37,11 +38,14 @@ from rlhf.models.lora import apply_lora
 from rlhf.models.positions import check_positions
 from rlhf.pipeline.earlier_run import RESULT, finished_refusal, remove_earlier_run, remove_summary
 from rlhf.pipeline.stages import STAGES, Stage, StageConfig, default_run, find_stage_model, parse_stage
+from rlhf.report.summary import BASE_SECONDS
 from rlhf.training.data_order import planned_steps
 from rlhf.training.loop import RunContext
 from rlhf.training.nonfinite import NonFiniteError
 from rlhf.training.resume import TrainingStates, refusal, remove_states, run_identity
 
+PREPARATION = "preparation.json"
+"""What was made for the stage before it could train, and how long it took; a resumed run counts it too."""
 STATES = "states"
 """Where the training states of a stage lie, under its directory."""
 USER_ERRORS = (ConfigError, DataError, NonFiniteError, EmptyRolloutError)
@@ -69,16 +73,20 @@ class StageRun(Generic[Config]):
         return BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size(), batch.micro_batch_tokens)
 
     def base_model(self) -> str:
-        """The model to start from; the embedded one is trained on first use (about a minute) and kept.
+        """The model to start from; the embedded one is trained on first use, which is announced and counted, and kept.
 
         Raises ConfigError for one with fewer positions than a prompt and its response may have.
         """
         base_model = self.config.model.base_model
         if base_model == EMBEDDED_BASE:
             from rlhf.data import embedded_corpus
-            from rlhf.models.tiny_base import build_tiny_base
+            from rlhf.models.tiny_base import build_tiny_base, tiny_base_path
 
-            base_model = str(build_tiny_base(embedded_corpus(), Path(self.run.cache_dir)))
+            texts, cache_dir = embedded_corpus(), Path(self.run.cache_dir)
+            there, started = tiny_base_path(texts, cache_dir).exists(), time.perf_counter()
+            base_model = str(build_tiny_base(texts, cache_dir))
+            if not there:
+                write_json(self.directory / PREPARATION, {BASE_SECONDS: round(time.perf_counter() - started, 1)})
         self.check_positions(base_model, "base_model")
         return base_model
 
@@ -165,6 +173,7 @@ def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]
                 if is_main():
                     save_config(run.directory / "config.yaml", config.parts())
                 result = {**result, "seconds": round(result["seconds"], 1), "seed": config.run.seed}
+                result |= _read_json(run.directory / PREPARATION)
                 write_json(run.directory / RESULT, result)
                 remove_states(run.directory / STATES, config.run, keep_permanent=True)
             return result
@@ -203,12 +212,18 @@ def _is_finished(run: StageRun[Any]) -> bool:
 def _read_result(run: StageRun[Any]) -> dict[str, Any]:
     """`result.json` of an earlier run; {} where there is none, or a broken one."""
     path = run.directory / RESULT
+    result = _read_json(path)
+    if result:
+        logger.info("%s is finished, %s is there: nothing to do", run.directory.name, path)
+    return result
+
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    logger.info("%s is finished, %s is there: nothing to do", run.directory.name, path)
-    return result
+    return content
 
 
 def _clear_the_way(run: StageRun[Any]) -> None:
@@ -225,6 +240,7 @@ def _clear_the_way(run: StageRun[Any]) -> None:
             (run.directory / RESULT).unlink()
         remove_leftovers(run.directory)
         if run.run.resume != "auto":
+            (run.directory / PREPARATION).unlink(missing_ok=True)
             remove_states(states, run.run, keep_permanent=False)
         (run.directory / ".cleared").touch()  # for run_all.sh: what is there from now on is this run's
 

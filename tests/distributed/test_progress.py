@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 LOOP = """
 import time
 from rlhf.distributed import Progress, progress, setup_logging
-progress.LINE_SECONDS = 0.25
+progress.FIRST_LINE_SECONDS, progress.LINE_SECONDS = 0.1, 0.25
 setup_logging()
 with Progress(40, "sft", "step") as bar:
     for _ in range(40):
@@ -34,7 +34,8 @@ def test_a_pipe_gets_a_line_now_and_then_and_one_at_the_end():
     done = subprocess.run([sys.executable, "-c", LOOP], env=environment(), capture_output=True, text=True, timeout=120)
     lines = done.stdout.splitlines()
     assert done.stderr == "" and "\r" not in done.stdout
-    assert 3 <= len(lines) <= 5, "a second of work, a line every quarter of it"
+    assert 3 <= len(lines) <= 6, "a second of work, a line at once and every quarter of it"
+    assert int(lines[0].split()[1]) <= 8, "the first one tells early how long it will take"
     for line in lines[:-1]:
         assert re.fullmatch(r"sft: \d+ of 40 steps, loss 1\.25, 00:0[01] left", line), line
     assert re.fullmatch(r"sft: 40 of 40 steps, loss 1\.25, 00:0[12]", lines[-1])
@@ -60,6 +61,7 @@ def test_a_terminal_gets_a_bar_and_no_lines():
 
 @pytest.fixture
 def every_step(monkeypatch, caplog):
+    monkeypatch.setattr(progress, "FIRST_LINE_SECONDS", 0.0)
     monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     caplog.set_level(logging.INFO, logger="rlhf")
     return caplog

@@ -46,6 +46,15 @@ def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
     assert "doctor: nothing found in sft, reward, ppo" in table
 
 
+def test_the_seconds_of_the_embedded_base_are_counted_beside_the_stages(tmp_path):
+    results = made_up_results()
+    results["sft"]["base_seconds"] = 83.5
+    write_results(tmp_path, results)
+    found = summary.summarize(tmp_path, ROWS)
+    assert found["seconds"] == {"base": 83.5, "sft": 10.0, "reward": 20.0, "ppo": 30.5, "total": 144.0}
+    assert "seconds: base 84, sft 10, reward 20, ppo 30, total 144; seed 3" in summary.closing_table(found, ROWS)
+
+
 def test_the_table_ends_with_what_the_doctor_found(tmp_path):
     results = made_up_results()
     entry = {"check": "kl_explodes", "severity": "critical", "since": 7, "until": None, "message": "9 nats per token"}
