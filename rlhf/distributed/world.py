@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from rlhf.config import ConfigError
 from rlhf.distributed.chatter import without_chatter
+from rlhf.distributed.operator_builds import watch_operator_builds
 
 
 def rank() -> int:
@@ -47,6 +48,7 @@ def init_world(timeout_minutes: float = 60.0) -> torch.device:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    watch_operator_builds()
     accelerator = get_accelerator()
     if not dist.is_initialized():
         if "RANK" not in os.environ:
