@@ -57,7 +57,7 @@ class Progress:
     def advance(self, amount: int = 1, **figures: float) -> None:
         """Count `amount` more; `figures` are shown beside them."""
         self.done += amount
-        self._figures = {name: f"{value:.4g}" for name, value in figures.items()}
+        self._figures = {name: f"{value:.4f}" for name, value in figures.items()}
         if self._bar is not None:
             self._bar.set_postfix(self._figures, refresh=False)
             self._bar.update(amount)

@@ -37,8 +37,8 @@ def test_a_pipe_gets_a_line_now_and_then_and_one_at_the_end():
     assert 3 <= len(lines) <= 6, "a second of work, a line at once and every quarter of it"
     assert int(lines[0].split()[1]) <= 8, "the first one tells early how long it will take"
     for line in lines[:-1]:
-        assert re.fullmatch(r"sft: \d+ of 40 steps, loss 1\.25, 00:0[01] left", line), line
-    assert re.fullmatch(r"sft: 40 of 40 steps, loss 1\.25, 00:0[12]", lines[-1])
+        assert re.fullmatch(r"sft: \d+ of 40 steps, loss 1\.2500, 00:0[01] left", line), line
+    assert re.fullmatch(r"sft: 40 of 40 steps, loss 1\.2500, 00:0[12]", lines[-1])
 
 
 def test_a_terminal_gets_a_bar_and_no_lines():
