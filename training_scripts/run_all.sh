@@ -46,7 +46,8 @@ esac
 
 # Importing libraries may print; the assignments are the last lines.
 settings="$("$RLHF_PYTHON" -m rlhf.pipeline.arguments "$@" | sed -n '/^DEFAULT_STAGES=/,$p')"
-eval "$settings"  # DEFAULT_STAGES STAGES RESUME_STAGES OUTPUT_DIR MAX_RESTARTS LAUNCHER_ARGS; SCRIPT_x TITLE_x ARGS_x of stage x
+# DEFAULT_STAGES STAGES RESUME_STAGES OVERWRITE_STAGES OUTPUT_DIR MAX_RESTARTS LAUNCHER_ARGS; SCRIPT_x TITLE_x ARGS_x of stage x
+eval "$settings"
 
 user_dir="$PWD"
 cd "$here/.."
@@ -93,7 +94,7 @@ launch() {
     # ranks. Ranks are asked to stop through a file instead (rlhf/distributed/rank_board.py), on every machine. Sets `status`.
     local board="$1/.ranks" waited=0
     shift
-    setsid deepspeed --log_level error "${LAUNCHER_ARGS[@]}" "$@" 9>&- &
+    setsid deepspeed --log_level critical "${LAUNCHER_ARGS[@]}" "$@" 9>&- &
     launcher=$!
     while alive "$launcher"; do
         # Again and again: ranks that only start clear away what they find.
@@ -147,7 +148,10 @@ run_stage() {
     while :; do
         rm -f "$directory/stopped.json" "$directory/.cleared"
         # The stage removes an earlier run's result itself, once it has agreed to start; with `auto` it would stop there.
-        case " ${RESUME_STAGES[*]} ${again[*]} " in *" $stage "* | *" auto "*) rm -f "$result" ;; esac
+        # What the summary says is then no longer so.
+        case " ${RESUME_STAGES[*]} ${again[*]} " in
+            *" $stage "* | *" auto "*) [ ! -e "$result" ] || rm -f "$OUTPUT_DIR/summary.json" "$result" ;;
+        esac
         launch "$directory" "$script" "${arguments[@]}" "${again[@]}"
         # The launcher may return 0 when a signal killed it, so look for a new result too.
         if [ "$status" -eq 0 ] && [ "$result" -nt "$started" ]; then
@@ -163,11 +167,36 @@ run_stage() {
         fi
         restarts=$((restarts + 1))
         # Before the stage had cleared its directory, what lies there is not this run's: --resume never must stay that.
-        [ ! -e "$directory/.cleared" ] || again=(--resume auto)
+        if [ -e "$directory/.cleared" ]; then
+            again=(--resume auto)
+            case " ${OVERWRITE_STAGES[*]} " in *" $stage "*) again+=(--overwrite false) ;; esac  # it has done so
+        fi
         say "stage $stage ($script) failed ($(cause "$status")): restart $restarts of $MAX_RESTARTS${again[*]:+, with ${again[*]}}"
     done
     echo "error: stage $stage ($script) failed with $(cause "$status"); its messages are above. Stopped." >&2
     exit "$((status > 0 ? status : 1))"
+}
+
+remove_earlier_run() {
+    # What is to be overwritten goes at once and whole: models of an earlier run must not lie beside those of this one,
+    # and least of all the summary and the results that describe them.
+    local stage directory old=()
+    for stage in "${OVERWRITE_STAGES[@]}"; do
+        directory="$OUTPUT_DIR/$stage"
+        [ -n "$(ls -A -I .lock "$directory" 2>/dev/null)" ] || continue
+        if [ -e "$directory/.lock" ] && command -v flock >/dev/null && ! flock -n "$directory/.lock" true; then
+            say "error: $directory is in use by another run; wait until it ends, or choose another --output_dir"
+            exit 2
+        fi
+        old+=("$directory")
+    done
+    [ ${#old[@]} -gt 0 ] || return 0
+    say "removing the earlier run in ${old[*]}"
+    # The content and not the directory, which may be a link to another disk; locks stay, as they do after a run.
+    rm -f "$OUTPUT_DIR/summary.json" "${old[@]/%//result.json}" && find -H "${old[@]}" -mindepth 1 ! -name .lock -delete || {
+        say "error: the earlier run could not be removed; mend that, or choose another --output_dir"
+        exit 2
+    }
 }
 
 mkdir -p "$OUTPUT_DIR"
@@ -182,6 +211,7 @@ fi
 echo
 echo "=== checking every stage"
 (cd "$user_dir" && "$RLHF_PYTHON" -m rlhf.pipeline.preflight "$@") || exit "$?"
+[ -n "$stop_signal" ] || remove_earlier_run
 # What was asked for: the doctor tells a run that was cut short from one of some stages only.
 printf '%s\n' "${STAGES[@]}" >"$OUTPUT_DIR/.pipeline.stages"
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 
 from rlhf.config import ConfigError
+from rlhf.distributed.chatter import without_chatter
+from rlhf.distributed.operator_builds import watch_operator_builds
 from rlhf.distributed.place import free_port, rank
 
 
@@ -28,6 +30,7 @@ def init_world(timeout_minutes: float = 60.0) -> torch.device:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    watch_operator_builds()
     accelerator = get_accelerator()
     if not dist.is_initialized():
         if "RANK" not in os.environ:
@@ -35,12 +38,13 @@ def init_world(timeout_minutes: float = 60.0) -> torch.device:
             os.environ["MASTER_PORT"] = str(free_port())
         elif os.environ["RANK"] == "0":
             _check_port(int(os.environ.get("MASTER_PORT", "29500")))
-        deepspeed.init_distributed(
-            dist_backend=accelerator.communication_backend_name() if accelerator.is_available() else "gloo",
-            auto_mpi_discovery=False,
-            timeout=timedelta(minutes=timeout_minutes),
-            verbose=False,
-        )
+        with without_chatter():
+            deepspeed.init_distributed(
+                dist_backend=accelerator.communication_backend_name() if accelerator.is_available() else "gloo",
+                auto_mpi_discovery=False,
+                timeout=timedelta(minutes=timeout_minutes),
+                verbose=False,
+            )
         if accelerator.device_name() == "cpu":
             _unlink_shared_memory()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -30,12 +31,16 @@ from rlhf.models.loading import check_vocabulary
 from rlhf.models.lora import apply_lora
 from rlhf.models.positions import check_positions
 from rlhf.pipeline.dry_run import DryRun, DryRunEndError, Findings, disk_use
+from rlhf.pipeline.earlier_run import RESULT, finished_refusal, remove_earlier_run, remove_summary
 from rlhf.pipeline.stages import STAGES, Stage, StageConfig, default_run, find_stage_model, parse_stage
+from rlhf.report.summary import BASE_SECONDS
 from rlhf.training.data_order import planned_steps
 from rlhf.training.loop import RunContext
 from rlhf.training.nonfinite import NonFiniteError
 from rlhf.training.resume import TrainingStates, refusal, remove_states, run_identity
 
+PREPARATION = "preparation.json"
+"""What was made for the stage before it could train, and how long it took; a resumed run counts it too."""
 STATES = "states"
 """Where the training states of a stage lie, under its directory."""
 USER_ERRORS = (ConfigError, DataError, NonFiniteError, EmptyRolloutError)
@@ -66,7 +71,7 @@ class StageRun(Generic[Config]):
         return BatchPlan(batch.global_batch_size, batch.micro_batch_size, devices, batch.micro_batch_tokens)
 
     def base_model(self) -> str:
-        """The model to start from; the embedded one is trained on first use (about a minute) and kept.
+        """The model to start from; the embedded one is trained on first use, which is announced and counted, and kept.
 
         Raises ConfigError for one that cannot train as the configuration says, or has fewer positions than a prompt and
         its response may have.
@@ -82,14 +87,19 @@ class StageRun(Generic[Config]):
 
     def _embedded_base(self) -> Path:
         from rlhf.data import embedded_corpus
-        from rlhf.models.tiny_base import build_tiny_base, write_untrained_tiny_base
+        from rlhf.models.tiny_base import build_tiny_base, tiny_base_path, write_untrained_tiny_base
 
-        if self.dry_run is None:
-            return build_tiny_base(embedded_corpus(), Path(self.run.cache_dir))
-        stand_in = self.dry_run.report_dir.parent / EMBEDDED_BASE
-        if not stand_in.is_dir():
-            write_untrained_tiny_base(embedded_corpus(), stand_in)
-        return stand_in
+        texts, cache_dir = embedded_corpus(), Path(self.run.cache_dir)
+        if self.dry_run is not None:
+            stand_in = self.dry_run.report_dir.parent / EMBEDDED_BASE
+            if not stand_in.is_dir():
+                write_untrained_tiny_base(texts, stand_in)
+            return stand_in
+        there, started = tiny_base_path(texts, cache_dir).exists(), time.perf_counter()
+        path = build_tiny_base(texts, cache_dir)
+        if not there:
+            write_json(self.directory / PREPARATION, {BASE_SECONDS: round(time.perf_counter() - started, 1)})
+        return path
 
     def model_size(self, path: str, what: str) -> ModelSize:
         """The size of the causal LM in `path`, once it is known that it can train as the configuration says."""
@@ -179,7 +189,7 @@ class StageRun(Generic[Config]):
         """What the loop is given. `content`: fingerprints of all it loads, compared when the run is resumed."""
         identity = run_identity(self.config.parts(), **content)
         states = TrainingStates(self.directory / STATES, self.run, identity)
-        return RunContext(self.stage.name, self.run, self.directory, self.stage.checks, states)
+        return RunContext(self.stage.name, self.run, self.directory, self.stage.checks, states, self.stage.logged)
 
 
 def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]], Callable[..., dict[str, Any]]]:
@@ -206,7 +216,8 @@ def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]
                 if is_main():
                     save_config(run.directory / "config.yaml", config.parts())
                 result = {**result, "seconds": round(result["seconds"], 1), "seed": config.run.seed}
-                write_json(run.directory / "result.json", result)
+                result |= _read_json(run.directory / PREPARATION)
+                write_json(run.directory / RESULT, result)
                 remove_states(run.directory / STATES, config.run, keep_permanent=True)
             return result
 
@@ -243,22 +254,49 @@ def _is_finished(run: StageRun[Any]) -> bool:
 
 def _read_result(run: StageRun[Any]) -> dict[str, Any]:
     """`result.json` of an earlier run; {} where there is none, or a broken one."""
-    path = run.directory / "result.json"
-    try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    logger.info("%s is finished, %s is there: nothing to do", run.directory.name, path)
+    path = run.directory / RESULT
+    result = _read_json(path)
+    if result:
+        logger.info("%s is finished, %s is there: nothing to do", run.directory.name, path)
     return result
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content
+
+
 def _clear_the_way(run: StageRun[Any]) -> None:
-    """Remove what an earlier run left and this one makes anew. ConfigError where that would lose an unfinished one."""
+    """Remove what an earlier run left and this one makes anew. ConfigError where that would lose more than was said:
+    a finished run without `overwrite`, or an unfinished one unasked."""
+    if run.run.overwrite:
+        _overwrite(run)
     states = run.directory / STATES
-    raise_on_all(refusal(states, run.run) if is_main() else None)
+    refused = finished_refusal(run.directory, run.run) or refusal(states, run.run) if is_main() else None
+    raise_on_all(refused)
     if is_main():
-        (run.directory / "result.json").unlink(missing_ok=True)
+        if (run.directory / RESULT).exists():
+            remove_summary(run.directory)
+            (run.directory / RESULT).unlink()
         remove_leftovers(run.directory)
         if run.run.resume != "auto":
+            (run.directory / PREPARATION).unlink(missing_ok=True)
             remove_states(states, run.run, keep_permanent=False)
         (run.directory / ".cleared").touch()  # for run_all.sh: what is there from now on is this run's
+
+
+def _overwrite(run: StageRun[Any]) -> None:
+    """Empty the directory for this run. A collective: no rank goes on before that is done."""
+    error: OSError | None = None
+    if is_main():
+        if any(not entry.name.startswith(".") for entry in run.directory.iterdir()):
+            logger.warning("removing what an earlier run left in %s (overwrite)", run.directory)
+        try:
+            remove_earlier_run(run.directory)
+        except OSError as failed:
+            error = failed
+    raise_on_all(error)
+    run.run.overwrite = False  # done; the configuration that is saved must not do it again

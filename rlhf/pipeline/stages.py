@@ -107,6 +107,7 @@ class Stage:
     `takes`: configuration field -> the stage whose saved model it is where it is unset. `unit`: what its metrics are
     numbered by. `figures`: its lines in the summary; `result_keys`: further entries of its `result.json` that
     `summary.json` holds. `checks`: the doctor's; `curves`: metrics that the doctor shows as first -> last value.
+    `logged`: the figures of an evaluation that its line in the log shows, five at most; `metrics.jsonl` has all.
     `in_default_run`: `run_all.sh` runs it unasked, `stage_split` has a share for it, and the summary shows it.
     """
 
@@ -119,6 +120,7 @@ class Stage:
     figures: Sequence[Figure]
     checks: Sequence[Check]
     curves: Sequence[str]
+    logged: Sequence[str]
     takes: Mapping[str, str] = field(default_factory=dict)
     result_keys: Sequence[str] = ()
     unit: str = "step"
@@ -174,6 +176,7 @@ STAGES = {
             ),
             checks=OFFLINE,
             curves=("loss", "eval_loss", "gradient_norm"),
+            logged=("eval_loss", "eval_perplexity"),
         ),
         Stage(
             name="reward",
@@ -198,6 +201,7 @@ STAGES = {
             ),
             checks=REWARD,
             curves=("loss", "accuracy", "margin", "eval_accuracy"),
+            logged=("eval_loss", "eval_accuracy", "eval_length_baseline_accuracy", "eval_margin"),
         ),
         Stage(
             name="ppo",
@@ -244,6 +248,7 @@ STAGES = {
                 "entropy_estimate",
                 "explained_variance",
             ),
+            logged=("eval_score", "eval_reward", "eval_kl_per_token", "eval_eos_rate", "eval_response_tokens"),
         ),
     )
 }

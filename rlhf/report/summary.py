@@ -1,6 +1,7 @@
 """The stages' `result.json` merged into `summary.json`, and the closing table.
 
 Each stage writes `OUTPUT_DIR/<stage>/result.json` with its own figures, `seconds`, `seed` and the doctor's `health`.
+Where a stage trained the embedded base model first, the summary counts that beside the stages.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from rlhf.doctor.findings import SICKNESSES
 from rlhf.report.figures import Figure
 
 SAMPLES = "samples"
+BASE_SECONDS = "base_seconds"
+"""In the result of the stage that had to train the embedded base model first: how long that took."""
 SAMPLE_KEYS = ("prompt", "sft", "ppo", "score_sft", "score_ppo")
 """The fields of one sample: a prompt, both models' responses and their scores."""
 
@@ -57,6 +60,8 @@ def summarize(output_dir: Path, stages: Sequence[SummarisedStage]) -> dict[str, 
     samples = [sample for result in results.values() for sample in result.get(SAMPLES, [])]
     summary[SAMPLES] = [{key: sample[key] for key in SAMPLE_KEYS} for sample in samples]
     seconds = {name: float(result["seconds"]) for name, result in results.items()}
+    base = sum(float(result.get(BASE_SECONDS, 0.0)) for result in results.values())
+    seconds = {"base": base, **seconds} if base else seconds
     summary["seconds"] = {**seconds, "total": sum(seconds.values())}
     summary["seed"] = next(iter(seeds.values()))
     summary["health"] = {name: result.get("health") for name, result in results.items()}  # None: an earlier version's
@@ -86,7 +91,7 @@ def closing_table(
     for sample in summary[SAMPLES][:samples]:
         lines += [
             "",
-            f"prompt       {_cut_beginning(_one_line(sample['prompt']), width - 13)}",
+            f"prompt       {_cut(_one_line(sample['prompt']), width - 13)}",
             _cut(f"SFT {sample['score_sft']:+8.2f} {_one_line(sample['sft'])}", width),
             _cut(f"PPO {sample['score_ppo']:+8.2f} {_one_line(sample['ppo'])}", width),
         ]
@@ -156,13 +161,3 @@ def _cut(text: str, columns: int) -> str:
     while _columns(kept) > columns - 3:
         kept = kept[:-1]
     return kept + "..."
-
-
-def _cut_beginning(text: str, columns: int) -> str:
-    """The end of `text`: a prompt begins with its template and ends with what was asked."""
-    if _columns(text) <= columns:
-        return text
-    kept = text
-    while _columns(kept) > columns - 3:
-        kept = kept[1:]
-    return "..." + kept

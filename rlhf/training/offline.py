@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from rlhf.data.stage_data import StageData
 from rlhf.distributed.log import logger
-from rlhf.distributed.place import is_main, rank
+from rlhf.distributed.place import rank
+from rlhf.distributed.progress import Progress
 from rlhf.training.data_order import DataOrder, Plan
 from rlhf.training.loop import Loop, RunContext
 from rlhf.training.step import accumulate_step, learning_rate
@@ -94,13 +94,10 @@ class OfflineTrainer(Loop, Generic[Batch]):
             before = self._evaluate_and_log(0)
             self.outcome = {"before": before, "after": before, "best_step": 0}
         self.engine.train()
-        with tqdm(
-            total=self.total_steps, initial=done, desc=self.stage, unit="step", disable=not is_main()
-        ) as progress:
+        with Progress(self.total_steps, self.stage, self.unit, done=done) as progress:
             for step in range(done + 1, self.total_steps + 1):
                 loss = self._step(step)
-                progress.update()
-                progress.set_postfix(loss=f"{loss:.4f}")
+                progress.advance(loss=loss)
                 if self.evaluation and self._evaluation_due(step):
                     self._keep_if_best(step, self._evaluate_and_log(step))
                     self.engine.train()
@@ -150,10 +147,7 @@ class OfflineTrainer(Loop, Generic[Batch]):
         self.engine.eval()
         with torch.no_grad():
             metrics = self.evaluate()
-        numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        self.record(step, numbers)
-        shown = {name: value for name, value in numbers.items() if "/" not in name}
-        logger.info("%s step %d: %s", self.stage, step, "  ".join(f"{k}={v:.4f}" for k, v in shown.items()))
+        self.record_evaluation(step, {name: value for name, value in metrics.items() if isinstance(value, float)})
         return metrics
 
     def evaluation_batches(self, examples: Sequence[Any] | None = None) -> Iterator[tuple[Batch, int]]:

@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from rlhf.distributed.log import logger
-from rlhf.distributed.place import is_main
+from rlhf.distributed.progress import Progress
 from rlhf.numerics.intervals import standard_error
 from rlhf.training.loop import Loop, RunContext
 
@@ -21,6 +19,8 @@ class OnPolicyTrainer(Loop):
 
     An algorithm writes `make_experience(iteration)`, `update(experience, iteration)` and `evaluate(iteration)`.
     """
+
+    unit = "iteration"
 
     def __init__(self, context: RunContext, *, total_steps: int, eval_every_steps: int) -> None:
         super().__init__(context, total_steps=total_steps)
@@ -47,13 +47,10 @@ class OnPolicyTrainer(Loop):
         if done == 0:
             before = self._evaluate_and_log(0)
             self.outcome = {"before": before, "after": before}
-        with tqdm(
-            total=self.total_steps, initial=done, desc=self.stage, unit="iteration", disable=not is_main()
-        ) as progress:
+        with Progress(self.total_steps, self.stage, self.unit, done=done) as progress:
             for iteration in range(done + 1, self.total_steps + 1):
                 metrics = self._iterate(iteration)
-                progress.update()
-                progress.set_postfix(score=f"{metrics['score']:.3f}", kl=f"{metrics['kl_per_token']:.3f}")
+                progress.advance(score=metrics["score"], kl_per_token=metrics["kl_per_token"])
                 if iteration % self.run.log_every_steps == 0 or iteration in (1, self.total_steps):
                     self.record(iteration, metrics)
                 due = self.eval_every_steps > 0 and iteration % self.eval_every_steps == 0
@@ -76,8 +73,7 @@ class OnPolicyTrainer(Loop):
         metrics = self.evaluate(iteration)
         metrics.update(score_gain(self.outcome.get("before", {}), metrics))
         numbers = {f"eval_{name}": value for name, value in metrics.items() if isinstance(value, float)}
-        self.record(iteration, numbers)
-        logger.info("%s iteration %d: %s", self.stage, iteration, "  ".join(f"{k}={v:.4f}" for k, v in numbers.items()))
+        self.record_evaluation(iteration, numbers)
         return metrics
 
 

@@ -58,6 +58,15 @@ def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
     assert "doctor: nothing found in sft, reward, ppo" in table
 
 
+def test_the_seconds_of_the_embedded_base_are_counted_beside_the_stages(tmp_path):
+    results = made_up_results()
+    results["sft"]["base_seconds"] = 83.5
+    write_results(tmp_path, results)
+    found = summary.summarize(tmp_path, ROWS)
+    assert found["seconds"] == {"base": 83.5, "sft": 10.0, "reward": 20.0, "ppo": 30.5, "total": 144.0}
+    assert "seconds: base 84, sft 10, reward 20, ppo 30, total 144; seed 3" in summary.closing_table(found, ROWS)
+
+
 def test_the_table_ends_with_what_the_doctor_found(tmp_path):
     results = made_up_results()
     entry = {"check": "kl_explodes", "severity": "critical", "since": 7, "until": None, "message": "9 nats per token"}
@@ -102,15 +111,15 @@ def test_a_baseline_below_a_half_is_that_of_the_shorter_response(tmp_path, longe
     assert f"; {rule}" in summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS)
 
 
-def test_a_long_prompt_shows_its_end_and_a_long_response_its_beginning(tmp_path):
+def test_a_long_prompt_and_a_long_response_show_their_beginning(tmp_path):
     results = made_up_results()
     sample = results["ppo"]["samples"][0]
-    results["ppo"]["samples"] = [{**sample, "prompt": "template " * 30 + "질문의 끝", "sft": "처음 " + "말 " * 100}]
+    results["ppo"]["samples"] = [{**sample, "prompt": "질문의 처음 " + "말 " * 100, "sft": "처음 " + "말 " * 100}]
     write_results(tmp_path, results)
     lines = summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS, width=60).splitlines()
     prompt = next(line for line in lines if line.startswith("prompt"))
     response = next(line for line in lines if line.startswith("SFT ") and "처음" in line)
-    assert prompt.endswith("질문의 끝") and "..." in prompt
+    assert prompt.startswith("prompt       질문의 처음") and prompt.endswith("...")
     assert response.endswith("...") and all(summary._columns(line) <= 60 for line in (prompt, response))
 
 

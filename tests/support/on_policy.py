@@ -43,7 +43,8 @@ def stage_data(train: Sequence[Any], evaluation: Sequence[Any] = ()) -> StageDat
 
 def context(directory: Path, stage: str = "ppo", **run: Any) -> RunContext:
     """A run without TensorBoard and without training states."""
-    return RunContext(stage, RunConfig(tensorboard=False, **run), directory, STAGES[stage].checks)
+    row = STAGES[stage]
+    return RunContext(stage, RunConfig(tensorboard=False, **run), directory, row.checks, logged=row.logged)
 
 
 def reward_of(model: Any, tokenizer: Any, actor_tokenizer: Any = None, *, eos_ids: Sequence[int] = (0,)) -> RewardModel:
