@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -201,16 +202,20 @@ def test_disks_that_others_may_write_to(monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user and give files away")
-def test_the_lock_of_another_user_is_left_alone(lock):
-    lock.touch()
-    os.chown(lock, 12345, 12345)
-    for directory in (lock.parent, *lock.parent.parents):
-        if directory.stat().st_mode & 0o005 != 0o005:
-            os.chmod(directory, directory.stat().st_mode | 0o055)
-    look = f"import os; os.setuid(23456)\nfrom pathlib import Path; print(holder_of(Path({str(lock)!r})))"
-    command = [sys.executable, "-c", f"from rlhf.distributed.operator_builds import holder_of\n{look}"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+def test_the_lock_of_another_user_is_left_alone():
+    look = (
+        "import os, sys; from pathlib import Path\n"
+        "from rlhf.distributed.operator_builds import holder_of\n"
+        "os.setuid(23456); print(holder_of(Path(sys.argv[1])))"
+    )
+    with tempfile.TemporaryDirectory() as directory:  # pytest's own are closed to other users
+        os.chmod(directory, 0o755)
+        lock = Path(directory) / "lock"
+        lock.touch()
+        os.chown(lock, 12345, 12345)
+        command = [sys.executable, "-c", look, str(lock)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert "a process of user 12345, if it lives, which cannot be seen" in done.stdout, done.stderr
 
 
