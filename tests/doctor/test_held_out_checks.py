@@ -136,11 +136,12 @@ def test_accuracies_and_their_neighbours(right, longer, checks):
     assert set(found("reward", reward_run(evaluation(0, right, longer)))) == checks
 
 
-def test_pairs_of_one_prompt_are_one_row():
+def test_pairs_of_one_prompt_are_one_row(tmp_path, capsys):
     """90 pairs of 15 prompts say as little as 15 pairs."""
     line = evaluation(0, (70, 90), (45, 90), pairs_per_prompt=6)
     one = found("reward", reward_run(line))["too_few_held_out"]
     assert "15 held out" in one.message and "on 90 pairs of 15 prompts" in one.message
+    assert "(n = 90)" in diagnosis(tmp_path, "reward", reward_run(line), capsys)[1], "the accuracy is one of pairs"
     assert found("reward", reward_run(evaluation(0, (70, 90), (45, 90)))) == {}
 
 

@@ -49,7 +49,7 @@ def test_a_running_run_is_told_as_one(tmp_path, capsys):
     assert found == 0 and text.endswith("diagnosis: healthy so far: it is running")
 
 
-@pytest.mark.parametrize("result", ["{", "[]", "{}", ""])
+@pytest.mark.parametrize("result", ["{", "[1]", "{}", ""])
 def test_a_result_that_is_none_counts_as_none(tmp_path, result):
     assert run_state(begin(tmp_path / "sft", result=result)).kind == "incomplete"
 
