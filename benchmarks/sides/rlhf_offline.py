@@ -34,6 +34,8 @@ class StepClock:
         self.losses: list[float] = []
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if "loss" not in metrics:  # of an evaluation
+            return
         measure.synchronise(self.device)
         self.ends.append(time.perf_counter())
         self.cpu_ends.append(time.process_time())

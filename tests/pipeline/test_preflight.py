@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.config import RunConfig
+from rlhf.distributed.log import logger
 from rlhf.models.architecture import ModelSize
 from rlhf.pipeline import preflight
 from rlhf.pipeline.dry_run import STATE_BYTES, disk_use
@@ -29,7 +30,10 @@ def check(tmp_path, monkeypatch, capsys):
         said = capsys.readouterr()
         return status, said.out, said.err
 
-    return run
+    before = logger.handlers, logger.propagate, logger.level
+    yield run
+    logger.handlers, logger.propagate = before[:2]  # other tests of this process read the log
+    logger.setLevel(before[2])
 
 
 def entries(directory: Path) -> list[str]:
