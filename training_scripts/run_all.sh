@@ -94,7 +94,10 @@ launch() {
     # ranks. Ranks are asked to stop through a file instead (rlhf/distributed/rank_board.py), on every machine. Sets `status`.
     local board="$1/.ranks" waited=0
     shift
-    setsid deepspeed --log_level critical "${LAUNCHER_ARGS[@]}" "$@" 9>&- &
+    local command=(deepspeed --log_level critical "${LAUNCHER_ARGS[@]}")
+    # One process needs no launcher, which loads torch twice before the stage does.
+    case "${LAUNCHER_ARGS[*]}" in "--num_gpus 1" | "--num_gpus 1 --master_port "*) command=("$RLHF_PYTHON") ;; esac
+    setsid "${command[@]}" "$@" 9>&- &
     launcher=$!
     while alive "$launcher"; do
         # Again and again: ranks that only start clear away what they find.

@@ -29,12 +29,12 @@ class ModelSize:
     trainable: int
 
 
-def check_trainable(path: str | Path, config: ModelConfig, *, what: str) -> ModelSize:
-    """The size of the causal LM in `path`, once it is known that it can train as `config` says; no weight is read.
+def check_trainable(path: str | Path, config: ModelConfig, *, what: str) -> None:
+    """Check that the causal LM in `path` can train as `config` says; no weight is read.
 
-    A reward model or critic counts by its backbone. Raises ConfigError, naming the field `what`, for a model that is
-    no causal LM, a directory without weights, a mixture of experts, LoRA targets that match nothing, dropout that the
-    model does not have, and packages that are not installed.
+    Raises ConfigError, naming the field `what`, for a model that is no causal LM, a directory without weights, a
+    mixture of experts, LoRA targets that match nothing, dropout that the model does not have, and packages that are not
+    installed.
     """
     check_weights_there(path)
     check_packages(config)
@@ -48,13 +48,28 @@ def check_trainable(path: str | Path, config: ModelConfig, *, what: str) -> Mode
     check_no_experts(architecture)
     if config.model_dropout > 0:
         set_dropout(architecture, config.model_dropout)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
+    if config.lora_rank > 0:
+        resolve_targets(_without_weights(path, config), config.lora_targets)
+
+
+def model_size(path: str | Path, config: ModelConfig) -> ModelSize:
+    """The size of the causal LM in `path`, or of the backbone of a reward model or critic there, by its configuration.
+
+    Raises ConfigError for LoRA targets that match nothing.
+    """
+    model = _without_weights(path, config)
     weights = sum(weight.numel() for weight in model.parameters())
     if config.lora_rank == 0:
         return ModelSize(weights, weights)
     targets = resolve_targets(model, config.lora_targets)
     return ModelSize(weights, config.lora_rank * sum(_sides(model, name) for name in _matched(model, targets)))
+
+
+def _without_weights(path: str | Path, config: ModelConfig) -> Any:
+    """The modules of a causal LM, on no device. It takes torch a second to learn how, the first time."""
+    architecture = model_config(path, trust_remote_code=config.trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(architecture, trust_remote_code=config.trust_remote_code)
 
 
 def check_weights_there(path: str | Path) -> None:

@@ -13,7 +13,7 @@ from rlhf.distributed.log import logger
 from rlhf.engine import RLHFEngine
 from rlhf.generation.backend import make_backend
 from rlhf.generation.token_sampling import Sampling
-from rlhf.models.architecture import ModelSize, check_trainable, check_weights_there
+from rlhf.models.architecture import ModelSize, check_trainable, check_weights_there, model_size
 from rlhf.models.directories import check_causal_directory, check_scalar_directory
 from rlhf.models.inner_model import eos_token_ids
 from rlhf.models.loading import check_vocabulary, load_tokenizer
@@ -77,11 +77,7 @@ class OnPolicyModels:
         paths = {"actor": self.actor, "critic": self.critic}
         if stage.config.ppo.ema_decay > 0:
             paths["averaged actor"] = self.actor
-        return {
-            role: check_trainable(path, stage.config.model, what=f"{role}_model")
-            for role, path in paths.items()
-            if path is not None
-        }
+        return {role: model_size(path, stage.config.model) for role, path in paths.items() if path is not None}
 
     def build(self, stage: StageRun[PPOStageConfig], *, optimizer_steps: tuple[int, int]) -> RLHFEngine:
         """The engines of these models; `optimizer_steps` are those of the actor and of the critic in the whole run."""

@@ -26,7 +26,7 @@ from rlhf.distributed.place import is_main, world_size
 from rlhf.distributed.rank_watch import watched_ranks
 from rlhf.distributed.world import close_world, init_world, seed_everything
 from rlhf.engine import BatchPlan, check_engine, compute_dtype, training_engine, zero3_loading
-from rlhf.models.architecture import ModelSize, check_trainable
+from rlhf.models.architecture import ModelSize, check_trainable, model_size
 from rlhf.models.loading import check_vocabulary
 from rlhf.models.lora import apply_lora
 from rlhf.models.positions import check_positions
@@ -80,9 +80,9 @@ class StageRun(Generic[Config]):
         if base_model == EMBEDDED_BASE:
             base_model = str(self._embedded_base())
         self.check_positions(base_model, "base_model")
-        size = self.model_size(base_model, "base_model")
+        check_trainable(base_model, self.config.model, what="base_model")
         if self.dry_run is not None:
-            self.dry_run.sizes["model"] = size
+            self.dry_run.sizes["model"] = model_size(base_model, self.config.model)
         return base_model
 
     def _embedded_base(self) -> Path:
@@ -100,10 +100,6 @@ class StageRun(Generic[Config]):
         if not there:
             write_json(self.directory / PREPARATION, {BASE_SECONDS: round(time.perf_counter() - started, 1)})
         return path
-
-    def model_size(self, path: str, what: str) -> ModelSize:
-        """The size of the causal LM in `path`, once it is known that it can train as the configuration says."""
-        return check_trainable(path, self.config.model, what=what)
 
     def check_positions(self, path: str, what: str) -> None:
         """ConfigError when the model in `path` has fewer positions than a prompt and its response may have."""

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from rlhf.config import ConfigError, ModelConfig
-from rlhf.models.architecture import ModelSize, check_trainable, check_weights_there
+from rlhf.models.architecture import ModelSize, check_trainable, check_weights_there, model_size
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import apply_lora
 from tests.support.tiny_models import ARCHITECTURES, save_tiny_model
@@ -21,11 +21,11 @@ def test_sizes_are_those_of_the_model_that_is_loaded(architecture, tokenizer, tm
     path = save_tiny_model(tmp_path / "model", architecture, tokenizer)
     loaded = load_causal_lm(path, dtype=torch.float32)
     weights = sum(weight.numel() for weight in loaded.parameters())
-    assert check_trainable(path, ModelConfig(), what="base_model") == ModelSize(weights, weights)
+    assert model_size(path, ModelConfig()) == ModelSize(weights, weights)
     config = ModelConfig(lora_rank=3)
     adapted = apply_lora(loaded, config)
     trains = sum(weight.numel() for weight in adapted.parameters() if weight.requires_grad)
-    assert check_trainable(path, config, what="base_model") == ModelSize(weights, trains)
+    assert model_size(path, config) == ModelSize(weights, trains)
 
 
 def test_targets_and_dropout_are_checked_without_weights(tokenizer, tmp_path):
@@ -39,9 +39,8 @@ def test_an_adapter_is_known_by_its_base(tokenizer, tmp_path):
     base = save_tiny_model(tmp_path / "base", "gpt_neox", tokenizer)
     adapted = apply_lora(load_causal_lm(base, dtype=torch.float32), ModelConfig(lora_rank=2))
     adapted.save_pretrained(tmp_path / "adapter")
-    assert check_trainable(tmp_path / "adapter", ModelConfig(), what="actor_model") == check_trainable(
-        base, ModelConfig(), what="actor_model"
-    )
+    check_trainable(tmp_path / "adapter", ModelConfig(), what="actor_model")
+    assert model_size(tmp_path / "adapter", ModelConfig()) == model_size(base, ModelConfig())
 
 
 def test_a_model_that_generates_nothing_is_no_base(tmp_path):
