@@ -54,8 +54,8 @@ def test_wrong_column(options, tmp_path):
 
 
 def test_unrecognised_columns_show_how_to_map_them(options, tmp_path):
-    path = write(tmp_path / "a.csv", "질문,답변\n안녕?,네.\n".encode())
-    with pytest.raises(DataError, match="columns"):
+    path = write(tmp_path / "a.csv", "번호,상담,조언\n1,안녕?,네.\n".encode())
+    with pytest.raises(DataError, match='--sft_data \'.*"columns": .*"상담"'):
         sft([*options, "--sft_data", path])
 
 

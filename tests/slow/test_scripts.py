@@ -41,8 +41,9 @@ def test_scripts_are_valid_bash_and_executable(script):
 def test_help_explains_without_an_environment(script, tmp_path):
     done = bash(SCRIPTS / script, "--help", env=bare_environment(RLHF_PYTHON="/nowhere/python"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for option in ("--config", "--base_model", "--preference_data", "--num_devices", "--zero_stage", "--short"):
+    for option in ("--config", "--base_model", "--preference_data", "--num_devices", "--overwrite", "--help-all"):
         assert option in done.stdout
+    assert len(done.stdout.splitlines()) <= 30, "one screen"
     assert "[setup]" not in done.stdout
 
 
@@ -55,7 +56,7 @@ def test_run_all_refuses_an_unknown_option_before_any_stage(tmp_path):
 
 @pytest.fixture
 def fake_project(tmp_path):
-    """A copy of the project whose stages only write down how they were called."""
+    """A copy of the project whose stages are checked like the real ones, then only write down how they were called."""
     project = tmp_path / "project"
     for folder in ("training_scripts", "rlhf"):
         shutil.copytree(ROOT / folder, project / folder, ignore=shutil.ignore_patterns("__pycache__"))
@@ -63,18 +64,21 @@ def fake_project(tmp_path):
     for stage, folder in (("sft", "step1_sft"), ("reward", "step2_reward"), ("ppo", "step3_ppo")):
         (project / folder).mkdir()
         (project / folder / "main.py").write_text(
-            "import json, os, sys\n"
+            "import json, os, runpy, sys\n"
             "from pathlib import Path\n"
-            "arguments = [word for word in sys.argv[1:] if not word.startswith('--local_rank')]\n"
-            f"directory = Path(arguments[arguments.index('--output_dir') + 1]) / '{stage}'\n"
-            "directory.mkdir(parents=True, exist_ok=True)\n"
-            "if os.environ['RANK'] != '0': sys.exit(0)\n"
-            "print('called', json.dumps(arguments), os.getcwd(), os.environ['WORLD_SIZE'])\n"
-            f"if '{stage}' == os.environ.get('STOP_AT'): sys.exit(7)\n"
-            f"if '{stage}' == os.environ.get('NO_RESULT_AT'): sys.exit(0)\n"
-            f"if '{stage}' == os.environ.get('BUG_AT'): raise KeyError('a bug')\n"
-            f"result = json.loads(Path(os.environ['RESULTS']).read_text())['{stage}']\n"
-            "(directory / 'result.json').write_text(json.dumps(result))\n",
+            "if __name__ != '__main__':\n"
+            f"    main = runpy.run_path({str(ROOT / folder / 'main.py')!r})['main']\n"
+            "else:\n"
+            "  arguments = [word for word in sys.argv[1:] if not word.startswith('--local_rank')]\n"
+            f"  directory = Path(arguments[arguments.index('--output_dir') + 1]) / '{stage}'\n"
+            "  directory.mkdir(parents=True, exist_ok=True)\n"
+            "  if os.environ.get('RANK', '0') != '0': sys.exit(0)\n"
+            "  print('called', json.dumps(arguments), os.getcwd(), os.environ.get('WORLD_SIZE', '1'))\n"
+            f"  if '{stage}' == os.environ.get('STOP_AT'): sys.exit(7)\n"
+            f"  if '{stage}' == os.environ.get('NO_RESULT_AT'): sys.exit(0)\n"
+            f"  if '{stage}' == os.environ.get('BUG_AT'): raise KeyError('a bug')\n"
+            f"  result = json.loads(Path(os.environ['RESULTS']).read_text())['{stage}']\n"
+            "  (directory / 'result.json').write_text(json.dumps(result))\n",
             encoding="utf-8",
         )
     results = tmp_path / "results.json"
@@ -84,7 +88,8 @@ def fake_project(tmp_path):
 
 def test_run_all_calls_the_stages_through_the_launcher_and_sums_up(fake_project, tmp_path):
     project, environment = fake_project
-    (tmp_path / "mine.jsonl").write_text("", encoding="utf-8")
+    row = json.dumps({"instruction": "질문", "output": "답변"}, ensure_ascii=False)
+    (tmp_path / "mine.jsonl").write_text(f"{row}\n" * 40, encoding="utf-8")
     words = [
         "--sft_data",
         "mine.jsonl",
