@@ -28,11 +28,11 @@ from rlhf.distributed.exit_codes import EXIT_INTERRUPTED, EXIT_USER
 from rlhf.distributed.log import logger, setup_logging
 from rlhf.pipeline.arguments import PipelineArguments, sort_arguments
 from rlhf.pipeline.dry_run import DryRun, DryRunEndError, Findings
+from rlhf.pipeline.earlier_run import RESULT
 from rlhf.pipeline.stage_run import USER_ERRORS, StageRun
-from rlhf.pipeline.stages import PROJECT, STAGES, parse_stage
+from rlhf.pipeline.stages import PROJECT, STAGES, StageConfig, parse_stage
 
 Result = TypeVar("Result")
-RESULT = "result.json"
 REPORTS = ".check"
 """Under the output directory while the check runs; it stays, with the lists of skipped rows, where that fails."""
 
@@ -44,7 +44,10 @@ def check_all(pipeline: PipelineArguments) -> list[str]:
     small is read first, so that a mistake in it does not wait for what is large.
     """
     configs = {name: parse_stage(name, pipeline.stage_arguments[name]) for name in _stages_to_run(pipeline)}
+    if not configs:
+        return ["every stage is finished"]
     for name, config in configs.items():
+        _for_stage(name, partial(_check_inputs_stay, config, Path(pipeline.output_dir), pipeline.overwrite_stages))
         _for_stage(name, partial(_check_first_rows, config.data))
     devices, bases = _devices(pipeline.launcher_arguments), dict[str, str]()
     reports = Path(pipeline.output_dir) / REPORTS
@@ -106,8 +109,29 @@ def _for_stage(name: str, check: Callable[[], Result]) -> Result:
 
 def _data_sets(config: DataConfig) -> list[DatasetSpec]:
     """Every data set that the configuration of a stage names."""
-    named = [getattr(config, item.name) for item in dataclasses.fields(config) if facts_of(item).path == "read"]
+    named = [getattr(config, item.name) for item in _read_paths(config)]
     return [DatasetSpec.parse(text) for texts in named if isinstance(texts, list) for text in texts]
+
+
+def _check_inputs_stay(config: StageConfig, output_dir: Path, overwritten: Sequence[str]) -> None:
+    """ConfigError for a model or data set in a directory that is removed before the stages run."""
+    given = {item.name: getattr(part, item.name) for part in config.parts() for item in _read_paths(part)}
+    named = {name: value if isinstance(value, list) else [value] for name, value in given.items() if value}
+    for stage in overwritten:
+        removed = (output_dir / stage).resolve()
+        for name, values in named.items():
+            for value in values:
+                path = Path(DatasetSpec.parse(value).path if name.endswith("_data") else value).expanduser().resolve()
+                if path.is_relative_to(removed):
+                    raise ConfigError(
+                        f"--{name} {path} lies in {removed}, which this run overwrites: copy it elsewhere, or choose "
+                        "another --output_dir"
+                    )
+
+
+def _read_paths(part: Any) -> list[Any]:
+    """The fields of a part of the configuration that name what is read."""
+    return [item for item in dataclasses.fields(part) if facts_of(item).path == "read"]
 
 
 def _check_first_rows(config: DataConfig) -> None:

@@ -153,3 +153,15 @@ def test_the_number_of_processes_is_that_of_the_launcher(tmp_path):
     assert preflight._devices(["--hostfile", str(hosts)]) == 12
     assert preflight._devices(["--hostfile", str(hosts), "--num_nodes", "1"]) == 8
     assert preflight._devices(["--hostfile", str(hosts), "--num_gpus", "2"]) == 4
+
+
+def test_what_an_overwritten_run_would_remove_is_not_its_input(check, tmp_path, tokenizer):
+    save_tiny_model(tmp_path / "out" / "ppo" / "actor", "gpt_neox", tokenizer, max_position_embeddings=512)
+    words = ["--overwrite", "--ppo.actor_model", "out/ppo/actor", "--ppo.reward_model", "out/ppo/actor"]
+    status, _, err = check(*words)
+    assert status == 2 and "stage ppo: --actor_model" in err and "which this run overwrites: copy it elsewhere" in err
+    (tmp_path / "out" / "sft").mkdir()
+    (tmp_path / "out" / "sft" / "mine.jsonl").write_text('{"instruction": "a", "output": "b"}\n' * 20)
+    status, _, err = check("--overwrite", "--sft_data", '{"path": "out/sft/mine.jsonl", "weight": 2}')
+    assert status == 2 and "stage sft: --sft_data" in err
+    assert check("--sft_data", "out/sft/mine.jsonl")[0] == 0  # nothing is removed
