@@ -773,6 +773,30 @@ def test_25_the_mixture_adds_its_coefficient_times_the_token_mean_of_the_ptx_los
             torch.testing.assert_close(mixed[name] - without[name], parameter.grad, atol=1e-4, rtol=1e-3)
 
 
+def ptx_rows_learnt_from(trainer, iterations):
+    """The numbers of the ptx rows that the actor reads in those iterations; a row is 89, 88, 87, its number."""
+    seen = []
+
+    def note(_, inputs):
+        ids = inputs[0].flatten().tolist()
+        seen.extend(ids[at + 3] for at in range(len(ids) - 3) if ids[at : at + 3] == [89, 88, 87])
+
+    with trainer.engine.actor.module.gpt_neox.embed_in.register_forward_pre_hook(note):
+        for iteration in iterations:
+            trainer.update(trainer.make_experience(iteration), iteration)
+    return seen
+
+
+def test_25_every_minibatch_learns_from_further_ptx_rows_also_after_a_resume(make_trainer):
+    ptx = [TokenizedResponse(id=str(i), input_ids=(89, 88, 87, i, EOS), prompt_tokens=3) for i in range(1, 17)]
+    trainer, resumed = (make_trainer(ptx=ptx, ptx_coef=1.0, plan=BatchPlan(4, 4, 1), iterations=4) for _ in range(2))
+    first = ptx_rows_learnt_from(trainer, (1,))
+    resumed.load_state(trainer.state(), [trainer.rank_state()], trainer.tensors())
+    second = ptx_rows_learnt_from(trainer, (2,))
+    assert sorted(first + second) == list(range(1, 17))  # two minibatches of four rows in each iteration: one pass
+    assert ptx_rows_learnt_from(resumed, (2,)) == second
+
+
 def test_25_a_mixture_without_data_and_data_without_a_coefficient_are_refused():
     with pytest.raises(ConfigError, match="ptx_coef=27.8 needs data"):
         parse_stage("ppo", ["--ptx_coef", "27.8"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 
@@ -332,6 +333,16 @@ def test_reward_evaluation_equals_scores_of_each_response_alone(tiny_models, tmp
     for name, values in by_category.items():
         assert found["by_category"][name]["accuracy"] == pytest.approx(sum(values) / len(values))
         assert found["by_category"][name]["pairs"] == len(values)
+
+
+@pytest.mark.parametrize("use_margins", [False, True])
+def test_margins_count_where_they_are_asked_for_and_nowhere_else(tiny_models, tmp_path, use_margins):
+    trainer = reward_trainer(tiny_models["gpt2"], tmp_path, use_margins=use_margins)
+    example, margin = RANKINGS[0], 1.5
+    better, worse = scores_alone(trainer.engine.module, example)
+    loss = trainer.loss_sum(trainer.collate([dataclasses.replace(example, margin=margin)]))
+    expected = math.log1p(math.exp(worse - better + margin * use_margins))
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_reward_model_learns_the_rankings(tiny_models, tmp_path):
