@@ -521,7 +521,7 @@ def run(mutants: list[Mutant], arguments: argparse.Namespace, trees: list[Path],
             continue
         source = (ROOT / mutant.file).read_bytes()
         mutated = source[: mutant.start] + mutant.text.encode() + source[mutant.end :]
-        (tree / mutant.file).write_bytes(mutated)
+        (tree / mutant.file).write_bytes(source if arguments.control else mutated)
         said = tree.with_name(f"{tree.name}.said")
         said.unlink(missing_ok=True)
         plugin = Chosen(limits, said)
@@ -560,6 +560,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="mutants at the same time")
     parser.add_argument("--slow", action="store_true", help="give the survivors the slow tests of their module")
     parser.add_argument("--again", action="store_true", help="run the survivors again, after tests were added")
+    parser.add_argument("--control", action="store_true", help="leave the mutations out: now no test may fail")
     parser.add_argument("--list", action="store_true", help="show the mutants and run nothing")
     parser.add_argument("--directory", type=Path, default=Path(tempfile.gettempdir()) / "rlhf-mutations")
     arguments = parser.parse_args()
@@ -569,7 +570,7 @@ def main() -> None:
             print(f"{mutant.kind:10} {mutant.file}:{mutant.line}\n      {difference(mutant)}")
         return
     arguments.directory.mkdir(parents=True, exist_ok=True)
-    results = arguments.directory / f"seed-{arguments.seed}.jsonl"
+    results = arguments.directory / f"{'control' if arguments.control else 'seed'}-{arguments.seed}.jsonl"
     done = read_results(results)
     survived = [mutant for mutant in mutants if done.get(mutant.name, {}).get("outcome") == "survived"]
     to_run = [mutant for mutant in mutants if mutant.name not in done] + survived * arguments.again
