@@ -412,32 +412,51 @@ def waited(children: dict[int, Any]) -> tuple[Any, int]:
     return children.pop(child), os.waitstatus_to_exitcode(status)
 
 
+def digests_of(files: Iterable[str]) -> dict[str, str]:
+    return {file: hashlib.sha256((ROOT / file).read_bytes()).hexdigest() for file in sorted(files)
+            if (ROOT / file).exists()}  # fmt: skip
+
+
+def support_of(path: Path) -> list[Path]:
+    """The files of tests/support that a test file names."""
+    text = path.read_text(encoding="utf-8")
+    supports = sorted((ROOT / "tests" / "support").glob("*.py"))
+    return [support for support in supports if re.search(rf"\b{support.stem}\b", text)]
+
+
+def save_trace(target: Path, file: str, tests: dict[str, dict[str, Any]]) -> None:
+    """What the tests of `file` execute, with digests of everything that this depends on."""
+    support = {str(path.relative_to(ROOT)) for path in support_of(ROOT / file)}
+    executed = {name for test in tests.values() for name in test["lines"]}
+    digests = digests_of({file, "tests/conftest.py", *support, *executed})
+    target.write_text(json.dumps({"digests": digests, "tests": tests}))
+
+
 def traced_tests(directory: Path, trees: list[Path]) -> dict[str, dict[str, Any]]:
-    """What every fast test executes; test files that are as they were when they were last traced are not run again."""
-    shared = [*sorted((ROOT / "rlhf").rglob("*.py")), *sorted((ROOT / "tests" / "support").glob("*.py"))]
-    common = hashlib.sha256(b"".join(path.read_bytes() for path in [*shared, ROOT / "tests" / "conftest.py"]))
-    waiting, kept = [], []
+    """What every fast test executes; a test file is not run again while it and all it executes are as they were."""
+    waiting, targets = [], []
+    (directory / "traces").mkdir(exist_ok=True)
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         if "slow" in path.parts:
             continue
-        digest = common.copy()
-        digest.update(path.read_bytes())
-        kept.append(directory / "traces" / f"{path.stem}-{digest.hexdigest()[:16]}.json")
-        if not kept[-1].exists():
-            waiting.append((str(path.relative_to(ROOT)), kept[-1]))
-    (directory / "traces").mkdir(exist_ok=True)
+        file = str(path.relative_to(ROOT))
+        target = directory / "traces" / (file.replace("/", "-") + ".json")
+        targets.append(target)
+        digests = json.loads(target.read_text())["digests"] if target.exists() else {}
+        if not digests or digests_of(digests) != digests:
+            waiting.append((file, target))
     children: dict[int, Any] = {}
     free, total = list(trees), len(waiting)
     while waiting or children:
         if waiting and free:
             (file, target), tree = waiting.pop(0), free.pop()
             plugin = Tracing(tree)
-            child = in_child(tree, [file], plugin, lambda p=plugin, t=target: t.write_text(json.dumps(p.tests)))
+            child = in_child(tree, [file], plugin, lambda t=target, f=file, p=plugin: save_trace(t, f, p.tests))
             children[child] = tree
             print(f"tracing {file} ({total - len(waiting)} of {total})", flush=True)
         else:
             free.append(waited(children)[0])
-    tests = {name: test for path in kept if path.exists() for name, test in json.loads(path.read_text()).items()}
+    tests = {name: test for target in targets for name, test in json.loads(target.read_text())["tests"].items()}
     bad = [name for name, test in tests.items() if not test["passed"]]
     print(f"{len(tests)} tests, {len(bad)} of them skipped or failing without a mutation: not used")
     return {name: {**test, "lines": {file: set(lines) for file, lines in test["lines"].items()}}
@@ -472,10 +491,7 @@ def slow_files(mutant: Mutant) -> list[str]:
     module = mutant.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     found = []
     for path in sorted((ROOT / "tests" / "slow").glob("test_*.py")):
-        text = path.read_text(encoding="utf-8")
-        for support in (ROOT / "tests" / "support").glob("*.py"):
-            if re.search(rf"\b{support.stem}\b", text):
-                text += support.read_text(encoding="utf-8")
+        text = "".join(part.read_text(encoding="utf-8") for part in [path, *support_of(path)])
         if path.stem.startswith(f"test_{folder}_{stem}") or re.search(rf"{re.escape(module)}\b(?!\.)", text):
             found.append(f"tests/slow/{path.name}")
     return found
