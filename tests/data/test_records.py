@@ -411,6 +411,8 @@ def test_a_field_missing_from_one_row_is_a_bad_row() -> None:
         make("response", {"질": "q", "답": "a"}, {"질": "q"}, columns={"prompt": "질", "response": "답"})
     with pytest.raises(DataError, match="ends with the user's turn"):
         make("response", {"messages": [user("a"), bot("b"), user("c")]})
+    with pytest.raises(DataError, match="`messages` holds no message but an empty system message"):
+        make("response", {"messages": [{"role": "system", "content": ""}]})
     with pytest.raises(DataError, match="f: no rows"):
         rows_to_records([], "prompt", template=PLAIN, spec=DatasetSpec("f"))
 
