@@ -429,7 +429,11 @@ def save_trace(target: Path, file: str, tests: dict[str, dict[str, Any]]) -> Non
     support = {str(path.relative_to(ROOT)) for path in support_of(ROOT / file)}
     executed = {name for test in tests.values() for name in test["lines"]}
     digests = digests_of({file, "tests/conftest.py", *support, *executed})
-    target.write_text(json.dumps({"digests": digests, "tests": tests}))
+    imported = {str(module.__file__) for module in list(sys.modules.values()) if getattr(module, "__file__", None)}
+    inside = sorted(
+        f"rlhf/{name.rpartition('/rlhf/')[2]}" for name in imported if name.startswith(f"{os.getcwd()}/rlhf/")
+    )
+    target.write_text(json.dumps({"digests": digests, "imported": inside, "tests": tests}))
 
 
 def traced_tests(directory: Path, trees: list[Path]) -> dict[str, dict[str, Any]]:
@@ -456,7 +460,8 @@ def traced_tests(directory: Path, trees: list[Path]) -> dict[str, dict[str, Any]
             print(f"tracing {file} ({total - len(waiting)} of {total})", flush=True)
         else:
             free.append(waited(children)[0])
-    tests = {name: test for target in targets for name, test in json.loads(target.read_text())["tests"].items()}
+    traces = [json.loads(target.read_text()) for target in targets]
+    tests = {name: {**test, "imported": trace["imported"]} for trace in traces for name, test in trace["tests"].items()}
     bad = [name for name, test in tests.items() if not test["passed"]]
     print(f"{len(tests)} tests, {len(bad)} of them skipped or failing without a mutation: not used")
     return {name: {**test, "lines": {file: set(lines) for file, lines in test["lines"].items()}}
@@ -469,9 +474,11 @@ def tests_for(mutant: Mutant, tests: dict[str, dict[str, Any]], budget: float) -
     mirror = f"tests/{folder}/" if folder != "rlhf" else "tests/"
     wanted = set(range(mutant.first, mutant.last + 1))
     found = [
-        name for name, test in tests.items() if (lines := test["lines"].get(mutant.file))
-        and (mutant.at_import or lines & wanted)
-    ] or [name for name in tests if name.startswith(mirror)]  # fmt: skip
+        name
+        for name, test in tests.items()
+        if (mutant.file in test["imported"] if mutant.at_import else test["lines"].get(mutant.file, set()) & wanted)
+    ]
+    found = found or [name for name in tests if name.startswith(mirror)]  # what runs in other processes leaves no trace
 
     def rank(name: str) -> tuple[int, float]:
         file = name.partition("::")[0]
