@@ -116,7 +116,7 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
     def make(
         *, architecture="gpt_neox", engine=None, plan=None, rollout=8, ppo_epochs=1, new_tokens=6, scorer=letter_score,
         ptx=(), reference_noise=0.0, iterations=2, actor_eos=None, critic_warmup_iterations=0, samples_per_prompt=1,
-        **config,
+        prompts=0, **config,
     ):  # fmt: skip
         plan = plan or BatchPlan(rollout, 4, 1)
         if engine is None:
@@ -131,7 +131,7 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
         if actor_eos is not None:
             named.eos_token = named.convert_ids_to_tokens(actor_eos)
             engine.actor.module.generation_config.eos_token_id = actor_eos
-        examples = prompt_examples(rollout)
+        examples = prompt_examples(prompts or rollout)
         return ppo_trainer(
             engine,
             FunctionReward(scorer),
@@ -956,6 +956,15 @@ def test_evaluation_samples_every_row_anew_and_the_same_way_every_time(make_trai
     assert len(set(responses)) == len(responses) > 10  # copies of a prompt draw from streams of their own
     assert [sample["id"] for sample in first["samples"]] == ["0", "1", "2"]
     assert trainer.make_experience(1).scores.shape == (8,)
+
+
+def test_two_iterations_of_eight_go_through_twelve_prompts_before_one_comes_a_third_time(make_trainer):
+    trainer = make_trainer(prompts=12, rollout=8)
+    seen = []
+    for iteration in (1, 2):
+        rollout = trainer.make_experience(iteration).rollout
+        seen += [tuple(ids[mask].tolist()) for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
+    assert set(seen) == {row.input_ids for row in trainer.prompts.train} and max(map(seen.count, seen)) == 2
 
 
 def test_metrics_of_an_iteration_are_token_means_over_all_of_its_minibatches(make_trainer):

@@ -48,11 +48,24 @@ def test_a_diverging_loss_is_told_by_the_means_of_five_lines_at_either_end():
     assert found.message == "loss 7 over the last 5 lines, 2.5 over the first 5, 2 in the first"
 
 
+@pytest.mark.parametrize(("times", "expected"), [(1.49, False), (1.51, True)])
+def test_a_loss_diverges_from_one_and_a_half_times_its_start_on(times, expected):
+    assert bool(examine(CHECKS["sft"], lines_of("loss", [2.0] * 10 + [2.0 * times] * 5))) is expected
+
+
 @pytest.mark.parametrize("lines", [2, 3])
 def test_a_saturated_reward_model_is_a_warning_after_three_lines(lines):
     history_ = history("reward", accuracy=last(lines, 0.9991, 0.9), margin=last(lines, 20.1, 5.0))
     found = [(one.check, one.severity, one.since) for one in examine(CHECKS["reward"], history_)]
     assert found == [("reward_model_saturated", "warning", 150)] * (lines == 3)
+
+
+def test_the_start_of_the_eos_rate_is_the_mean_of_three_lines():
+    """From 0.8 on average 0.48 is left at the limit; the first two lines alone would have set it at 0.6."""
+    start = (1.0, 1.0, 0.4)
+    for end, expected in ((0.5, False), (0.47, True)):
+        lines = lines_of("eos_rate", [*start, *[0.7] * 10, *[end] * 3])
+        assert ("eos_rate_falls" in names(examine(CHECKS["ppo"], lines))) is expected
 
 
 @pytest.mark.parametrize(("first_of_three", "expected"), [(20.0, False), (25.0, True)])

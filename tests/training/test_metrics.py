@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,8 +34,9 @@ def test_means_start_anew_and_nothing_gives_nothing():
 
 def test_a_count_of_zero_is_nan_not_a_crash():
     meter = MeanMeter()
-    meter.add({"loss": 0.0}, 0)
-    assert math.isnan(meter.means()["loss"])
+    meter.add({"loss": 0.0, "accuracy": 1.0}, 0)
+    means = meter.means()
+    assert math.isnan(means["loss"]) and math.isnan(means["accuracy"])
 
 
 def test_sums_are_kept_in_float64_and_without_a_graph():
@@ -127,6 +129,8 @@ def test_tensorboard_events_hold_every_value(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5), (4, 0.25)]
+    opened = [str(link.resolve()) for link in Path("/proc/self/fd").iterdir()]
+    assert not [name for name in opened if name.startswith(str(tmp_path))]  # nor is the file held after the end
 
 
 def test_wandb_without_the_package_says_how_to_get_it(monkeypatch):
