@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -257,6 +258,16 @@ def test_a_model_that_gets_worse_is_not_the_one_that_is_kept(tiny_models, tmp_pa
     outcome = trainer.fit()
     assert exported == [1, 2]  # after the first and the second step, not after the third
     assert outcome["best_step"] == 2 and outcome["after"] == {"eval_loss": 1.0}
+
+
+def test_the_seconds_of_a_run_are_those_it_took_and_those_before_it_was_resumed(tiny_models, tmp_path):
+    trainer = sft_trainer(tiny_models["gpt2"], tmp_path / "first", sft_rows(4), [], max_steps=1)
+    began = time.perf_counter()
+    seconds = trainer.fit()["seconds"]
+    assert 0 < seconds <= time.perf_counter() - began
+    resumed = sft_trainer(tiny_models["gpt2"], tmp_path / "second", sft_rows(4), [], max_steps=2)
+    resumed.load_state({**trainer.state(), "seconds": 1000.0}, [], {})
+    assert 1000 < resumed.seconds < 1000 + time.perf_counter() - began
 
 
 def test_without_evaluation_data_the_last_model_is_exported_once(tiny_models, tmp_path):
