@@ -479,6 +479,7 @@ def tests_for(mutant: Mutant, tests: dict[str, dict[str, Any]], budget: float) -
         if (mutant.file in test["imported"] if mutant.at_import else test["lines"].get(mutant.file, set()) & wanted)
     ]
     found = found or [name for name in tests if name.startswith(mirror)]  # what runs in other processes leaves no trace
+    found += [name for name in tests if name.startswith("tests/test_structure.py") and name not in found]
 
     def rank(name: str) -> tuple[int, float]:
         file = name.partition("::")[0]
