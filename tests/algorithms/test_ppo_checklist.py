@@ -958,8 +958,8 @@ def test_evaluation_samples_every_row_anew_and_the_same_way_every_time(make_trai
     assert trainer.make_experience(1).scores.shape == (8,)
 
 
-def test_two_iterations_of_eight_go_through_twelve_prompts_before_one_comes_a_third_time(make_trainer):
-    trainer = make_trainer(prompts=12, rollout=8)
+def test_two_iterations_of_eight_go_through_fourteen_prompts_before_one_comes_a_third_time(make_trainer):
+    trainer = make_trainer(prompts=14, rollout=8)
     seen = []
     for iteration in (1, 2):
         rollout = trainer.make_experience(iteration).rollout
