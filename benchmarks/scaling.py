@@ -190,7 +190,7 @@ def run_point(point: Point, work: Path) -> dict[str, Any]:
         environment.pop(name, None)
     command = [sys.executable, script]
     if point.ranks > 1:
-        from rlhf.distributed import free_port
+        from rlhf.distributed.place import free_port
 
         environment["LOCAL_SIZE"] = str(point.ranks)
         environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])

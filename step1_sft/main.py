@@ -10,12 +10,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rlhf.pipeline.command_line import check_command_line
+
+if __name__ == "__main__":
+    check_command_line("sft")  # a mistake is told before torch is loaded
+
 from rlhf.algorithms.sft import SFTTrainer
 from rlhf.checkpoint.export import export_causal_lm
 from rlhf.checkpoint.fingerprint import model_fingerprint
 from rlhf.engine import compute_dtype
 from rlhf.models.loading import load_causal_lm, load_tokenizer
-from rlhf.pipeline import StageRun, run_as_script, stage_main
+from rlhf.pipeline.stage_run import StageRun, run_as_script, stage_main
 from rlhf.pipeline.stages import SFTStageConfig
 
 
@@ -45,6 +50,7 @@ def main(stage: StageRun[SFTStageConfig]) -> dict:
         "eval_loss_before": outcome["before"].get("eval_loss"),
         "eval_loss_after": outcome["after"].get("eval_loss"),
         "eval_perplexity_after": outcome["after"].get("eval_perplexity"),
+        "held_out_rows": len(data.evaluation),
         "best_step": outcome["best_step"],
         "seconds": outcome["seconds"],
         "health": outcome["health"],

@@ -10,6 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rlhf.pipeline.command_line import check_command_line
+
+if __name__ == "__main__":
+    check_command_line("reward")  # a mistake is told before torch is loaded
+
 from rlhf.algorithms.reward import RewardTrainer
 from rlhf.checkpoint.atomic import write_json
 from rlhf.checkpoint.export import export_scalar_model
@@ -17,7 +22,7 @@ from rlhf.checkpoint.fingerprint import model_fingerprint
 from rlhf.engine import compute_dtype
 from rlhf.models.loading import load_tokenizer
 from rlhf.models.scalar import ScalarModel
-from rlhf.pipeline import StageRun, run_as_script, stage_main
+from rlhf.pipeline.stage_run import StageRun, run_as_script, stage_main
 from rlhf.pipeline.stages import RewardStageConfig
 
 
@@ -47,10 +52,19 @@ def main(stage: StageRun[RewardStageConfig]) -> dict:
     outcome = trainer.fit()
     after = outcome["after"]
     write_json(stage.directory / "evaluation.json", after)
+    by_category = after.get("by_category", {})
     return {
         "accuracy": after.get("eval_accuracy"),
+        "accuracy_low": after.get("eval_accuracy_low"),
+        "accuracy_high": after.get("eval_accuracy_high"),
+        "held_out_pairs": int(after.get("eval_pairs", 0)),
+        "held_out_prompts": int(after["eval_rows"]),
         "length_baseline_accuracy": after.get("eval_length_baseline_accuracy"),
-        "accuracy_by_category": {name: entry["accuracy"] for name, entry in after.get("by_category", {}).items()},
+        "over_shortcut": after.get("eval_over_shortcut"),
+        "over_shortcut_low": after.get("eval_over_shortcut_low"),
+        "over_shortcut_high": after.get("eval_over_shortcut_high"),
+        "accuracy_by_category": {name: entry["accuracy"] for name, entry in by_category.items()},
+        "pairs_by_category": {name: entry["pairs"] for name, entry in by_category.items()},
         "mean_margin": after.get("eval_margin"),
         "best_step": outcome["best_step"],
         "seconds": outcome["seconds"],

@@ -10,11 +10,16 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from rlhf.pipeline.command_line import check_command_line
+
+if __name__ == "__main__":
+    check_command_line("ppo")  # a mistake is told before torch is loaded
+
 from rlhf.algorithms.ppo import PPOTrainer, ppo_optimizer_steps
 from rlhf.checkpoint.atomic import write_json
 from rlhf.checkpoint.export import export_causal_lm, export_scalar_model
-from rlhf.pipeline import StageRun, run_as_script, stage_main
 from rlhf.pipeline.on_policy import OnPolicyModels, load_ptx
+from rlhf.pipeline.stage_run import StageRun, run_as_script, stage_main
 from rlhf.pipeline.stages import PPOStageConfig
 from rlhf.report.samples import paired_samples
 
@@ -55,6 +60,8 @@ def main(stage: StageRun[PPOStageConfig]) -> dict:
         "score_before": before.get("score"),
         "score_after": after.get("score"),
         "score_std_before": before.get("score_std"),
+        "score_gain_error": after.get("score_gain_error"),
+        "held_out_prompts": int(after["rows"]),
         "reward_before": before.get("reward"),
         "reward_after": after.get("reward"),
         "kl_per_token": after.get("kl_per_token"),

@@ -4,8 +4,8 @@ A seed draws mutants of rlhf/: operators, comparisons, constants, slices, droppe
 Messages, log calls, annotations, imports and decorators are left alone. Each mutant is written into a copy of the tree
 and gets the fast tests that execute its statement (traced once, test by test), nearest and fastest first, until one
 fails; `--slow` then gives the survivors the files of tests/slow that name their module. One process imports torch and
-the like once and forks for every mutant. A test that takes three times as long as it did, and 30 s more, counts as
-one that failed. Everything is kept in `--directory`; the same command goes on where it was stopped.
+the like once and forks for every mutant. A test that takes three times as long as it did, and 30 s more, is tried again
+with four times that, and then counts as one that failed. Everything is kept in `--directory`; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -338,8 +338,8 @@ class Tracing:
 class Chosen:
     """A pytest plugin that runs the chosen tests in their order and says which one failed."""
 
-    def __init__(self, limits: dict[str, float] | None, said: Path) -> None:
-        self.limits, self.said = limits, said
+    def __init__(self, limits: dict[str, float] | None, said: Path, patience: int) -> None:
+        self.limits, self.said, self.patience = limits, said, patience
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
         if self.limits is not None:
@@ -348,7 +348,7 @@ class Chosen:
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
-        limit = 900.0 if self.limits is None else 3 * self.limits[item.nodeid] + 30
+        limit = self.patience * (900.0 if self.limits is None else 3 * self.limits[item.nodeid] + 30)
         self.said.write_text(f"{item.nodeid} (time limit)")
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also inside a loop of C
         signal.setitimer(signal.ITIMER_REAL, limit)
@@ -518,12 +518,15 @@ def preload(names: Iterable[str]) -> None:
 def run(mutants: list[Mutant], arguments: argparse.Namespace, trees: list[Path], results: Path) -> None:
     """Give every mutant its tests and append what became of it to `results`."""
     tests = {} if arguments.slow else traced_tests(arguments.directory, trees)
-    waiting, free, children = list(mutants), list(trees), {}
+    waiting, free, children = [(mutant, 1) for mutant in mutants], list(trees), {}
     while waiting or children:
         if not (waiting and free):
             (mutant, tree, plugin, complete, started), code = waited(children)
             shutil.copy(ROOT / mutant.file, tree / mutant.file)
             free.append(tree)
+            if code == -signal.SIGALRM and plugin.patience == 1:  # an endless loop, or a busy machine
+                waiting.append((mutant, 4))
+                continue
             said = plugin.said.read_text() if plugin.said.exists() else "import"
             outcome = "survived" if code in (0, 5) else "killed" if code in (1, 2, -signal.SIGALRM) else f"error {code}"
             line = {
@@ -537,7 +540,7 @@ def run(mutants: list[Mutant], arguments: argparse.Namespace, trees: list[Path],
                 flush=True,
             )
             continue
-        mutant, tree = waiting.pop(0), free.pop()
+        (mutant, patience), tree = waiting.pop(0), free.pop()
         limits, complete = (None, True) if arguments.slow else tests_for(mutant, tests, arguments.budget)
         files = slow_files(mutant) if limits is None else list(dict.fromkeys(n.partition("::")[0] for n in limits))
         if not files:
@@ -548,7 +551,7 @@ def run(mutants: list[Mutant], arguments: argparse.Namespace, trees: list[Path],
         (tree / mutant.file).write_bytes(source if arguments.control else mutated)
         said = tree.with_name(f"{tree.name}.said")
         said.unlink(missing_ok=True)
-        plugin = Chosen(limits, said)
+        plugin = Chosen(limits, said, patience)
         children[in_child(tree, files, plugin)] = (mutant, tree, plugin, complete, time.perf_counter())
 
 

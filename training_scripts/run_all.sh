@@ -6,34 +6,26 @@ usage() {
     cat <<'HELP'
 Usage: bash training_scripts/run_all.sh [OPTIONS]
 
-Runs supervised fine-tuning, reward model and PPO through the `deepspeed` launcher, each on the result of the one
-before, and ends with a table and OUTPUT_DIR/summary.json. With no option it aligns the embedded tiny Korean model.
-An environment is made in .venv first if the running Python lacks something (a few minutes, once).
+Supervised fine-tuning, reward model and PPO, each on the result of the one before; at the end a table and
+OUTPUT_DIR/summary.json. With no option it aligns the embedded tiny Korean model. Everything is checked first.
 
-What to train
   --config FILE            YAML with shared fields and sections sft:, reward:, ppo: (presets: training_scripts/configs/)
   --base_model NAME        model directory or hub name
   --sft_data PATH...       instruction data        --preference_data PATH...  pairs or rankings
   --prompt_data PATH...    prompts for PPO         --output_dir DIR           default runs/default
-  --zero_stage 0|1|2|3     --seed N                --max_steps N
-  --FIELD VALUE            any field of docs/configuration.md; it goes to every stage that has it
-  --STAGE.FIELD VALUE      the same for one stage: --reward.learning_rate 5e-5
+  --FIELD VALUE            any field, for every stage that has it; --STAGE.FIELD VALUE for one stage
+  --stages sft,reward,ppo  only some of the stages; --short: a few steps of each, in a directory of its own
 
-How to run
-  --num_devices N          processes on this machine (default: every GPU; 1 without a GPU)
+  --num_devices N          processes on this machine (default: every GPU; 1 without a GPU); --master_port PORT
   --hostfile FILE          several machines (see training_scripts/hostfile.example); --num_nodes N, --master_addr ADDRESS
-  --master_port PORT       default: a free one
-  --stages sft,reward,ppo  only some of the stages
-  --short                  a few steps of each stage, to see that everything runs
 
-When it is interrupted
-  Ctrl-C, SIGTERM or SIGHUP: the stage finishes its step, saves its training state and stops, and the status is 0;
-  a second one kills it.
+  Ctrl-C, SIGTERM, SIGHUP  the stage finishes its step, saves its training state and stops, status 0; twice kills it
   --resume auto            go on where the last run stopped or died; finished stages are skipped
   --resume never           start anew although an unfinished run lies in OUTPUT_DIR
-  --max_restarts N         start a stage that died or failed again with --resume auto, at most N times in the whole run
-                           (default 0; not after a mistake that only you can mend, status 2)
-  --help                   this text
+  --overwrite              start anew although a finished run lies there; it is removed whole
+  --max_restarts N         start a stage that died again with --resume auto, at most N times in all (default 0)
+
+  --help-all               every field with its value and where it comes from (add --config FILE to see its values)
 
 Relative paths on the command line are taken from where you are; those in a configuration file from the project's root.
 Variables: RLHF_PYTHON (Python to use), RLHF_VENV (where the environment is made), OMP_NUM_THREADS (per process).
@@ -48,10 +40,16 @@ here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 # shellcheck source=setup_env.sh
 source "$here/setup_env.sh" --
 
+case " $* " in
+    *" --help-all "*) exec "$RLHF_PYTHON" -m rlhf.pipeline.arguments "$@" ;;
+esac
+
 # Importing libraries may print; the assignments are the last lines.
 settings="$("$RLHF_PYTHON" -m rlhf.pipeline.arguments "$@" | sed -n '/^DEFAULT_STAGES=/,$p')"
-eval "$settings"  # DEFAULT_STAGES STAGES RESUME_STAGES OUTPUT_DIR MAX_RESTARTS LAUNCHER_ARGS; SCRIPT_x TITLE_x ARGS_x of stage x
+# DEFAULT_STAGES STAGES RESUME_STAGES OVERWRITE_STAGES OUTPUT_DIR MAX_RESTARTS LAUNCHER_ARGS; SCRIPT_x TITLE_x ARGS_x of stage x
+eval "$settings"
 
+user_dir="$PWD"
 cd "$here/.."
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
     ranks=1
@@ -96,7 +94,7 @@ launch() {
     # ranks. Ranks are asked to stop through a file instead (rlhf/distributed/rank_board.py), on every machine. Sets `status`.
     local board="$1/.ranks" waited=0
     shift
-    setsid deepspeed --log_level error "${LAUNCHER_ARGS[@]}" "$@" 9>&- &
+    setsid deepspeed --log_level critical "${LAUNCHER_ARGS[@]}" "$@" 9>&- &
     launcher=$!
     while alive "$launcher"; do
         # Again and again: ranks that only start clear away what they find.
@@ -150,7 +148,10 @@ run_stage() {
     while :; do
         rm -f "$directory/stopped.json" "$directory/.cleared"
         # The stage removes an earlier run's result itself, once it has agreed to start; with `auto` it would stop there.
-        case " ${RESUME_STAGES[*]} ${again[*]} " in *" $stage "* | *" auto "*) rm -f "$result" ;; esac
+        # What the summary says is then no longer so.
+        case " ${RESUME_STAGES[*]} ${again[*]} " in
+            *" $stage "* | *" auto "*) [ ! -e "$result" ] || rm -f "$OUTPUT_DIR/summary.json" "$result" ;;
+        esac
         launch "$directory" "$script" "${arguments[@]}" "${again[@]}"
         # The launcher may return 0 when a signal killed it, so look for a new result too.
         if [ "$status" -eq 0 ] && [ "$result" -nt "$started" ]; then
@@ -166,11 +167,36 @@ run_stage() {
         fi
         restarts=$((restarts + 1))
         # Before the stage had cleared its directory, what lies there is not this run's: --resume never must stay that.
-        [ ! -e "$directory/.cleared" ] || again=(--resume auto)
+        if [ -e "$directory/.cleared" ]; then
+            again=(--resume auto)
+            case " ${OVERWRITE_STAGES[*]} " in *" $stage "*) again+=(--overwrite false) ;; esac  # it has done so
+        fi
         say "stage $stage ($script) failed ($(cause "$status")): restart $restarts of $MAX_RESTARTS${again[*]:+, with ${again[*]}}"
     done
     echo "error: stage $stage ($script) failed with $(cause "$status"); its messages are above. Stopped." >&2
     exit "$((status > 0 ? status : 1))"
+}
+
+remove_earlier_run() {
+    # What is to be overwritten goes at once and whole: models of an earlier run must not lie beside those of this one,
+    # and least of all the summary and the results that describe them.
+    local stage directory old=()
+    for stage in "${OVERWRITE_STAGES[@]}"; do
+        directory="$OUTPUT_DIR/$stage"
+        [ -n "$(ls -A -I .lock "$directory" 2>/dev/null)" ] || continue
+        if [ -e "$directory/.lock" ] && command -v flock >/dev/null && ! flock -n "$directory/.lock" true; then
+            say "error: $directory is in use by another run; wait until it ends, or choose another --output_dir"
+            exit 2
+        fi
+        old+=("$directory")
+    done
+    [ ${#old[@]} -gt 0 ] || return 0
+    say "removing the earlier run in ${old[*]}"
+    # The content and not the directory, which may be a link to another disk; locks stay, as they do after a run.
+    rm -f "$OUTPUT_DIR/summary.json" "${old[@]/%//result.json}" && find -H "${old[@]}" -mindepth 1 ! -name .lock -delete || {
+        say "error: the earlier run could not be removed; mend that, or choose another --output_dir"
+        exit 2
+    }
 }
 
 mkdir -p "$OUTPUT_DIR"
@@ -181,6 +207,13 @@ if command -v flock >/dev/null; then
         exit 2
     }
 fi
+
+echo
+echo "=== checking every stage"
+(cd "$user_dir" && "$RLHF_PYTHON" -m rlhf.pipeline.preflight "$@") || exit "$?"
+[ -n "$stop_signal" ] || remove_earlier_run
+# What was asked for: the doctor tells a run that was cut short from one of some stages only.
+printf '%s\n' "${STAGES[@]}" >"$OUTPUT_DIR/.pipeline.stages"
 
 for index in "${!STAGES[@]}"; do
     run_stage "$((index + 1))" "${STAGES[index]}"

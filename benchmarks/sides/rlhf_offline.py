@@ -17,7 +17,7 @@ import measure
 from sides.stage_trainers import offline_trainer
 
 from rlhf.config import BatchConfig, OptimizerConfig
-from rlhf.distributed import init_world, seed_everything
+from rlhf.distributed.world import init_world, seed_everything
 from rlhf.types import TokenizedRanking, TokenizedResponse
 
 STAGE_OF = {"response": "sft", "comparison": "reward"}
@@ -34,6 +34,8 @@ class StepClock:
         self.losses: list[float] = []
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        if "loss" not in metrics:  # of an evaluation
+            return
         measure.synchronise(self.device)
         self.ends.append(time.perf_counter())
         self.cpu_ends.append(time.process_time())

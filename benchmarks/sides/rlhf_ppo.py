@@ -15,9 +15,9 @@ import transformers
 from measure import current_rss_bytes, peak_rss_bytes, synchronise
 from sides.stage_trainers import ppo_trainer, run_config
 
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
 from rlhf.config import EngineConfig, ModelConfig, PPODataConfig
-from rlhf.distributed import close_world, init_world, seed_everything
+from rlhf.distributed.world import close_world, init_world, seed_everything
 from rlhf.pipeline.stages import PPOStageConfig
 
 

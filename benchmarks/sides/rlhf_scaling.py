@@ -20,10 +20,11 @@ from sides.rlhf_offline import StepClock
 from sides.stage_trainers import offline_trainer, ppo_trainer, run_config
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
 from rlhf.checkpoint.export import export_scalar_model
 from rlhf.config import BatchConfig, EngineConfig, ModelConfig, OptimizerConfig, PPODataConfig
-from rlhf.distributed import close_world, init_world, rank, seed_everything
+from rlhf.distributed.place import rank
+from rlhf.distributed.world import close_world, init_world, seed_everything
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.tiny_base import train_tokenizer
 from rlhf.pipeline.stages import PPOStageConfig

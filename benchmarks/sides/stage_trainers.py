@@ -7,9 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rlhf.algorithms.config import RewardConfig, SFTConfig
 from rlhf.algorithms.ppo import PPOTrainer, ppo_optimizer_steps
-from rlhf.algorithms.reward import RewardConfig, RewardTrainer
-from rlhf.algorithms.sft import SFTConfig, SFTTrainer
+from rlhf.algorithms.reward import RewardTrainer
+from rlhf.algorithms.sft import SFTTrainer
 from rlhf.config import (
     BatchConfig,
     EngineConfig,
@@ -23,9 +24,9 @@ from rlhf.data import StageData
 from rlhf.engine import compute_dtype
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.models.scalar import ScalarModel
-from rlhf.pipeline import STAGES, StageRun
 from rlhf.pipeline.on_policy import OnPolicyModels
-from rlhf.pipeline.stages import PPOStageConfig, RewardStageConfig, SFTStageConfig
+from rlhf.pipeline.stage_run import StageRun
+from rlhf.pipeline.stages import STAGES, PPOStageConfig, RewardStageConfig, SFTStageConfig
 from rlhf.training.loop import RunContext
 from rlhf.types import TokenizedPrompt
 

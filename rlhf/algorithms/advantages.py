@@ -1,14 +1,17 @@
 """From rewards to advantages: the estimators, one function and one row of `ESTIMATORS` each.
 
-Per-token tensors [B, T] cover the response only; `mask` is True on a prefix of each row.
+Per-token tensors [B, T] cover the response only; `mask` is True on a prefix of each row. The configuration is checked
+against this table before torch is loaded, so this file does not load it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -48,18 +51,15 @@ def gae(
     delta_t = r_t + gamma V_{t+1} - V_t and A_t = delta_t + gamma lam A_{t+1}, with V and A equal to 0 after the
     last response token.
     """
-    zero = torch.zeros_like(values)
-    rewards, values = torch.where(mask, rewards, zero), torch.where(mask, values, zero)
-    advantage = torch.zeros_like(values[:, 0])
-    next_value = torch.zeros_like(values[:, 0])
-    advantages = []
+    rewards, values = rewards.masked_fill(~mask, 0.0), values.masked_fill(~mask, 0.0)
+    advantages = values.new_zeros(values.shape)
+    advantage = next_value = values.new_zeros(len(values))
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
         advantage = (delta + gamma * lam * advantage) * mask[:, t]
         next_value = values[:, t]
-        advantages.append(advantage)
-    stacked = torch.stack(advantages[::-1], dim=1)
-    return stacked, stacked + values
+        advantages[:, t] = advantage
+    return advantages, advantages + values
 
 
 ESTIMATORS: dict[str, Estimator] = {

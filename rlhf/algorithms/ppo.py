@@ -10,19 +10,19 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from rlhf.algorithms.advantages import ESTIMATORS, EstimatorInput
-from rlhf.config import BatchConfig, ConfigError, OptimizerConfig, require_at_least, setting
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig
+from rlhf.config import ConfigError
 from rlhf.data.collate import collate_responses
 from rlhf.data.stage_data import StageData
-from rlhf.distributed import all_gather_rows, rank
-from rlhf.generation.backend import BACKENDS
+from rlhf.distributed.collectives import all_gather_rows
+from rlhf.distributed.place import rank
 from rlhf.numerics.logprobs import KLEstimator, estimate_kl
 from rlhf.numerics.statistics import last_true, masked_variance, masked_whiten
-from rlhf.rewards.table import RewardSpec
 from rlhf.training.data_order import DataOrder, Plan, planned_steps
 from rlhf.training.loop import RunContext
 from rlhf.training.metrics import MeanMeter
@@ -141,141 +141,6 @@ class KLController:
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` gave."""
         self.value = float(state["kl_coef"])
-
-
-# ---------------------------------------------------------------------------------------------- configuration
-
-
-@dataclass
-class PPOOptimizerConfig(OptimizerConfig):
-    """AdamW of the actor and the critic."""
-
-    learning_rate: float = 9.65e-6
-    """Peak learning rate of the actor (InstructGPT and DeepSpeed-Chat: 9.65e-6)."""
-    critic_learning_rate: float = 5e-6
-    """Peak learning rate of the critic (DeepSpeed-Chat, KULLM-RLHF: 5e-6)."""
-    adam_eps: float = 1e-5
-    """Adam's epsilon (Huang et al.: 1e-5 for PPO)."""
-    lr_schedule: Literal["cosine", "linear", "constant"] = "linear"
-    """Shape of both learning rates; annealed to 0 (Huang et al.)."""
-
-
-@dataclass
-class PPOBatchConfig(BatchConfig):
-    """Rollouts, minibatches and micro-batches."""
-
-    rollout_batch_size: int = 32
-    """Prompts sampled in one iteration over all devices."""
-    generation_batch_size: int = setting(0, may_change_on_resume=True)
-    """Responses that one device samples side by side, waiting prompts taking freed places; 0 takes all of a rollout."""
-    scoring_batch_tokens: int = setting(0, may_change_on_resume=True)
-    """Tokens of one scoring pass on one device, about; 0: those of a training pass, off the CPU four times those."""
-    samples_per_prompt: int = 1
-    """Responses sampled to each prompt of a rollout."""
-    ppo_epochs: int = 1
-    """Passes over each rollout (KULLM-RLHF, DeepSpeed-Chat: 1; Ziegler et al.: 4)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_at_least(self, 1, "rollout_batch_size", "samples_per_prompt", "ppo_epochs")
-        require_at_least(self, 0, "generation_batch_size", "scoring_batch_tokens")
-
-
-@dataclass
-class PPOConfig:
-    """The constants of PPO and where its models come from."""
-
-    actor_model: str | None = setting(None, may_change_on_resume=True, path="read", names_model=True)
-    """The SFT model to align; unset takes `<output_dir>/sft/model`."""
-    reward_model: str | None = setting(None, may_change_on_resume=True, path="read", names_model=True)
-    """A directory saved by step 2; unset takes `<output_dir>/reward/model`."""
-    critic_model: str | None = setting(None, may_change_on_resume=True, path="read", names_model=True)
-    """A saved scalar model the critic starts from; unset copies the reward model (InstructGPT)."""
-    rewards: list[str] = setting(["reward_model"])
-    """What scores a response: names of `rlhf.rewards`, or mappings {name, weight, ...}; their weighted sum counts."""
-    advantage: str = "gae"
-    """How advantages are estimated from rewards: a name of `rlhf.algorithms.advantages.ESTIMATORS`."""
-    critic_init: Literal["reward", "zero"] | None = None
-    """The critic's scalar head at the start: `reward`, that of the model it starts from (in the units of the normalised
-    rewards; a causal LM gets a random one), or `zero`, under which it knows nothing yet. The layers below are copied
-    either way. Unset: the head of a `critic_model` that is named, else zero (measured: docs/results.md)."""
-    critic_warmup_iterations: int = 0
-    """First iterations, at most all but one, in which the critic alone learns, on responses of the first actor. With a
-    head of zeros none is needed (measured: docs/results.md)."""
-    kl_coef: float = 0.1
-    """Weight of the KL penalty (KULLM-RLHF, DeepSpeed-Chat: 0.1; InstructGPT: 0.02)."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token KL estimate in the rewards (Schulman 2020)."""
-    kl_target: float | None = None
-    """Steer `kl_coef` towards this many nats per response (Ziegler et al.: 6); unset keeps it fixed."""
-    kl_horizon: int = 10_000
-    """Responses over which the adaptive coefficient moves (Ziegler et al.: 10000)."""
-    score_clip: float = 5.0
-    """Scores are clipped to plus and minus this before the KL penalty (DeepSpeed-Chat: 5); 0 turns it off."""
-    clip_range: float = setting(0.2, may_be_infinite=True)
-    """Clip range of the ratio (Schulman et al.: 0.2)."""
-    value_clip_range: float = setting(0.2, may_be_infinite=True)
-    """Clip range of the value update (DeepSpeed-Chat, KULLM-RLHF: 0.2)."""
-    gamma: float = 1.0
-    """Discount (InstructGPT, KULLM-RLHF: 1)."""
-    lam: float = 0.95
-    """GAE's lambda (InstructGPT, KULLM-RLHF: 0.95)."""
-    whiten_advantages: bool = True
-    """Scale advantages to mean 0 and variance 1 over the whole rollout (Huang et al.)."""
-    whiten_rewards: bool = False
-    """Scale rewards to variance 1, keeping their mean, before GAE (Ziegler et al.)."""
-    temperature: float = 1.0
-    """Sampling temperature; divides the logits of actor, old actor and reference alike."""
-    generation_backend: str = "own"
-    """What samples: `rlhf.generation`, or DeepSpeed's rollout engine, checked against a forward pass of ours first."""
-    old_logprobs: Literal["auto", "sampled", "recomputed"] = "auto"
-    """Log-probabilities of the sampling policy: as captured while sampling, recomputed, or (auto) captured where the
-    first rollout, computed both ways, agrees to 1e-4 nats (float32 does, 16-bit does not)."""
-    missing_eos_penalty: float = 0.0
-    """Taken off the score of a response that does not end (TRL: 1.0)."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    ptx_coef: float = 0.0
-    """Weight of the pretraining or SFT loss mixed into the actor's (InstructGPT: 27.8)."""
-    ema_decay: float = 0.0
-    """Decay of the averaged actor, saved as `actor_ema` (DeepSpeed-Chat: 0.992); 0 keeps none."""
-    eval_every_steps: int = 0
-    """Iterations between evaluations on held-out prompts; 0 evaluates before and after only."""
-    eval_prompts: int = 256
-    """Held-out prompts of an evaluation, the same ones every time, chosen with `seed`; 0 takes all of them."""
-    eval_samples_per_prompt: int = 4
-    """Responses sampled per held-out prompt in an evaluation."""
-    sample_table_rows: int = setting(4, may_change_on_resume=True)
-    """Prompts shown with their responses at each evaluation."""
-
-    def __post_init__(self) -> None:
-        for name, table in (("advantage", ESTIMATORS), ("generation_backend", BACKENDS)):
-            if getattr(self, name) not in table:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(table)}")
-        if not self.reward_specs():
-            raise ConfigError("rewards is empty: name at least one, such as reward_model")
-        for name in ("clip_range", "value_clip_range", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
-        require_at_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "entropy_coef", "ptx_coef")
-        require_at_least(self, 0, "eval_prompts", "critic_warmup_iterations")
-        require_at_least(self, 1, "eval_samples_per_prompt", "kl_horizon")
-        for name in ("gamma", "lam"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1]")
-        if not 0 <= self.ema_decay < 1:
-            raise ConfigError(f"ema_decay={self.ema_decay} must lie in [0, 1); 0 keeps no average")
-        if self.kl_target is not None and self.kl_target <= 0:
-            raise ConfigError(f"kl_target={self.kl_target} must be above 0 nats, or unset for a fixed kl_coef")
-
-    @property
-    def zero_critic_head(self) -> bool:
-        """Whether `critic_init` comes to a zero head."""
-        return (self.critic_init or ("zero" if self.critic_model is None else "reward")) == "zero"
-
-    def reward_specs(self) -> list[RewardSpec]:
-        """The entries of `rewards`, parsed."""
-        return [RewardSpec.parse(text) for text in self.rewards]
 
 
 # ---------------------------------------------------------------------------------------------------- trainer
@@ -593,14 +458,25 @@ def planned_iterations(batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:
     """Iterations of a run over so many prompts. ConfigError when a rollout is no whole number of minibatches."""
     responses = batch.rollout_batch_size * batch.samples_per_prompt
     if responses % plan.global_batch_size:
-        unit = plan.global_batch_size // math.gcd(plan.global_batch_size, batch.samples_per_prompt)
-        below = batch.rollout_batch_size // unit * unit
         raise ConfigError(
             f"rollout_batch_size={batch.rollout_batch_size} prompts with samples_per_prompt={batch.samples_per_prompt} "
             f"give {responses} responses, which is no multiple of global_batch_size={plan.global_batch_size} (a PPO "
-            f"minibatch); use rollout_batch_size={' or '.join(str(size) for size in (below, below + unit) if size)}"
+            "minibatch). Where memory set these sizes, lower micro_batch_size or generation_batch_size in their place, "
+            f"which learns the same; else use {_whole_minibatches(batch, plan, responses)}, which changes the training"
         )
     return planned_steps(max(1, prompts), batch, batch.rollout_batch_size)
+
+
+def _whole_minibatches(batch: PPOBatchConfig, plan: Plan, responses: int) -> str:
+    """The nearest sizes of a rollout, and of a minibatch, with which one is a multiple of the other."""
+    unit = plan.global_batch_size // math.gcd(plan.global_batch_size, batch.samples_per_prompt)
+    below = batch.rollout_batch_size // unit * unit
+    rollouts = " or ".join(str(size) for size in (below, below + unit) if size)
+    fitting = [size for size in range(plan.world_size, responses + 1) if responses % size == 0]
+    nearest = [*[size for size in fitting if size < plan.global_batch_size][-1:],
+               *[size for size in fitting if size > plan.global_batch_size][:1]]  # fmt: skip
+    minibatches = f", or global_batch_size={' or '.join(map(str, nearest))}" if nearest else ""
+    return f"rollout_batch_size={rollouts}{minibatches}"
 
 
 def warmup_iterations(config: PPOConfig, batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:

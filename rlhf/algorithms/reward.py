@@ -10,10 +10,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rlhf.algorithms.config import RewardConfig
 from rlhf.config import ConfigError
 from rlhf.data.collate import collate_rankings
 from rlhf.data.stage_data import StageData
-from rlhf.distributed import all_gather_rows, rank, world_size
+from rlhf.distributed.collectives import all_gather_rows
+from rlhf.numerics.intervals import paired_interval, wilson_interval
 from rlhf.numerics.statistics import score_last
 from rlhf.training.offline import OfflineTrainer
 from rlhf.types import RankedBatch, TokenizedRanking
@@ -55,26 +57,16 @@ def ranking_loss(
     return (loss / pairs_per_prompt[groups[better]]).sum()
 
 
-@dataclass
-class RewardConfig:
-    """The reward model's loss and evaluation."""
-
-    centering_coef: float = 0.0
-    """Weight of (s_i + s_j)^2 (Eisenstein et al. use 0.01); 0 turns it off."""
-    use_margins: bool = False
-    """Subtract the margin of a row, where it has one, inside the sigmoid (Llama 2)."""
-    calibration_rows: int = 512
-    """Prompts whose best responses set the saved mean and standard deviation of the scores (InstructGPT: mean 0)."""
-    eval_every_steps: int = 0
-    """Optimizer steps between evaluations; 0 evaluates before and after only. The best model is kept."""
-
-
 @dataclass(frozen=True)
 class ScoredRows:
-    """Scores [N] of candidates with the group, rank, token length and category of each row."""
+    """Scores [N] of candidates with the group (ranking), prompt, rank, token length and category of each row.
+
+    Several rankings may be of one prompt: their pairs are right or wrong together, and count as one in an interval.
+    """
 
     scores: torch.Tensor
     groups: torch.Tensor
+    prompts: torch.Tensor
     ranks: torch.Tensor
     lengths: torch.Tensor
     categories: torch.Tensor
@@ -86,18 +78,24 @@ def accuracy_of(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
 
 
 def ranking_metrics(rows: ScoredRows, category_names: Sequence[str]) -> dict[str, Any]:
-    """Pair accuracy, margin, loss, the accuracy of choosing the longer response, and all of it per category."""
+    """Pair accuracy (see `accuracy_of`), margin, loss, what choosing by length alone gives, and all per category.
+
+    `eval_rows` counts prompts with a pair, `eval_pairs` their pairs.
+    """
     better, worse = ranked_pairs(rows.groups, rows.ranks)
     if better.numel() == 0:
         raise ConfigError("the held-out rankings are ties only: no pair to measure accuracy on; hold out more")
     margin = rows.scores[better] - rows.scores[worse]
     correct = accuracy_of(rows.scores[better], rows.scores[worse])
     by_length = accuracy_of(rows.lengths[better], rows.lengths[worse])
+    prompts = rows.prompts[better]
     zero = torch.zeros_like(rows.scores)
-    prompts = max(1, rows.groups[better].unique().numel())
+    rankings = rows.groups[better].unique().numel()
     result: dict[str, Any] = {
-        "eval_loss": float(ranking_loss(rows.scores, rows.groups, rows.ranks, zero)) / prompts,
+        "eval_loss": float(ranking_loss(rows.scores, rows.groups, rows.ranks, zero)) / rankings,
         "eval_accuracy": float(correct.mean()),
+        **{f"eval_{name}": value for name, value in certainty(correct, by_length, prompts).items()},
+        "eval_pairs": float(len(better)),
         "eval_margin": float(margin.mean()),
         "eval_length_baseline_accuracy": float(by_length.mean()),
         "eval_score_mean": float(rows.scores.mean()),
@@ -109,6 +107,7 @@ def ranking_metrics(rows: ScoredRows, category_names: Sequence[str]) -> dict[str
         if member.any():
             per_category[name or "all"] = {
                 "accuracy": float(correct[member].mean()),
+                **certainty(correct[member], by_length[member], prompts[member]),
                 "length_baseline_accuracy": float(by_length[member].mean()),
                 "margin": float(margin[member].mean()),
                 "pairs": int(member.sum()),
@@ -118,6 +117,38 @@ def ranking_metrics(rows: ScoredRows, category_names: Sequence[str]) -> dict[str
     result["by_category"] = dict(per_category)
     result["histogram"] = histogram(rows.scores[better], rows.scores[worse])
     return result
+
+
+def certainty(correct: torch.Tensor, by_length: torch.Tensor, prompts: torch.Tensor) -> dict[str, float]:
+    """How far an accuracy is known, and how far above a shortcut it lies: 95% intervals over prompts.
+
+    `correct`, `by_length` [pairs] are what the model and choosing the longer response get (0, 0.5 or 1), `prompts`
+    [pairs] the prompt of each. The shortcut is the better of choosing the longer and choosing the shorter response: a
+    baseline of 0.3 is as good as one of 0.7. `over_shortcut` is the mean difference on the same pairs, which is known
+    better than either accuracy. See `wilson_interval` and `paired_interval`.
+    """
+    _, prompt, pairs = prompts.unique(return_inverse=True, return_counts=True)
+    shortcut = by_length if by_length.mean() >= 0.5 else 1 - by_length
+    difference = correct - shortcut
+    of_prompt = torch.zeros(len(pairs)).index_add(0, prompt, difference) / pairs
+    low, high = wilson_interval(float(correct.mean()), len(pairs))
+    over_low, over_high = paired_interval(of_prompt, pairs)
+    return {
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "rows": float(len(pairs)),
+        "shortcut_accuracy": float(shortcut.mean()),
+        "over_shortcut": float(difference.mean()),
+        "over_shortcut_low": over_low,
+        "over_shortcut_high": over_high,
+    }
+
+
+def prompt_numbers(examples: Sequence[TokenizedRanking]) -> torch.Tensor:
+    """The prompt of each ranking, as a number that rankings of the same prompt share [len(examples)]."""
+    numbers: dict[tuple[int, ...], int] = {}
+    prompts = [tuple(first.input_ids[: first.prompt_tokens]) for first in (each.candidates[0] for each in examples)]
+    return torch.tensor([numbers.setdefault(prompt, len(numbers)) for prompt in prompts])
 
 
 def histogram(chosen: torch.Tensor, rejected: torch.Tensor, bins: int = 20) -> dict[str, list[float]]:
@@ -194,19 +225,20 @@ class RewardTrainer(OfflineTrainer[RankedBatch]):
 
     def _score_all(self, examples: Sequence[TokenizedRanking]) -> ScoredRows:
         parts = []
-        first_group = 0
-        for batch, counted in self.evaluation_batches(examples):
+        for indices, counted in self.evaluation_parts(examples):
+            batch = self.collate([examples[index] for index in indices])
             rows = batch.groups < counted
             moved = batch.to(self.engine.device)
             scores = self.scores(moved).float().cpu()
-            groups = (batch.groups + first_group) * world_size() + rank()  # numbered apart on every rank
+            groups = torch.tensor(indices)[batch.groups]
             columns = [scores, groups, batch.ranks, batch.attention_mask.sum(-1), batch.categories]
             parts.append(torch.stack([column.double() for column in columns], dim=1)[rows])
-            first_group += int(batch.groups.max()) + 1
         table = all_gather_rows(torch.cat(parts).to(self.engine.device)).cpu()
+        groups = table[:, 1].long()
         return ScoredRows(
             scores=table[:, 0].float(),
-            groups=table[:, 1].long(),
+            groups=groups,
+            prompts=prompt_numbers(examples)[groups],
             ranks=table[:, 2].long(),
             lengths=table[:, 3],
             categories=table[:, 4].long(),

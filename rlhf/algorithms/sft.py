@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from rlhf.algorithms.config import SFTConfig
 from rlhf.data.collate import collate_responses
 from rlhf.data.stage_data import StageData
 from rlhf.training.metrics import MeanMeter
 from rlhf.training.offline import OfflineTrainer
 from rlhf.training.scoring import label_loss
 from rlhf.types import IGNORE_INDEX, TokenBatch, TokenizedResponse
-
-
-@dataclass
-class SFTConfig:
-    """What SFT learns from a row, and how often it is evaluated."""
-
-    loss_on: Literal["response", "whole_text"] = "response"
-    """Positions in the loss: the response with its end-of-sequence token, or the prompt too (as in Alpaca-LoRA)."""
-    eval_every_steps: int = 0
-    """Optimizer steps between evaluations; 0 evaluates before and after only. The best model is kept."""
 
 
 class SFTTrainer(OfflineTrainer[TokenBatch]):
@@ -55,4 +45,5 @@ class SFTTrainer(OfflineTrainer[TokenBatch]):
             moved = batch.to(self.engine.device)
             meter.add({"eval_loss": self.loss_sum(moved)}, self.loss_count(moved))
         loss = meter.means(self.engine.device)["eval_loss"]
-        return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        rows = float(len(self.evaluation))
+        return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0)), "eval_rows": rows}

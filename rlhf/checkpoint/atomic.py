@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.distributed import is_main, logger
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main
 
 _LEFTOVER = re.compile(r"\.(.+)\.(part|replaced|removed)-[0-9a-f]+")
 

@@ -13,7 +13,8 @@ from torch import nn
 
 from rlhf.checkpoint.atomic import replaced_directory
 from rlhf.config import ConfigError
-from rlhf.distributed import any_rank, is_main
+from rlhf.distributed.collectives import any_rank
+from rlhf.distributed.place import is_main
 
 StateDict = dict[str, torch.Tensor]
 

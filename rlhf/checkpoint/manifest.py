@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.checkpoint.atomic import sync_directory, sync_file, walk
-from rlhf.distributed import rank, world_size
+from rlhf.distributed.place import rank, world_size
 
 FORMAT_VERSION = 1
 """Of the manifest and the layout of a directory with one; raised when an older reader would misread a newer one."""

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from rlhf.distributed import logger
+from rlhf.distributed.log import logger
 
 
 def rng_state() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

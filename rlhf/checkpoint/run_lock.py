@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from rlhf.config import ConfigError
-from rlhf.distributed import is_main, logger
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main
 from rlhf.distributed.processes import process_stat
 
 _WITHOUT_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
@@ -103,6 +104,50 @@ class RunLock:
         )
 
 
+def is_held(path: Path) -> bool | None:
+    """Whether a process that lives holds the `flock` on the file `path`; None where it cannot be told from here.
+
+    That is so of a run that names another machine, where the lock is not seen held: some network disks keep locks to
+    each machine. Looks by a shared lock of an instant and writes nothing; False where there is no such file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        if error.errno not in _WITHOUT_FLOCK:
+            raise
+        holder = _read(descriptor)
+        return (None if _elsewhere(holder) else _may_live(holder)) if holder else False
+    else:
+        return None if _elsewhere(_read(descriptor)) else False
+    finally:
+        os.close(descriptor)
+
+
+def last_holder(path: Path) -> str:
+    """Who died holding the lock file `path`, or holds it: `process 5 on node-1, since ...`; else empty."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        holder = _read(descriptor)
+    finally:
+        os.close(descriptor)
+    return _named(holder) if holder else ""
+
+
+def _elsewhere(holder: dict[str, Any]) -> bool:
+    return bool(holder) and holder["host"] != socket.gethostname()
+
+
 def _this_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
@@ -116,7 +161,11 @@ def _this_process() -> dict[str, Any]:
 def _described(holder: dict[str, Any]) -> str:
     if not holder:
         return "one that has not written its name yet"
-    return "process {pid} on {host}, since {started}: {command}".format(**holder)
+    return f"{_named(holder)}: {holder['command']}"
+
+
+def _named(holder: dict[str, Any]) -> str:
+    return "process {pid} on {host}, since {started}".format(**holder)
 
 
 def _may_live(holder: dict[str, Any]) -> bool:

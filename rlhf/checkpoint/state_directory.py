@@ -16,7 +16,9 @@ from safetensors import SafetensorError
 from rlhf.checkpoint.atomic import beside, entries, put_in_place, remove_leftovers, sync_directory
 from rlhf.checkpoint.manifest import damages, durable_digests, file_digest, read_manifest, write_manifest
 from rlhf.config import ConfigError
-from rlhf.distributed import all_gather_rows, is_main, logger, rank, world_size
+from rlhf.distributed.collectives import all_gather_rows
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main, rank, world_size
 
 CONTENT = "state.json"
 _STATE = re.compile(r"step-(\d{8,})")

@@ -7,15 +7,14 @@ from the string literal that stands under each field in the source.
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rlhf.config import field_docstrings
-from rlhf.pipeline import STAGES
+from rlhf.config.explain import class_text, concern, default_of, root_class, type_text, value_text
+from rlhf.pipeline.stages import STAGES
 
 INTRODUCTION = """\
 # Configuration reference
@@ -45,7 +44,11 @@ ppo:
 
 - Without `--config` and without a model of your own (`--base_model`, `--actor_model`, `--reward_model`,
   `--critic_model`), a stage reads `training_scripts/configs/default.yaml`, which suits the embedded tiny model. With
-  any of them, only what you give and the defaults below count.
+  any of them, only what you give and the defaults below count; the log says what that file would have set.
+- `extends: default` at the top of a file builds on that preset, or any other of `training_scripts/configs/` by its bare
+  name, or on a file of your own (`extends: ./base.yaml`). Every field of the file wins over those of the extended one.
+  Evaluation data of the extended file is left out where the file names other training data.
+- `python -m step3_ppo.main --help` shows each field with the value in force and where it comes from.
 - A name that no stage has is an error with the nearest names. A field of another stage in a shared file is passed over.
 - A list takes several values on the command line (`--lora_targets q_proj v_proj`); a data set that needs more than a
   path is a mapping in YAML and the same as JSON text on the command line (see [data.md](data.md)).
@@ -73,31 +76,9 @@ def entries(config_class: type) -> list[FieldEntry]:
     ]
 
 
-def default_of(item: dataclasses.Field[Any]) -> Any:
-    """The default of a field; raises ValueError for a field without one, since a stage must run with no argument."""
-    if item.default is not dataclasses.MISSING:
-        return item.default
-    if item.default_factory is not dataclasses.MISSING:
-        return item.default_factory()
-    raise ValueError(f"configuration field {item.name} has no default; every field needs one")
-
-
 def default_text(value: Any) -> str:
-    """A default as it would be written in YAML; `unset` for None, `empty` for an empty list."""
-    if value is None:
-        return "unset"
-    if isinstance(value, list):
-        return f"`[{', '.join(_plain(entry) for entry in value)}]`" if value else "empty"
-    return f"`{_plain(value)}`"
-
-
-def type_text(kind: Any) -> str:
-    """A field's type for readers: the choices of a Literal, else the annotation."""
-    text = kind.__name__ if isinstance(kind, type) else str(kind)
-    literal = re.fullmatch(r"(?:typing\.)?Literal\[(.*)\]", text)
-    if literal:
-        return ", ".join(f"`{choice.strip().strip(chr(34) + chr(39))}`" for choice in literal.group(1).split(","))
-    return text.removesuffix(" | None")
+    """A default as code, and the words `unset` and `empty` as they are."""
+    return value_text(value) if value is None or value == [] else f"`{value_text(value)}`"
 
 
 def reference(stage_configs: Mapping[str, Iterable[type]]) -> str:
@@ -105,19 +86,13 @@ def reference(stage_configs: Mapping[str, Iterable[type]]) -> str:
     families: dict[type, dict[str, type]] = {}
     for stage, classes in stage_configs.items():
         for config_class in classes:
-            families.setdefault(_root(config_class), {})[stage] = config_class
+            families.setdefault(root_class(config_class), {})[stage] = config_class
     return "\n".join([INTRODUCTION, *(_section(members) for members in families.values())])
-
-
-def _root(config_class: type) -> type:
-    """The dataclass a configuration class extends, or itself: classes of one root describe one concern."""
-    return [owner for owner in config_class.__mro__ if dataclasses.is_dataclass(owner)][-1]
 
 
 def _section(members: Mapping[str, type]) -> str:
     classes = list(dict.fromkeys(members.values()))
-    root = _root(classes[0])
-    lines = [f"## {root.__name__.removesuffix('Config')}", "", _class_text(root), ""]
+    lines = [f"## {concern(classes[0])}", "", class_text(root_class(classes[0])), ""]
     lines += ["| field | stages | type | default | meaning |", "|---|---|---|---|---|"]
     fields: dict[str, dict[str, FieldEntry]] = {}
     for stage, config_class in members.items():
@@ -133,11 +108,6 @@ def _section(members: Mapping[str, type]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _class_text(root: type) -> str:
-    """The first sentence of the class's docstring."""
-    return inspect.getdoc(root).split("\n\n")[0].replace("\n", " ") if root.__doc__ else ""  # type: ignore[union-attr]
-
-
 def _merged(per_stage: Mapping[str, FieldEntry], attribute: str) -> str:
     """One value where all stages agree; else the first, and what the others have instead."""
     values = {stage: getattr(entry, attribute) for stage, entry in per_stage.items()}
@@ -147,16 +117,6 @@ def _merged(per_stage: Mapping[str, FieldEntry], attribute: str) -> str:
         if value != first:
             others.setdefault(value, []).append(stage)
     return "<br>".join([first, *(f"In {', '.join(stages)}: {value}" for value, stages in others.items())])
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, float):
-        return re.sub(
-            r"e([+-])0*(\d)", lambda match: f"e{match.group(1).replace('+', '')}{match.group(2)}", f"{value:g}"
-        )
-    return str(value)
 
 
 def main() -> None:

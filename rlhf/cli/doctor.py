@@ -6,8 +6,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from rlhf.doctor import NotARunError, StageView, diagnose
-from rlhf.pipeline import STAGES
+from rlhf.doctor.report import NotARunError, StageView, diagnose
+from rlhf.pipeline.stages import STAGES
+
+EXIT_INCOMPLETE = 3
+"""Goes before 1: figures of a run that was cut short are not its last, and the findings are printed all the same."""
 
 
 def stage_views() -> list[StageView]:
@@ -18,7 +21,8 @@ def stage_views() -> list[StageView]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `rlhf doctor`."""
     parser.description = (
-        "Read a finished or running run and print a diagnosis. Exit status: 0 healthy, 1 findings, 2 no run there."
+        "Read a finished or running run and print a diagnosis. Exit status: 0 healthy, 1 findings, 2 no run there, "
+        "3 incomplete (stopped, killed or failed, and not running any more), also where there are findings."
     )
     parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="output_dir of a run, or one stage's directory")
 
@@ -31,4 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(diagnosis.text())
+    if diagnosis.incomplete:
+        return EXIT_INCOMPLETE
     return 0 if diagnosis.healthy else 1

@@ -5,8 +5,10 @@ fields of that stage and wins over the shared ones. The command line wins over b
 """
 
 from rlhf.config.errors import ConfigError, require_at_least
+from rlhf.config.explain import field_docstrings
 from rlhf.config.facts import FieldFacts, facts_of, setting
-from rlhf.config.parsing import field_docstrings, load_config_file, parse_config, save_config
+from rlhf.config.files import load_config_file, save_config
+from rlhf.config.parsing import parse_config, read_options
 from rlhf.config.settings import (
     EMBEDDED_BASE,
     REMOVED_FIELDS,
@@ -41,6 +43,7 @@ __all__ = [
     "field_docstrings",
     "load_config_file",
     "parse_config",
+    "read_options",
     "require_at_least",
     "save_config",
     "setting",

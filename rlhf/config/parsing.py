@@ -2,87 +2,26 @@
 
 from __future__ import annotations
 
-import ast
-import copy
 import dataclasses
 import difflib
-import inspect
-import json
 import logging
-import math
-import os
 import sys
-import textwrap
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, NoneType, UnionType
-from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
-
-import yaml
+from typing import Any, get_type_hints
 
 from rlhf.config.errors import ConfigError
+from rlhf.config.explain import FieldsInForce, field_help, value_text
 from rlhf.config.facts import facts_of
+from rlhf.config.files import FileFields, evaluation_data_left_out, load_config_file
 from rlhf.config.settings import REMOVED_FIELDS
-from rlhf.config.yaml_text import WrittenFloat, WrittenInt, read_yaml, write_yaml
+from rlhf.config.values import check_values, from_words, from_yaml
 
 logger = logging.getLogger("rlhf")
 
-MAX_CONFIG_BYTES = 200_000
-
-
-def field_docstrings(config_class: type) -> dict[str, str]:
-    """Field name -> the string literal under it, over the class and its bases; the class's own one wins.
-
-    Raises ValueError that names the class and the field where a field of the dataclass has none.
-    """
-    found: dict[str, str] = {}
-    for owner in reversed(config_class.__mro__):
-        if not dataclasses.is_dataclass(owner):
-            continue
-        definition = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
-        assert isinstance(definition, ast.ClassDef)
-        for statement, following in zip(definition.body, definition.body[1:], strict=False):
-            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-                continue
-            if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                found[statement.target.id] = " ".join(str(following.value.value).split())
-    for item in dataclasses.fields(config_class):
-        if not found.get(item.name):
-            raise ValueError(
-                f"{config_class.__module__}.{config_class.__name__}.{item.name} has no docstring under it; "
-                "write what it means, its unit and where its default comes from"
-            )
-    return found
-
-
-def load_config_file(path: str | Path, stage: str, *, sections: Collection[str]) -> dict[str, Any]:
-    """Read a YAML file into the flat fields of one stage (shared fields, overlaid by the stage's section).
-
-    `sections` are the names of all stages.
-
-    Raises ConfigError when the file is missing, cannot be read, is not YAML, repeats a key, or is not a mapping.
-    """
-    path = Path(path)
-    try:
-        if not path.is_file():
-            raise ConfigError(f"configuration file not found: {path} (looked in {Path.cwd()})")
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"{path} is not a configuration file: it has more than {MAX_CONFIG_BYTES} bytes")
-        content = read_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not a YAML file: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"configuration file {path} cannot be read: {error.strerror or error}") from error
-    if content is None:
-        content = {}
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path} must hold a mapping of field names to values, not {type(content).__name__}")
-    shared = {name: value for name, value in content.items() if name not in sections}
-    section = {} if content.get(stage) is None else content[stage]
-    if not isinstance(section, dict):
-        raise ConfigError(f"{path}: section `{stage}:` must hold a mapping of field names to values")
-    return {**shared, **section}
+HELP = ("-h", "--help")
 
 
 def parse_config(
@@ -98,185 +37,166 @@ def parse_config(
 
     `sections` are the names of all stages, `known_fields` those of their fields: a shared file may hold them and this
     stage passes them over. `default_config` is read when the command line names neither `--config` nor a model: it
-    tunes the embedded default and would not suit another one. `--local_rank`, which launchers add, is dropped: the
+    tunes the embedded default and would not suit another one; where it is not read, the log says what that changes. A
+    file may extend any file of its directory by its bare name. `--local_rank`, which launchers add, is dropped: the
     rank is read from the environment. `--help` explains every field and exits. Returns an instance of each class.
     Raises ConfigError for an unknown field (with the nearest known names) or a value of the wrong type.
     """
-    classes = list(config_classes.values())
-    arguments = _without_local_rank(list(sys.argv[1:] if argv is None else argv))
-    parser = _parser(stage, classes, explained=bool({"-h", "--help"} & set(arguments)))
-    config_path, arguments = _take_config_option(arguments)
-    given = _given(arguments)
-    models = {item.name for each in classes for item in dataclasses.fields(each) if facts_of(item).names_model}
-    implicit = config_path is None and default_config is not None and given.isdisjoint(models)
-    if implicit:
-        config_path = str(default_config)
-    own = {name: kind for config in classes for name, kind in get_type_hints(config).items()}
-    if config_path is not None:
-        logger.info("configuration: %s", config_path)
-        values = load_config_file(config_path, stage, sections=sections)
-        _check_names(values, known_fields | own.keys(), config_path)
-        values = {name: value for name, value in values.items() if name in own}
-        if implicit:  # its held-out data belongs to its training data
-            values = {
-                name: value
-                for name, value in values.items()
-                if not (name.endswith("_eval_data") and name.replace("_eval_data", "_data") in given)
-            }
-        parser.set_defaults_with_config(
-            **{name: _checked(name, value, own[name], config_path) for name, value in values.items()}
-        )
-    *configs, unknown = parser.parse_args_into_dataclasses(
-        args=arguments, return_remaining_strings=True, look_for_args_file=False
+    words = list(sys.argv[1:] if argv is None else argv)
+    fields = fields_in_force(
+        stage,
+        config_classes.values(),
+        [word for word in words if word not in HELP],
+        sections=sections,
+        known_fields=known_fields,
+        default_config=default_config,
     )
-    if unknown:
-        _check_names([unknown[0].split("=")[0].removeprefix("--")], own.keys(), "command line")
-        raise ConfigError(f"command line: cannot read {unknown[0]!r}; fields are given as `--name value`")
-    for config in configs:
-        _check_values(config)
-    return dict(zip(config_classes, configs, strict=True))
+    if any(word in HELP for word in words):
+        print(field_help({stage: fields}))
+        raise SystemExit(0)
+    configs = {}
+    for name, config_class in config_classes.items():
+        own = {item.name for item in dataclasses.fields(config_class)}
+        configs[name] = config_class(**{field: value for field, value in fields.values.items() if field in own})
+        check_values(configs[name])
+    return configs
 
 
-def _parser(stage: str, classes: Sequence[type], *, explained: bool) -> Any:
-    """The command line of the fields of `classes`; `explained` gives each its docstring as help."""
-    from trl import TrlParser
-
-    class Parser(TrlParser):
-        @staticmethod
-        def _parse_dataclass_field(parser: Any, field: dataclasses.Field[Any]) -> None:
-            plain = copy.copy(field)
-            plain.metadata = MappingProxyType({})  # it would be handed on to argparse; ours is not for it
-            TrlParser._parse_dataclass_field(parser, plain)
-
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(f"command line: {message}")
-
-    parser = Parser(list[Any](classes), prog=f"step {stage}", allow_abbrev=False)
-    if explained:
-        texts = {name: text for config in classes for name, text in field_docstrings(config).items()}
-        for action in parser._actions:
-            action.help = texts.get(action.dest, action.help or "").replace("%", "%%")
-    return parser
-
-
-def save_config(path: Path, configs: Iterable[Any]) -> None:
-    """Write the configuration in force as YAML that `--config` reads back."""
-    merged = {name: value for config in configs for name, value in dataclasses.asdict(config).items()}
-    path.write_text(write_yaml(merged), encoding="utf-8")
-
-
-def _given(arguments: Sequence[str]) -> set[str]:
-    """The names of the options among `arguments`."""
-    return {argument.split("=")[0].removeprefix("--").replace("-", "_") for argument in arguments}
+def fields_in_force(
+    stage: str,
+    config_classes: Iterable[type],
+    words: Sequence[str],
+    *,
+    sections: Collection[str],
+    known_fields: AbstractSet[str] = frozenset(),
+    default_config: str | Path | None = None,
+) -> FieldsInForce:
+    """What a file and the command line `words` give; see `parse_config`."""
+    classes = tuple(config_classes)
+    fields = _Fields.of(classes, known_fields)
+    config_path, given = _given(words, fields)
+    default = None if default_config is None else Path(default_config)
+    implicit = config_path is None and given.keys().isdisjoint(fields.models)
+    path = default if implicit else config_path
+    read = None if path is None else _from_file(path, stage, sections, default, fields)
+    if read is not None:  # held-out data belongs to its training data; what the user's own file says stays
+        not_named = {name for name, source in read.sources.items() if source != config_path}
+        read = _without(read, evaluation_data_left_out(not_named, given))
+    _tell(read, given, default, fields, lambda other: _from_file(other, stage, sections, default, fields))
+    sources: dict[str, Path | str] = dict.fromkeys(given, "command line")
+    if read is None:
+        return FieldsInForce(classes, given, sources)
+    return FieldsInForce(classes, {**read.values, **given}, {**read.sources, **sources})
 
 
-def _take_config_option(arguments: list[str]) -> tuple[str | None, list[str]]:
-    for index, argument in enumerate(arguments):
-        if argument == "--config":
-            if index + 1 == len(arguments):
-                raise ConfigError("--config needs the path of a YAML file after it")
-            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
-        if argument.startswith("--config="):
-            return argument.split("=", 1)[1], arguments[:index] + arguments[index + 1 :]
-    return None, arguments
+def read_options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """(`name`, values) of every `--name value...` or `--name=value`, in order, dashes in a name as underscores.
+
+    A value is whatever does not begin with two dashes. Raises ConfigError for a word that stands for itself.
+    """
+    index = 0
+    while index < len(words):
+        word = words[index]
+        if not word.startswith("--") or word == "--":
+            raise ConfigError(f"command line: cannot read {word!r}; fields are given as `--name value`")
+        name, equals, value = word[2:].partition("=")
+        index += 1
+        values = [value] if equals else []
+        while not equals and index < len(words) and not words[index].startswith("--"):
+            values.append(words[index])
+            index += 1
+        yield name.replace("-", "_"), values
 
 
-def _without_local_rank(arguments: list[str]) -> list[str]:
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        if skip:
-            skip = False
-        elif argument in ("--local_rank", "--local-rank"):
-            skip = True
-        elif not argument.startswith(("--local_rank=", "--local-rank=")):
-            kept.append(argument)
-    return kept
+@dataclass(frozen=True)
+class _Fields:
+    """The fields of a stage: their types, their defaults, those that name a model, and those other stages have."""
+
+    kinds: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    models: frozenset[str]
+    known: AbstractSet[str]
+
+    @classmethod
+    def of(cls, classes: Iterable[type], known: AbstractSet[str]) -> _Fields:
+        classes = list(classes)
+        kinds = {name: kind for config_class in classes for name, kind in get_type_hints(config_class).items()}
+        items = [item for config_class in classes for item in dataclasses.fields(config_class)]
+        defaults = {
+            item.name: item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+            for item in items
+        }
+        models = frozenset(item.name for item in items if facts_of(item).names_model)
+        return cls({name: kinds[name] for name in defaults}, defaults, models, known)
 
 
-def _check_names(names: Iterable[str], known: AbstractSet[str], source: str) -> None:
+def _given(words: Sequence[str], fields: _Fields) -> tuple[Path | None, dict[str, Any]]:
+    """The file that `--config` names and the fields that the command line gives, converted."""
+    path: Path | None = None
+    given: dict[str, Any] = {}
+    for name, values in read_options(words):
+        if name == "local_rank":
+            continue
+        if name == "config":
+            if path is not None or len(values) != 1:
+                raise ConfigError("command line: --config needs the path of a YAML file after it, and stands once")
+            path = Path(values[0])
+        elif name.startswith("no_") and fields.kinds.get(name[3:]) is bool and not values:
+            given[name[3:]] = False
+        else:
+            check_names([name], fields.kinds.keys(), "command line")
+            given[name] = from_words(name, values, fields.kinds[name])
+    return path, given
+
+
+def _from_file(path: Path, stage: str, sections: Collection[str], default: Path | None, fields: _Fields) -> FileFields:
+    """What a file holds for this stage, converted."""
+    read = load_config_file(path, stage, sections=sections, presets=None if default is None else default.parent)
+    for name in read.values:
+        check_names([name], fields.known | fields.kinds.keys(), str(read.sources[name]))
+    values = {
+        name: from_yaml(name, value, fields.kinds[name], str(read.sources[name]))
+        for name, value in read.values.items()
+        if name in fields.kinds
+    }
+    return dataclasses.replace(read, values=values)
+
+
+def _without(read: FileFields, names: Collection[str]) -> FileFields:
+    left_out = {name: read.sources[name] for name in names}
+    values = {name: value for name, value in read.values.items() if name not in names}
+    return dataclasses.replace(read, values=values, left_out={**read.left_out, **left_out})
+
+
+def _tell(
+    read: FileFields | None, given: Mapping[str, Any], default: Path | None, fields: _Fields, read_file: Any
+) -> None:
+    """Log which files are read, which evaluation data is left out, and what the default file would have set."""
+    if read is not None:
+        logger.info("configuration: %s", ", extending ".join(map(str, read.files)))
+        for name, source in read.left_out.items():
+            logger.info("configuration: %s of %s is left out: it belongs to the training data there", name, source.name)
+    if default is None or (read is not None and any(path.samefile(default) for path in read.files)):
+        return
+    values = {**({} if read is None else read.values), **given}
+    differs = [
+        f"{name} {value_text(fields.defaults[name])} (there {value_text(value)})"
+        for name, value in read_file(default).values.items()
+        if name not in values and value != fields.defaults[name]
+    ]
+    if differs:
+        own_model = any(values.get(name, fields.defaults[name]) != fields.defaults[name] for name in fields.models)
+        advice = "it suits the embedded model" if own_model else f"`extends: {default.stem}` in a file keeps them"
+        logger.info("configuration: %s is not read, hence %s; %s", default.name, ", ".join(differs), advice)
+
+
+def check_names(names: Iterable[str], known: AbstractSet[str], source: str) -> None:
+    """ConfigError for a name that no field has, with the nearest ones, or what a removed field is replaced by."""
     for name in names:
-        if name in REMOVED_FIELDS and name not in known:
+        if name in known:
+            continue
+        if name in REMOVED_FIELDS:
             raise ConfigError(f"{source}: `{name}` is no field any more: {REMOVED_FIELDS[name]}")
-        if name not in known:
-            near = difflib.get_close_matches(str(name), known, n=3)
-            hint = f"did you mean {', '.join(near)}?" if near else "see docs/configuration.md for every field"
-            raise ConfigError(f"{source}: unknown field `{name}`; {hint}")
-
-
-def _check_values(config: Any) -> None:
-    """ConfigError for a number that is not finite and for a text that no file name and no file could hold."""
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        for entry in value if isinstance(value, list) else [value]:
-            infinite = entry == math.inf and facts_of(item).may_be_infinite
-            if isinstance(entry, float) and not (math.isfinite(entry) or infinite):
-                raise ConfigError(f"{item.name}={entry} must be a finite number")
-            if isinstance(entry, str) and not _can_be_written(entry):
-                raise ConfigError(f"{item.name}={entry!r} holds a character that cannot be written (NUL, half a pair)")
-
-
-def _can_be_written(text: str) -> bool:
-    try:
-        return b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        return False
-
-
-def _checked(name: str, value: Any, kind: Any, path: str) -> Any:
-    """Convert a YAML value to the type `kind` of its field where that loses nothing (1 -> 1.0, "5e-5" -> 5e-5)."""
-    needed = str(kind) if get_origin(kind) else kind.__name__
-    shown = repr(value) if len(repr(value)) <= 200 else repr(value)[:200] + "..."
-    wrong = ConfigError(f"{path}: field `{name}` needs {needed}, got {shown} ({_type_name(value)})")
-    if get_origin(kind) in (UnionType, Union):  # the second one where a Literal is part of it
-        if value is None:
-            return None
-        kind = next(part for part in get_args(kind) if part is not NoneType)
-    if get_origin(kind) is list:
-        if value is None:
-            raise wrong
-        convert = _number if get_args(kind) == (float,) else _list_entry
-        return [convert(entry, wrong) for entry in (value if isinstance(value, list) else [value])]
-    if get_origin(kind) is Literal:
-        for choice in get_args(kind):
-            if str(value) == str(choice):
-                return choice
-        raise ConfigError(f"{path}: field `{name}`={shown} is not one of {', '.join(map(str, get_args(kind)))}")
-    if kind is float:
-        # infinity is for `_check_values` to judge, which knows the field
-        return value if isinstance(value, float) and value == math.inf else _number(value, wrong)
-    if kind is int and isinstance(value, int) and not isinstance(value, bool):
-        return int(value)
-    if kind is str:
-        return _text(value, wrong)
-    if type(value) is not kind:
-        raise wrong
-    return value
-
-
-def _type_name(value: Any) -> str:
-    return type(value).__name__.removeprefix("Written").lower()
-
-
-def _list_entry(value: Any, wrong: ConfigError) -> str:
-    return _text(json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value, wrong)
-
-
-def _text(value: Any, wrong: ConfigError) -> str:
-    if isinstance(value, WrittenInt | WrittenFloat):
-        return value.text  # a name that YAML reads as a number
-    if not isinstance(value, str) or not _can_be_written(value):
-        raise wrong
-    return value
-
-
-def _number(value: Any, wrong: ConfigError) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise wrong
-    try:
-        number = float(value)  # YAML reads 5e-5 as a string
-    except (ValueError, OverflowError):
-        raise wrong from None
-    if not math.isfinite(number):
-        raise wrong
-    return number
+        near = difflib.get_close_matches(str(name), known, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "see docs/configuration.md for every field"
+        raise ConfigError(f"{source}: unknown field `{name}`; {hint}")

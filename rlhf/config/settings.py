@@ -35,6 +35,8 @@ class RunConfig:
     resume: Literal["auto", "never"] | None = setting(None, may_change_on_resume=True)
     """`auto` resumes from the newest whole training state of `output_dir`, or starts where there is none; `never`
     starts anew and removes what an unfinished run left. Unset starts, and refuses where an unfinished run lies."""
+    overwrite: bool = setting(False, may_change_on_resume=True)
+    """Start anew where a run lies, also a finished one, and remove it first, whole; off refuses."""
     save_every_steps: int = setting(0, may_change_on_resume=True)
     """Optimizer steps (PPO: iterations) between two saved training states; 0 saves ten times in a run."""
     keep_last: int = setting(2, may_change_on_resume=True)
@@ -47,6 +49,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         require_at_least(self, 1, "log_every_steps")
         require_at_least(self, 0, "save_every_steps", "keep_last", "keep_every", "rank_timeout_minutes")
+        if self.overwrite and self.resume == "auto":
+            raise ConfigError(
+                "overwrite and resume=auto contradict each other: use --overwrite to remove the run that lies there, "
+                "or --resume auto to go on with it"
+            )
         if self.wandb_project and importlib.util.find_spec("wandb") is None:
             raise ConfigError(
                 f"wandb_project={self.wandb_project!r} needs the wandb package, which is not installed; "
@@ -113,7 +120,7 @@ def check_together(model: ModelConfig, engine: EngineConfig) -> None:
     if model.quantization != "none" and engine.zero_stage == 3:
         raise ConfigError(
             f"quantization={model.quantization} does not go with zero_stage=3: quantised weights cannot be "
-            "partitioned; use zero_stage 0, 1 or 2, or quantization=none"
+            "partitioned; use zero_stage 0, 1 or 2, which learns the same, or quantization=none, which does not"
         )
 
 

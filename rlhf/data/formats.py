@@ -1,17 +1,20 @@
 """Which column of a file means what: the recognised row formats, and the choice between them.
 
-A format is a set of columns. The columns of a file decide, together with the kind of record that is wanted; where
-two readings remain, or none, the error lists them and shows the `columns` that settle it.
+A format is a set of headers, each with its spellings (`rlhf.data.headers`). The columns of a file decide, together
+with the kind of record that is wanted; where two readings remain, or none, the error lists them and shows the `columns`
+that settle it.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
+from rlhf.data.column_options import ColumnChoice, ColumnsError, choices_of
+from rlhf.data.headers import column_spelt, columns_named
 from rlhf.data.printed_lists import parse_printed
 from rlhf.data.rendered import holds_transcript
 from rlhf.data.row_values import content_of, is_missing
@@ -26,12 +29,18 @@ LABELLED = ("prompt", "response", "preference", "comparison")
 
 @dataclass(frozen=True)
 class RowFormat:
-    """One way to lay out a row. `fields`: our name -> the column it needs; `optional`: columns it may have."""
+    """One way to lay out a row. `fields`: our name -> the header it needs; `optional`: headers it may have.
+
+    `unless`: headers beside which the format is not certain, and not read. `rivals`: our name -> headers that could be
+    it as well, so that a file with both has two readings.
+    """
 
     name: str
     fields: Mapping[str, str]
     kinds: Sequence[str]
     optional: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    unless: Sequence[str] = ()
+    rivals: Mapping[str, Sequence[str]] = field(default_factory=dict)
     weak: bool = False
     """Used only when no other format fits."""
 
@@ -39,6 +48,10 @@ class RowFormat:
 _SYSTEM = {"system": ("system", "system_prompt")}
 _PROMPT = {"input": ("input",), **_SYSTEM, "history": ("history",)}  # `history`: LLaMA-Factory's earlier turns
 _INSTRUCTION = {**_PROMPT, "input": ("input", "context")}  # `context`: Dolly
+_QUESTION: dict[str, Sequence[str]] = {"input": ("input", "context"), **_SYSTEM, "history": ("history",)}
+_PROMPTS = ("prompt", "instruction", "query", "messages", "conversations")
+_PARTS = ("text", "sentence", "passage", "paragraph", "choices", "options", "1", "b", "b.", "보기", "선택지")
+"""Headers of reading comprehension and multiple choice: the question alone cannot be answered there."""
 ROW_FORMATS = {
     row_format.name: row_format
     for row_format in (
@@ -53,6 +66,23 @@ ROW_FORMATS = {
         ),
         RowFormat("completion", {"prompt": "prompt", "response": "completion"}, RESPONSE, _PROMPT),  # KoChatGPT SFT
         RowFormat("response", {"prompt": "prompt", "response": "response"}, RESPONSE, _PROMPT),
+        # 질문/답변, 질의/응답, `question,answer` (LawBot), Q/A (a songys chatbot); 입력/출력
+        RowFormat(
+            "question_answer",
+            {"prompt": "question", "response": "answer"},
+            RESPONSE,
+            _QUESTION,
+            unless=(*_PROMPTS, *_PARTS, "label"),
+            rivals={"response": ("response", "output", "completion")},
+        ),
+        RowFormat(
+            "input_output",
+            {"prompt": "input", "response": "output"},
+            RESPONSE,
+            _SYSTEM,
+            unless=(*_PROMPTS, *_PARTS, "question", "label"),
+            rivals={"response": ("response", "answer", "completion")},
+        ),  # fmt: skip
         RowFormat("text", {"text": "text"}, RESPONSE, weak=True),  # prompt and answer in one rendered text
         # conversations: `messages` of {role, content}, ShareGPT's `conversations` of {from, value}
         RowFormat("messages", {"messages": "messages"}, RESPONSE, _SYSTEM),
@@ -64,6 +94,13 @@ ROW_FORMATS = {
             {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
             PREFERENCE,
             _INSTRUCTION,
+        ),
+        RowFormat(  # orca_dpo_pairs and its translations
+            "question_preference",
+            {"prompt": "question", "chosen": "chosen", "rejected": "rejected"},
+            PREFERENCE,
+            _QUESTION,
+            unless=_PROMPTS,
         ),
         RowFormat(
             "sharegpt_preference",
@@ -100,6 +137,7 @@ ROW_FORMATS = {
         # prompts alone
         RowFormat("prompts", {"prompt": "prompt"}, ("prompt",), _PROMPT),
         RowFormat("instructions", {"prompt": "instruction"}, ("prompt",), _INSTRUCTION),
+        RowFormat("questions", {"prompt": "question"}, ("prompt",), _QUESTION, unless=(*_PROMPTS, *_PARTS)),
     )
 }
 
@@ -152,21 +190,22 @@ def layout_of(rows: Sequence[Row], kind: str, spec: DatasetSpec) -> Layout:
     unknown = sorted(set(spec.columns) - set(NAMES))
     if unknown:
         raise DataError(f"{where}: `columns` maps unknown names {', '.join(unknown)}; valid: {', '.join(NAMES)}")
-    mapped, response_columns = _mapped(spec, there, where)
+    mapped, response_columns = _mapped(spec, rows, there, kind, where)
     row_format = spec.format if spec.format not in (None, *FILE_FORMATS) else None
     if any(name in CONTENT for name in mapped) or response_columns:
         if row_format is not None:
             raise DataError(f"{where}: give `columns` or the row format `{row_format}`, not both")
-        layout = _layout_of_mapping(mapped, response_columns, there, kind, where)
+        layout = _layout_of_mapping(mapped, response_columns, rows, there, kind, where)
         return replace(layout, ignored=_ignored(layout, there, kind, spec))
     if row_format is not None:
-        candidates = [_named_format(row_format, there, kind, where)]
+        candidates = _named_format(row_format, there, kind, where)
     else:
         candidates = _candidates(rows, there, kind)
     if len(candidates) != 1:
-        raise DataError(_choice_error(candidates, there, kind, where))
-    chosen = candidates[0]
-    columns = {**chosen.fields, **_optional(chosen.optional, there, rows)}
+        raise _choice_error(candidates, rows, there, kind, where, mapped)
+    (reading,) = candidates
+    chosen = ROW_FORMATS[reading.format]
+    columns = {**reading.columns, **_optional(chosen.optional, there, rows)}
     if chosen.name == "completions":
         completions = [name for name in there if re.fullmatch(r"completion_\d+", name)]
         response_columns = tuple(sorted(completions, key=lambda name: int(name.rpartition("_")[2])))
@@ -178,7 +217,7 @@ def _optional(optional: Mapping[str, Sequence[str]], there: Sequence[str], rows:
     """The column of each optional name: the first one with something in it in some row."""
     found: dict[str, str] = {}
     for name, columns in optional.items():
-        present = [column for column in columns if column in there]
+        present = [column for header in columns for column in columns_named(header, there)]
         said = (column for column in present if any(_says_something(row.values.get(column)) for row in rows))
         if present:
             found[name] = next(said, present[0])
@@ -198,45 +237,61 @@ def _ignored(layout: Layout, there: Sequence[str], kind: str, spec: DatasetSpec)
     if SCORE_GAP in used:
         used |= {"sum1", "sum2"}
     if kind == "prompt":  # the answers beside a prompt
-        used |= {column for item in ROW_FORMATS.values() for column in item.fields.values()} - {"prompt", "instruction"}
+        headers = {header for item in ROW_FORMATS.values() for name, header in item.fields.items() if name != "prompt"}
+        used |= {column for header in headers - {"input"} for column in columns_named(header, there)}
         used |= {column for column in there if re.fullmatch(r"completion_\d+", column)}
     return tuple(column for column in there if column not in used)
 
 
-def _mapped(spec: DatasetSpec, there: Sequence[str], where: str) -> tuple[dict[str, str], tuple[str, ...]]:
+def _mapped(
+    spec: DatasetSpec, rows: Sequence[Row], there: Sequence[str], kind: str, where: str
+) -> tuple[dict[str, str], tuple[str, ...]]:
     mapped: dict[str, str] = {}
     response_columns: tuple[str, ...] = ()
     missing = []
     for name, column in spec.columns.items():
         parts = tuple(part.strip() for part in column.split(","))
-        if column in there or (name == "margin" and column == SCORE_GAP):
-            mapped[name] = column
+        spelt = column_spelt(column, there)
+        if spelt is not None or (name == "margin" and column == SCORE_GAP):
+            mapped[name] = spelt or column
         elif name == "responses" and len(parts) > 1:
-            missing += [part for part in parts if part not in there]
-            response_columns = parts
+            missing += [part for part in parts if column_spelt(part, there) is None]
+            response_columns = tuple(column_spelt(part, there) or part for part in parts)
         else:
             missing.append(column)
     if missing:
-        raise DataError(
+        raise ColumnsError(
             f"{where}: `columns` names {', '.join(map(repr, missing))}, which the file does not have; "
-            f"its columns: {', '.join(there) or 'none'}"
+            f"its columns: {', '.join(there) or 'none'}",
+            choices_of(rows, there, kind, _beside(mapped)),
         )
     return mapped, response_columns
 
 
+def _beside(mapped: Mapping[str, str]) -> dict[str, str]:
+    """What `columns` maps besides the content."""
+    return {name: column for name, column in mapped.items() if name not in CONTENT}
+
+
 def _layout_of_mapping(
-    mapped: Mapping[str, str], response_columns: tuple[str, ...], there: Sequence[str], kind: str, where: str
+    mapped: Mapping[str, str],
+    response_columns: tuple[str, ...],
+    rows: Sequence[Row],
+    there: Sequence[str],
+    kind: str,
+    where: str,
 ) -> Layout:
     """The shape with the most mapped names (for prompts: the first with one); others count under their own name."""
-    known = {name: name for name in CONTENT if name in there} | dict(mapped)
+    known = {name: spelt for name in CONTENT if (spelt := column_spelt(name, there)) is not None} | dict(mapped)
     if response_columns:
         known["responses"] = ", ".join(response_columns)
     given = {*mapped, *(("responses",) if response_columns else ())}
     shapes = [shape for shape in _SHAPES[kind] if all(name in known for name in shape)]
     if not shapes:
-        raise DataError(
+        raise ColumnsError(
             f"{where}: `columns` gives {', '.join(sorted(given))}; needed: "
-            f"{' or '.join(' + '.join(shape) for shape in _SHAPES[kind])}; the file's columns: {', '.join(there)}"
+            f"{' or '.join(' + '.join(shape) for shape in _SHAPES[kind])}; the file's columns: {', '.join(there)}",
+            choices_of(rows, there, kind, _beside(mapped)),
         )
     shape = max(shapes, key=lambda names: len(given.intersection(names[:1] if kind == "prompt" else names)))
     names: tuple[str, ...] = shape
@@ -252,14 +307,14 @@ def _layout_of_mapping(
     return Layout("columns", columns, response_columns if "responses" in names else ())
 
 
-def _named_format(name: str, there: Sequence[str], kind: str, where: str) -> RowFormat:
+def _named_format(name: str, there: Sequence[str], kind: str, where: str) -> list[Layout]:
     if name not in ROW_FORMATS:
         raise DataError(
             f"{where}: unknown format `{name}`; file formats: {', '.join(FILE_FORMATS)}; "
             f"row formats: {', '.join(ROW_FORMATS)}"
         )
     named = ROW_FORMATS[name]
-    missing = [column for column in named.fields.values() if column not in there]
+    missing = [header for header in named.fields.values() if not columns_named(header, there)]
     if missing:
         raise DataError(
             f"{where}: format `{name}` needs the columns {', '.join(named.fields.values())}; "
@@ -267,20 +322,41 @@ def _named_format(name: str, there: Sequence[str], kind: str, where: str) -> Row
         )
     if kind not in named.kinds:
         raise DataError(f"{where}: format `{name}` gives {', '.join(named.kinds)} records, not `{kind}`")
-    return named
+    return _readings(replace(named, rivals={}), there)
 
 
-def _candidates(rows: Sequence[Row], there: Sequence[str], kind: str) -> list[RowFormat]:
-    """The formats that fit, without those that another one contains or that would read the same columns."""
-    fitting = [item for item in ROW_FORMATS.values() if kind in item.kinds and set(item.fields.values()) <= set(there)]
+def _readings(item: RowFormat, there: Sequence[str]) -> list[Layout]:
+    """The ways to read a file in one format: none where a header is missing, several where two columns say the same."""
+    found = []
+    for name, header in item.fields.items():
+        columns = columns_named(header, there)
+        if columns:
+            columns += [column for rival in item.rivals.get(name, ()) for column in columns_named(rival, there)]
+        found.append(list(dict.fromkeys(columns)))
+    return [Layout(item.name, dict(zip(item.fields, columns, strict=True))) for columns in product(*found)]
+
+
+def _candidates(rows: Sequence[Row], there: Sequence[str], kind: str) -> list[Layout]:
+    """The readings that fit, without those that another one contains or that would read the same columns."""
+    fitting = [
+        reading
+        for item in ROW_FORMATS.values()
+        if kind in item.kinds and not any(columns_named(header, there) for header in item.unless)
+        for reading in _readings(item, there)
+    ]
     if not _holds_transcripts(rows):
-        fitting = [item for item in fitting if item.name != "transcripts"]
-    fitting = [item for item in fitting if not item.weak] or fitting
-    columns = {item.name: set(item.fields.values()) for item in fitting}
-    widest = [item for item in fitting if not any(columns[item.name] < other for other in columns.values())]
+        fitting = [reading for reading in fitting if reading.format != "transcripts"]
+    unmarked = _unmarked_texts(rows, there)
+    fitting = [reading for reading in fitting if reading.columns.get("text") not in unmarked]
+    fitting = [reading for reading in fitting if not ROW_FORMATS[reading.format].weak] or fitting
+    columns = [set(reading.columns.values()) for reading in fitting]
+    widest = [
+        reading for reading, own in zip(fitting, columns, strict=True) if not any(own < other for other in columns)
+    ]
     if kind == "prompt":
         distinct = {
-            item.fields.get("prompt", item.fields.get("messages", item.name)): item for item in reversed(widest)
+            reading.columns.get("prompt", reading.columns.get("messages", reading.format)): reading
+            for reading in reversed(widest)
         }
         widest = list(distinct.values())[::-1]
     return widest
@@ -295,29 +371,45 @@ def _holds_transcripts(rows: Iterable[Row]) -> bool:
     return False
 
 
-def _choice_error(candidates: Sequence[RowFormat], there: Sequence[str], kind: str, where: str) -> str:
+def _unmarked_texts(rows: Sequence[Row], there: Sequence[str]) -> list[str]:
+    """The columns `text` in which no row has a marker where the answer begins."""
+    return [
+        column
+        for column in columns_named("text", there)
+        if not any(isinstance(value := row.values.get(column), str) and holds_transcript(value) for row in rows)
+    ]
+
+
+def _choice_error(
+    candidates: Sequence[Layout],
+    rows: Sequence[Row],
+    there: Sequence[str],
+    kind: str,
+    where: str,
+    mapped: Mapping[str, str],
+) -> ColumnsError:
     columns = f"the file's columns: {', '.join(there) or 'none'}"
     if candidates:
         readings = "; ".join(
-            f"`{item.name}` ({', '.join(f'{name} = {column}' for name, column in item.fields.items())})"
-            for item in candidates
+            f"`{reading.format}` ({', '.join(f'{name} = {column}' for name, column in reading.columns.items())})"
+            for reading in candidates
         )
-        example = {name: column for name, column in candidates[0].fields.items() if name in NAMES}
-        return (
-            f"{where}: ambiguous, it could be {readings}; {columns}; say which with `columns`, "
-            f"such as {json.dumps(example, ensure_ascii=False)}"
-        )
-    shape = _SHAPES[kind][0]
-    example = {name: f"<column of the {name}>" for name in shape}
-    others = sorted({item.name for item in ROW_FORMATS.values() if set(item.fields.values()) <= set(there)})
-    also = f" (as {', '.join(others)} it could give records of another kind)" if others else ""
-    known = "; ".join(
-        f"{item.name}: {', '.join(item.fields.values())}" for item in ROW_FORMATS.values() if kind in item.kinds
+        choices = [_choice(reading, rows, there, mapped) for reading in candidates]
+        return ColumnsError(f"{where}: ambiguous, it could be {readings}; {columns}", choices)
+    others = [item.name for item in ROW_FORMATS.values() if kind not in item.kinds and _readings(item, there)]
+    also = f" (as {', '.join(sorted(others))} it could give records of another kind)" if others else ""
+    for column in _unmarked_texts(rows, there):
+        also += f" (`{column}` has no answer marker, such as ### 답변:, ### Response:, Assistant:, to split it at)"
+    return ColumnsError(
+        f"{where}: no known format has these columns{also}; {columns}", choices_of(rows, there, kind, mapped)
     )
-    return (
-        f"{where}: no known format has these columns{also}; {columns}; map them with `columns`, "
-        f"such as {json.dumps(example, ensure_ascii=False)}; known formats: {known}"
-    )
+
+
+def _choice(reading: Layout, rows: Sequence[Row], there: Sequence[str], mapped: Mapping[str, str]) -> ColumnChoice:
+    if not set(reading.columns) <= set(NAMES):
+        return ColumnChoice({}, format=reading.format)
+    optional = _optional(ROW_FORMATS[reading.format].optional, there, rows)
+    return ColumnChoice({**mapped, **reading.columns, **optional})
 
 
 def category_of(value: Any) -> str:

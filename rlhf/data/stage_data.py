@@ -11,6 +11,7 @@ from typing import Any
 
 from rlhf.checkpoint.atomic import replaced_file
 from rlhf.config import DataConfig
+from rlhf.data.column_options import ColumnsError
 from rlhf.data.mixture import blend, drop_leaked, hold_out, stage_share
 from rlhf.data.records import rows_to_records
 from rlhf.data.sources import read_rows
@@ -18,21 +19,27 @@ from rlhf.data.spec import DataError, DatasetSpec, ReadingNotes, SkippedRow
 from rlhf.data.templates import Template, load_template
 from rlhf.data.token_cache import cached_tokens, record_key_parts, tokenizer_fingerprint
 from rlhf.data.tokenize import Tokenized, TokenReport, tokenize_records
-from rlhf.distributed import is_main, logger
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main
 from rlhf.types import Record
+
+FIELDS = {"response": "sft_data", "comparison": "preference_data", "prompt": "prompt_data"}
+"""The option that names the data sets of each kind."""
+EVAL_FIELDS = {kind: field.replace("_data", "_eval_data") for kind, field in FIELDS.items()}
 
 
 @dataclass(frozen=True)
 class StageData:
     """Tokenised rows to train and to evaluate on, and the report that was written as `data.json`.
 
-    `fingerprint` is one of all rows, in their order, as tokens.
+    `fingerprint` is one of all rows, in their order, as tokens; `summary` says in a few lines what there is.
     """
 
     train: list[Any]
     evaluation: list[Any]
     report: dict[str, Any]
     fingerprint: str
+    summary: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,7 @@ def load_stage_data(
     report_dir: Path,
     report_name: str = "data",
     stages: Sequence[str] = (),
+    field: str | None = None,
 ) -> StageData:
     """Read, render, split, blend and tokenise the data of one stage.
 
@@ -81,14 +89,16 @@ def load_stage_data(
     `config.eval_fraction` of each set, is held out, and training records with a held-out prompt are dropped. Columns
     that nothing is read from are logged and reported for each data set. Tokens are kept under `cache_dir`. Rank 0
     writes `report_dir/data.json`, and `skipped_rows.jsonl` when rows were skipped. A second call for the same directory
-    needs a `report_name` of its own (`ptx`: `ptx.json`, `ptx_skipped_rows.jsonl`). DataError when no row is left.
+    needs a `report_name` of its own (`ptx`: `ptx.json`, `ptx_skipped_rows.jsonl`). `field` is the option that named
+    `specs` where it is not that of `FIELDS`. DataError when no row is left, and with the option written out where a
+    file's columns must be named.
     """
     template = load_template(config.template, tokenizer)
     skipped_file = report_dir / ("skipped_rows.jsonl" if report_name == "data" else f"{report_name}_skipped_rows.jsonl")
     skipped: list[SkippedRow] = []
     try:
-        parts = [_read(kind, text, template, config, skipped) for text in specs]
-        eval_parts = [_read(kind, text, template, config, skipped) for text in eval_specs]
+        parts = _read_all(kind, specs, field or FIELDS[kind], template, config, skipped)
+        eval_parts = _read_all(kind, eval_specs, EVAL_FIELDS[kind], template, config, skipped)
     finally:  # also when reading fails: the list says which rows led to it
         if is_main():
             _write_skipped(skipped_file, skipped)
@@ -129,9 +139,8 @@ def load_stage_data(
     for part in [*parts, *eval_parts]:
         for line in _warnings(kind, part):
             logger.warning(line)
-    for line in _summary(report, config, skipped_file):
-        logger.info(line)
-    return StageData(train, evaluation, report, f"{train_report.key} {eval_report.key}")
+    fingerprint = f"{train_report.key} {eval_report.key}"
+    return StageData(train, evaluation, report, fingerprint, _summary(report, config, skipped_file))
 
 
 def reads_special_tokens(template: Template, tokenizer: Any) -> bool:
@@ -140,6 +149,19 @@ def reads_special_tokens(template: Template, tokenizer: Any) -> bool:
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
     return any(text in written for text in special if text)
+
+
+def _read_all(
+    kind: str, texts: Sequence[str], field: str, template: Template, config: DataConfig, skipped: list[SkippedRow]
+) -> list[_Part]:
+    """The data sets of one option; an error of their columns says what the option must be."""
+    parts = []
+    for place, text in enumerate(texts):
+        try:
+            parts.append(_read(kind, text, template, config, skipped))
+        except ColumnsError as error:
+            raise error.with_option(field, texts, place) from error
+    return parts
 
 
 def _read(kind: str, text: str, template: Template, config: DataConfig, skipped: list[SkippedRow]) -> _Part:

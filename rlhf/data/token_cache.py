@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from rlhf.checkpoint.atomic import replaced_file
 from rlhf.data.spec import DataError
 from rlhf.data.tokenize import Tokenized, TokenReport
-from rlhf.distributed import rank_zero_first
+from rlhf.distributed.collectives import rank_zero_first
 from rlhf.types import (
     PreferenceRecord,
     PromptRecord,

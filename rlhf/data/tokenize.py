@@ -13,11 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tqdm import tqdm
-
 from rlhf.data.row_values import without_end_marks
 from rlhf.data.spec import DataError
-from rlhf.distributed import is_main
+from rlhf.distributed.progress import Progress
 from rlhf.types import (
     PreferenceRecord,
     PromptRecord,
@@ -141,13 +139,13 @@ class TextEncoder:
 
     def _encode(self, texts: Sequence[str], *, read_special_tokens: bool) -> list[list[int]]:
         rows: list[list[int]] = []
-        starts = range(0, len(texts), TEXTS_PER_CALL)
-        quiet = len(texts) < PROGRESS_FROM_TEXTS or not is_main()
-        for start in tqdm(starts, desc="tokenise", unit_scale=TEXTS_PER_CALL, unit=" texts", disable=quiet):
-            part = list(texts[start : start + TEXTS_PER_CALL])
-            for text, ids in zip(part, self._call(part, read_special_tokens), strict=True):
-                misread = not read_special_tokens and not self._guarded_ids.isdisjoint(ids)
-                rows.append(self._encode_in_pieces(text) if misread and self._guarded_text.search(text) else ids)
+        with Progress(len(texts), "tokenise", "text", shown=len(texts) >= PROGRESS_FROM_TEXTS) as progress:
+            for start in range(0, len(texts), TEXTS_PER_CALL):
+                part = list(texts[start : start + TEXTS_PER_CALL])
+                for text, ids in zip(part, self._call(part, read_special_tokens), strict=True):
+                    misread = not read_special_tokens and not self._guarded_ids.isdisjoint(ids)
+                    rows.append(self._encode_in_pieces(text) if misread and self._guarded_text.search(text) else ids)
+                progress.advance(len(part))
         return rows
 
     def _call(self, texts: list[str], read_special_tokens: bool) -> list[list[int]]:

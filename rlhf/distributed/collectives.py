@@ -14,7 +14,8 @@ import torch.distributed as dist
 
 from rlhf.config import ConfigError
 from rlhf.distributed.log import logger
-from rlhf.distributed.world import init_world, is_main, rank
+from rlhf.distributed.place import is_main, rank
+from rlhf.distributed.world import init_world
 
 _PROCESS_STARTED = time.time()
 

@@ -12,7 +12,9 @@ import torch
 
 PROJECT = Path(__file__).parents[2]
 _MEMORY_HINT = (
-    "lower micro_batch_size or micro_batch_tokens, turn on gradient_checkpointing, raise zero_stage, or use offload"
+    "lower micro_batch_size or micro_batch_tokens (while PPO samples or scores: generation_batch_size, "
+    "scoring_batch_tokens), turn on gradient_checkpointing, raise zero_stage, use offload or more devices; all of "
+    "these learn the same"
 )
 _CPU_MEMORY = re.compile(
     r"DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory|std::bad_alloc"

@@ -11,16 +11,17 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
+from rlhf.distributed.exit_codes import EXIT_BUG, EXIT_INTERRUPTED, EXIT_RANK_LOST, EXIT_USER
 from rlhf.distributed.failures import is_consequence, memory_failure, place_of, storage_failure, summary_of
+from rlhf.distributed.place import is_main, world_size
 from rlhf.distributed.rank_watch import Stopped, current_watch
-from rlhf.distributed.verdict import EXIT_BUG, EXIT_INTERRUPTED, EXIT_RANK_LOST, EXIT_USER, exit_now, say
-from rlhf.distributed.world import is_main, world_size
+from rlhf.distributed.verdict import exit_now, say
 
 BEFORE_WATCH_SECONDS = 5.0
 
 
 def run_to_end(main: Callable[[], Any], user_errors: tuple[type[Exception], ...]) -> None:
-    """Run `main`; however it ends, one rank says it in one sentence, with an exit code of `verdict`'s table.
+    """Run `main`; however it ends, one rank says it in one sentence, with one of `exit_codes`.
 
     `user_errors` are those whose message is all that a user needs. A bug shows its traceback too, once.
     """

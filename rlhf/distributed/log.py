@@ -7,7 +7,7 @@ import sys
 
 from tqdm import tqdm
 
-from rlhf.distributed.world import is_main
+from rlhf.distributed.place import is_main
 
 logger = logging.getLogger("rlhf")
 

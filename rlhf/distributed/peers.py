@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from rlhf.distributed.place import world_size
 from rlhf.distributed.processes import memory_kills
 from rlhf.distributed.rank_board import RankRecord, process_state, same_machine
 from rlhf.distributed.sign_of_life import SILENT_SECONDS, SignOfLife
-from rlhf.distributed.world import world_size
 
 GONE_MACHINE_SECONDS = 120.0
 """Silence after which a process of another machine counts as gone; a network disk may show old files for a minute."""

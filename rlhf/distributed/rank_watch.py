@@ -23,13 +23,15 @@ import torch
 
 from rlhf.config import RunConfig
 from rlhf.distributed.collectives import all_reduce_max
+from rlhf.distributed.exit_codes import EXIT_INTERRUPTED
 from rlhf.distributed.log import logger
 from rlhf.distributed.peers import Peers
+from rlhf.distributed.place import is_main, rank, world_size
 from rlhf.distributed.rank_board import RankBoard, RankRecord, own_record
 from rlhf.distributed.sign_of_life import SignOfLife
 from rlhf.distributed.stop_signals import StopSignals
-from rlhf.distributed.verdict import EXIT_INTERRUPTED, JobVerdict
-from rlhf.distributed.world import init_world, is_main, rank, world_size
+from rlhf.distributed.verdict import JobVerdict
+from rlhf.distributed.world import init_world
 
 LOOK_SECONDS = 1.0
 """Between two looks at the board, up to 16 ranks; many ranks look less often, so that the disk is not kept busy."""

@@ -1,9 +1,4 @@
-"""How the processes of a job end together: one rank says why, and all leave with its exit code.
-
-0  finished, or stopped in good order                    1  a bug, with its traceback
-2  something the user can mend                           130  interrupted a second time
-3  a rank died, hung or ran out of memory (a restart may help)
-"""
+"""How the processes of a job end together: one rank says why, and all leave with its exit code."""
 
 from __future__ import annotations
 
@@ -17,11 +12,11 @@ from typing import NoReturn
 
 from tqdm import tqdm
 
+from rlhf.distributed.exit_codes import EXIT_RANK_LOST
 from rlhf.distributed.peers import Peers
+from rlhf.distributed.place import is_main, world_size
 from rlhf.distributed.rank_board import process_state
-from rlhf.distributed.world import is_main, world_size
 
-EXIT_BUG, EXIT_USER, EXIT_RANK_LOST, EXIT_INTERRUPTED = 1, 2, 3, 130
 KILL_AFTER_SECONDS = 3.0
 """What the rank that ends the job leaves the others on its machine to go by themselves."""
 

@@ -1,4 +1,4 @@
-"""Rank, world size, device and seeding.
+"""Joining and leaving the world, this rank's device, and seeding.
 
 Everything works in a single process without a launcher: the world is then of size one.
 """
@@ -17,25 +17,9 @@ import torch
 import torch.distributed as dist
 
 from rlhf.config import ConfigError
-
-
-def rank() -> int:
-    """This process's rank, 0 in a world of one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank()
-    return int(os.environ.get("RANK", "0"))
-
-
-def world_size() -> int:
-    """The number of processes, 1 without a launcher."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """True on rank 0, which writes files and prints."""
-    return rank() == 0
+from rlhf.distributed.chatter import without_chatter
+from rlhf.distributed.operator_builds import watch_operator_builds
+from rlhf.distributed.place import free_port, rank
 
 
 def init_world(timeout_minutes: float = 60.0) -> torch.device:
@@ -46,6 +30,7 @@ def init_world(timeout_minutes: float = 60.0) -> torch.device:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    watch_operator_builds()
     accelerator = get_accelerator()
     if not dist.is_initialized():
         if "RANK" not in os.environ:
@@ -53,12 +38,13 @@ def init_world(timeout_minutes: float = 60.0) -> torch.device:
             os.environ["MASTER_PORT"] = str(free_port())
         elif os.environ["RANK"] == "0":
             _check_port(int(os.environ.get("MASTER_PORT", "29500")))
-        deepspeed.init_distributed(
-            dist_backend=accelerator.communication_backend_name() if accelerator.is_available() else "gloo",
-            auto_mpi_discovery=False,
-            timeout=timedelta(minutes=timeout_minutes),
-            verbose=False,
-        )
+        with without_chatter():
+            deepspeed.init_distributed(
+                dist_backend=accelerator.communication_backend_name() if accelerator.is_available() else "gloo",
+                auto_mpi_discovery=False,
+                timeout=timedelta(minutes=timeout_minutes),
+                verbose=False,
+            )
         if accelerator.device_name() == "cpu":
             _unlink_shared_memory()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -83,13 +69,6 @@ def close_world() -> None:
     """Leave the world in good order; a rank that only exits may end with the library's abort and a false status."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A TCP port nobody listens on at the moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _check_port(port: int) -> None:

@@ -5,6 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from rlhf.doctor.findings import Finding
+from rlhf.doctor.held_out_checks import (
+    reward_model_at_chance,
+    reward_model_is_shortcut,
+    score_below_start,
+    too_few_held_out,
+)
 from rlhf.doctor.history import History
 from rlhf.doctor.on_policy_checks import (
     advantages_equal,
@@ -34,21 +40,25 @@ from rlhf.doctor.training_checks import (
 
 Check = Callable[[History], list[Finding]]
 
-EVERY_STAGE: tuple[Check, ...] = (not_finite, learning_rate_zero)
+EVERY_STAGE: tuple[Check, ...] = (not_finite, learning_rate_zero, too_few_held_out)
 """What may go wrong wherever something is trained; the others begin with these."""
 OFFLINE: tuple[Check, ...] = (*EVERY_STAGE, loss_diverges)
 """Training on rows that are there."""
-REWARD: tuple[Check, ...] = (*OFFLINE, reward_model_saturated, reward_model_blind)
+REWARD: tuple[Check, ...] = (
+    *OFFLINE, reward_model_saturated, reward_model_blind, reward_model_at_chance, reward_model_is_shortcut,
+)  # fmt: skip
 """Training a reward model."""
 ON_POLICY: tuple[Check, ...] = (
     *EVERY_STAGE, ratio_not_one, sampling_mismatch, kl_negative, kl_explodes, kl_dead, clip_fraction_high,
     value_function_useless, entropy_collapse, eos_rate_falls, length_exploited, score_is_length, repetition,
     empty_responses, score_out_of_range, scores_alike, advantages_equal,
+    score_below_start,
 )  # fmt: skip
 """Training on responses that the model samples itself."""
 NEEDS: Mapping[str, tuple[str, ...]] = {
     "loss_diverges": ("loss",),
     "learning_rate_zero": ("learning_rate",),
+    "too_few_held_out": ("eval_rows",),
     "ratio_not_one": ("ratio_first", "log_ratio_first_max"),
     "sampling_mismatch": ("sampling_logprob_error_mean",),
     "kl_negative": ("kl_per_token",),
@@ -67,6 +77,9 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "advantages_equal": ("advantage_std",),
     "reward_model_saturated": ("accuracy", "margin"),
     "reward_model_blind": ("eval_score_std",),
+    "reward_model_at_chance": ("eval_accuracy_low",),
+    "reward_model_is_shortcut": ("eval_over_shortcut",),
+    "score_below_start": ("eval_score_gain_error",),
 }
 """Metrics without which a check says nothing."""
 

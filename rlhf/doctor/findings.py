@@ -11,11 +11,16 @@ Severity = Literal["warning", "critical"]
 
 @dataclass(frozen=True)
 class Sickness:
-    """A sickness in words that hold for every run: its title, what it means and what to try."""
+    """A sickness in words that hold for every run: its title, what it means and what to try.
+
+    `of_the_model`: it is one of the model as last evaluated, not something that happened in the run. A later evaluation
+    without it leaves no trace.
+    """
 
     title: str
     meaning: str
     remedy: str
+    of_the_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -178,6 +183,41 @@ SICKNESSES: Mapping[str, Sickness] = {
         "the reward model gives every response the same score",
         "After training its scores hardly differ on held-out responses: PPO would amplify noise.",
         "a higher learning rate, more epochs; check that chosen and rejected differ and that the head trains.",
+    ),
+    "reward_model_at_chance": Sickness(
+        "the reward model is not shown to be better than chance",
+        "Which of two held-out responses is the preferred one it guesses about as well as a coin does: PPO on its "
+        "scores learns noise, however high they rise.",
+        "read some pairs: do the labels say what they should, is enough of each response within max_response_tokens? "
+        "Then more pairs, more steps, a larger base. A run of a few steps ends here.",
+        of_the_model=True,
+    ),
+    "reward_model_is_shortcut": Sickness(
+        "the reward model is not shown to be better than length alone",
+        "A rule that reads no word chooses as well on the same pairs: what the model has learnt may be that rule, and "
+        "PPO would then make responses longer (or shorter), not better.",
+        "pairs balanced in length; more steps; where the interval is wide, more held-out pairs.",
+        of_the_model=True,
+    ),
+    "too_few_held_out": Sickness(
+        "too few held-out rows to say",
+        "Chance alone may move the held-out figures, and the choice of the best model with them, by as much as they "
+        "are read for.",
+        "a larger eval_fraction, or evaluation files (sft_eval_data, preference_eval_data, prompt_eval_data); some "
+        "hundred rows where there are.",
+    ),
+    "score_below_start": Sickness(
+        "the held-out score is below its start",
+        "On held-out prompts the trained actor gets a lower score than the model it started from, by more than chance: "
+        "the run did harm, or gave the score up for the penalties (a missing end, the KL divergence).",
+        "a lower learning rate, more iterations, smaller penalties where they ate the gain; until then the model "
+        "before PPO is the better one.",
+        of_the_model=True,
+    ),
+    "run_incomplete": Sickness(
+        "the stage has not come to its end",
+        "Nothing runs any more and there is no result: the model is missing, or is that of an evaluation on the way.",
+        "the same command with --resume auto, which goes on from the last training state.",
     ),
     "advantages_equal": Sickness(
         "all advantages are equal",

@@ -23,12 +23,19 @@ def series(history: History, name: str) -> list[Point]:
 
 
 def condensed(history: History) -> list[Line]:
-    """The lines that checks look at: the first and the last ones of training and of evaluation, in order."""
-    kept: set[int] = set()
+    """The lines that checks look at, in order: the first and the last of training and of evaluation, and the best."""
+    best = best_evaluation(history)
+    kept = {index for index, line in enumerate(history) if line is best}
     for evaluation in (False, True):
         places = [index for index, line in enumerate(history) if _is_evaluation(line) == evaluation]
         kept.update(places[:KEPT_FIRST], places[-KEPT_LAST:])
     return [line for index, line in enumerate(history) if index in kept]
+
+
+def best_evaluation(history: History) -> Line | None:
+    """The evaluation after training began whose loss is the lowest: that of the model that is kept. None before one."""
+    lines = [line for line in history if line["step"] > 0 and math.isfinite(line.get("eval_loss", math.nan))]
+    return min(lines, key=lambda line: line["eval_loss"], default=None)
 
 
 def mean_value(points: Sequence[Point]) -> float:

@@ -9,9 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.distributed import is_main, logger
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main
 from rlhf.doctor.checks import Check, examine
-from rlhf.doctor.findings import Finding
+from rlhf.doctor.findings import SICKNESSES, Finding
 from rlhf.doctor.history import condensed
 
 HEALTH_FILE = "health.jsonl"
@@ -51,6 +52,9 @@ class HealthWatch:
             elif self._worse(now):
                 events.append(("worse", now))
         for name in [name for name in self.open if name not in present]:
+            if SICKNESSES[name].of_the_model:
+                events.append(("ended", self.open.pop(name)))
+                continue
             self._absent[name] = self._absent.get(name, 0) + 1
             if self._absent[name] >= GONE_AFTER:
                 ended = self.over[name] = self.open.pop(name)

@@ -16,8 +16,8 @@ from rlhf.doctor.checks import Check, unchecked
 from rlhf.doctor.findings import Finding, finding
 from rlhf.doctor.history import series
 from rlhf.doctor.monitor import HEALTH_FILE, HealthWatch
+from rlhf.doctor.run_state import METRICS_FILE, RunState, begun, run_state
 
-METRICS_FILE = "metrics.jsonl"
 SETTINGS = ("learning_rate", "critic_learning_rate", "kl_coef", "precision", "zero_stage", "lora_rank")
 CUT_RESPONSES = 0.05
 """Share of training responses cut at their longest length from which it is worth a note: they teach not to end."""
@@ -47,6 +47,7 @@ class StageDiagnosis:
 
     stage: StageView
     state: str
+    kind: str = "not started"
     figures: list[str] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     over: set[str] = field(default_factory=set)
@@ -65,6 +66,11 @@ class Diagnosis:
     def healthy(self) -> bool:
         return not any(stage.findings for stage in self.stages)
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether a stage was cut short: begun or asked for, without a result, and nothing runs any more."""
+        return any(stage.kind == "incomplete" for stage in self.stages)
+
     def text(self) -> str:
         """The diagnosis for a terminal."""
         lines = [f"run {self.directory}"]
@@ -72,6 +78,10 @@ class Diagnosis:
             lines += ["", *_stage_lines(stage)]
         count = sum(len(stage.findings) for stage in self.stages)
         verdict = "healthy" if self.healthy else f"{count} finding{'s' if count > 1 else ''}"
+        if self.incomplete:
+            verdict = f"incomplete, {verdict}"
+        elif any(stage.kind == "running" for stage in self.stages):
+            verdict += " so far: it is running"
         return "\n".join([*lines, "", f"diagnosis: {verdict}"])
 
 
@@ -80,20 +90,18 @@ def diagnose(run_dir: Path, stages: Sequence[StageView]) -> Diagnosis:
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise NotARunError(f"{run_dir} is not a directory")
-    if (run_dir / METRICS_FILE).is_file():
-        return Diagnosis(run_dir, [_diagnose_stage(run_dir, _stage_of(run_dir, stages))])
-    present = [stage for stage in stages if (run_dir / stage.name).is_dir()]
-    if not any((run_dir / stage.name / name).is_file() for stage in present for name in (METRICS_FILE, HEALTH_FILE)):
+    if begun(run_dir):
+        stage = _stage_of(run_dir, stages)
+        return Diagnosis(run_dir, [_diagnose_stage(run_dir, stage, run_state(run_dir))])
+    states = [run_state(run_dir / stage.name) for stage in stages]
+    if all(state.kind == "not started" for state in states):
         wanted = ", ".join(f"{stage.name}/{METRICS_FILE}" for stage in stages)
         raise NotARunError(
             f"{run_dir} is not the directory of a run: none of {wanted} is there; name the output_dir of a run"
         )
     return Diagnosis(
         run_dir,
-        [
-            _diagnose_stage(run_dir / stage.name, stage) if stage in present else StageDiagnosis(stage, "not started")
-            for stage in stages
-        ],
+        [_diagnose_stage(run_dir / stage.name, stage, state) for stage, state in zip(stages, states, strict=True)],
     )
 
 
@@ -118,7 +126,9 @@ def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return lines, notes
 
 
-def _diagnose_stage(directory: Path, stage: StageView) -> StageDiagnosis:
+def _diagnose_stage(directory: Path, stage: StageView, state: RunState) -> StageDiagnosis:
+    if not begun(directory) and state.kind != "finished":
+        return StageDiagnosis(stage, "not started", state.kind, findings=_incomplete(state, 0))
     path = directory / METRICS_FILE
     if path.is_file():
         entries, notes = read_lines(path)
@@ -132,6 +142,7 @@ def _diagnose_stage(directory: Path, stage: StageView) -> StageDiagnosis:
         watch.look(int(line["step"]), line)
     findings = watch.findings()
     findings += _stops(directory / HEALTH_FILE, notes)
+    findings += _incomplete(state, int(history[-1]["step"]) if history else 0)
     missing = unchecked(stage.checks, history) if history else {}
     if missing:
         shown = ", ".join(f"{name} (no {', '.join(names)})" for name, names in missing.items())
@@ -139,7 +150,8 @@ def _diagnose_stage(directory: Path, stage: StageView) -> StageDiagnosis:
     sick = {found.check for found in findings} | set(missing)
     return StageDiagnosis(
         stage,
-        _state(directory, stage, history, notes),
+        _state_line(state, directory / METRICS_FILE, stage, history),
+        state.kind,
         figures=_figures(stage, history),
         findings=findings,
         over=set(watch.over),
@@ -157,6 +169,12 @@ def _stage_of(directory: Path, stages: Sequence[StageView]) -> StageView:
     if name not in by_name:
         raise NotARunError(f"{directory} has metrics but is none of the stages {', '.join(by_name)}; name their parent")
     return by_name[name]
+
+
+def _incomplete(state: RunState, step: int) -> list[Finding]:
+    if state.kind != "incomplete":
+        return []
+    return [finding("run_incomplete", "critical", step, step, state.reason)]
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
@@ -181,17 +199,15 @@ def _stops(path: Path, notes: list[str]) -> list[Finding]:
     ]
 
 
-def _state(directory: Path, stage: StageView, history: Sequence[Mapping[str, float]], notes: list[str]) -> str:
+def _state_line(state: RunState, metrics: Path, stage: StageView, history: Sequence[Mapping[str, float]]) -> str:
     last = f"last line at {stage.unit} {int(history[-1]['step'])}" if history else "no line of metrics yet"
-    if (directory / "result.json").is_file():
-        result = _read_json(directory / "result.json", notes)
-        extra = [f"{name} {result[name]}" for name in ("seconds", "seed") if name in result]
+    if state.kind == "finished":
+        extra = [f"{name} {state.result[name]}" for name in ("seconds", "seed") if name in state.result]
         return f"finished ({', '.join([last, *extra])})"
-    path = directory / METRICS_FILE
-    if not path.is_file():
-        return "started, nothing measured yet"
-    age = max(0.0, time.time() - path.stat().st_mtime)
-    return f"running or interrupted: no result.json; {last}, written {_duration(age)} ago"
+    if not metrics.is_file():
+        return f"{state.kind}, nothing measured yet"
+    age = max(0.0, time.time() - metrics.stat().st_mtime)
+    return f"{state.kind}; {last}, written {_duration(age)} ago"
 
 
 def _duration(seconds: float) -> str:
@@ -206,8 +222,15 @@ def _figures(stage: StageView, history: Sequence[Mapping[str, float]]) -> list[s
     for name in stage.figures:
         points = series(history, name)
         if points:
-            figures.append(f"{name} {points[0][1]:.3g} -> {points[-1][1]:.3g}")
+            held_out = _held_out(history) if name.startswith("eval_") else ""
+            figures.append(f"{name} {points[0][1]:.3g} -> {points[-1][1]:.3g}{held_out}")
     return figures
+
+
+def _held_out(history: Sequence[Mapping[str, float]]) -> str:
+    """` (n = 112)`: the pairs, or rows, that a held-out figure rests on."""
+    counts = series(history, "eval_pairs") or series(history, "eval_rows")
+    return f" (n = {counts[-1][1]:.0f})" if counts else ""
 
 
 def _data_notes(path: Path) -> list[str]:

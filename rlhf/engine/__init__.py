@@ -7,6 +7,7 @@ from rlhf.engine.engine_state import load_engine_state, save_engine_state
 from rlhf.engine.factory import (
     build_optimizer,
     build_schedule,
+    check_engine,
     device_of,
     inference_engine,
     training_engine,
@@ -21,6 +22,7 @@ __all__ = [
     "RLHFEngine",
     "build_optimizer",
     "build_schedule",
+    "check_engine",
     "compute_dtype",
     "deepspeed_settings",
     "device_of",

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from rlhf.config import ConfigError
-from rlhf.distributed import is_main, raise_on_all, world_size
+from rlhf.distributed.collectives import raise_on_all
+from rlhf.distributed.place import is_main, world_size
 from rlhf.engine.master_weights import Weight, by_master, trained_weights
 
 

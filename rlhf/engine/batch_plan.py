@@ -34,7 +34,8 @@ class BatchPlan:
                 f"global_batch_size={self.global_batch_size} leaves {self.world_size - self.global_batch_size} of "
                 f"{self.world_size} devices without a sequence: start on {self.global_batch_size} or fewer (run_all.sh "
                 f"--num_devices {self.global_batch_size}, deepspeed --num_gpus {self.global_batch_size}), which learns "
-                f"the same; or raise global_batch_size to {self.world_size} or more, which learns something else"
+                f"the same; or set global_batch_size={self.world_size} or more, which changes the training (in PPO the "
+                "responses of a rollout must be a multiple of it)"
             )
 
     @property

@@ -13,7 +13,7 @@ from rlhf.engine.batch_plan import BatchPlan
 ENGINE_OWNED = {
     "train_batch_size": "global_batch_size",
     "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "gradient_accumulation_steps": "global_batch_size / (micro_batch_size * devices)",
+    "gradient_accumulation_steps": "micro_batch_size",
     "gradient_clipping": "max_grad_norm",
     "zero_optimization.stage": "zero_stage",
     "zero_optimization.offload_optimizer.device": "offload",
@@ -22,6 +22,14 @@ ENGINE_OWNED = {
     "fp16.enabled": "precision",
 }
 """DeepSpeed keys with a configuration field of their own, and its name."""
+SAME_TRAINING = {
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "zero_optimization.stage",
+    "zero_optimization.offload_optimizer.device",
+    "zero_optimization.offload_param.device",
+}
+"""Those of them that change memory and speed, not what is learnt."""
 REFUSED = {
     "optimizer": "the fields of the optimizer (learning_rate, weight_decay, adam_betas, ...)",
     "scheduler": "lr_schedule, warmup_steps and warmup_ratio",
@@ -157,9 +165,10 @@ def _merge(generated: dict[str, Any], user_config: Mapping[str, Any]) -> None:
             ours = place.get(name, "none" if name == "device" else None)
             theirs = value or "none" if name == "device" else value
             if ours != theirs:
+                learns = "learns the same" if key in SAME_TRAINING else "changes the training"
                 raise ConfigError(
-                    f"deepspeed_config says {key}={value} and {ENGINE_OWNED[key]} makes it {ours}; "
-                    f"set one of them to the other, or leave `{key}` out of the file"
+                    f"deepspeed_config says {key}={value} and {ENGINE_OWNED[key]} makes it {ours}; leave `{key}` out "
+                    f"of the file, which changes nothing, or set {ENGINE_OWNED[key]} to make it {value}, which {learns}"
                 )
         place[name] = value
 

@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from rlhf.config import ConfigError
-from rlhf.distributed import any_rank, is_main, rank, world_size
+from rlhf.distributed.collectives import any_rank
+from rlhf.distributed.place import is_main, rank, world_size
 from rlhf.engine.master_weights import Weight, by_master, refresh_weights, trained_weights
 from rlhf.engine.optimizer_state import (
     layout_of,

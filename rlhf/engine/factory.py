@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -14,7 +15,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from rlhf.config import ConfigError, EngineConfig, OptimizerConfig
-from rlhf.distributed import init_world, logger, world_size
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import world_size
+from rlhf.distributed.world import init_world
 from rlhf.engine.batch_plan import BatchPlan
 from rlhf.engine.deepspeed_config import compute_dtype, deepspeed_settings
 from rlhf.models.experts import check_no_experts
@@ -41,6 +44,7 @@ def training_engine(
     import deepspeed
 
     device = init_world()
+    check_engine(engine, optimizer, plan)
     _check(model, engine, plan)
     model_config = getattr(model, "config", None)
     if model_config is not None:
@@ -88,6 +92,26 @@ def inference_engine(model: nn.Module, *, engine: EngineConfig, plan: BatchPlan)
     return wrapped
 
 
+def check_engine(engine: EngineConfig, optimizer: OptimizerConfig, plan: BatchPlan) -> None:
+    """ConfigError for an engine or an optimizer that could not be made, before there is a model."""
+    _settings(engine, plan, None)
+    _check_eight_bit(optimizer, engine.offload)
+
+
+def _check_eight_bit(optimizer: OptimizerConfig, offload: str) -> None:
+    if optimizer.optimizer == "adamw":
+        return
+    if offload != "none":
+        raise ConfigError(
+            f"optimizer={optimizer.optimizer} does not go with offload={offload}; use offload=none, which learns the "
+            "same, or optimizer=adamw, whose states are not rounded to 8 bits"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"optimizer={optimizer.optimizer} needs bitsandbytes: pip install 'rlhf[quantization]', or use adamw"
+        )
+
+
 @contextmanager
 def zero3_loading(engine: EngineConfig, plan: BatchPlan) -> Iterator[None]:
     """Within the block `from_pretrained` partitions weights over the ranks as it loads them, under ZeRO-3 alone.
@@ -126,14 +150,13 @@ def build_optimizer(
         for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0))
         if parameters
     ]
+    _check_eight_bit(config, offload)
     arguments: dict[str, Any] = {
         "lr": config.learning_rate if learning_rate is None else learning_rate,
         "betas": tuple(config.adam_betas),
         "eps": config.adam_eps,
     }
     if config.optimizer in ("adamw_8bit", "paged_adamw_8bit"):
-        if offload != "none":
-            raise ConfigError(f"optimizer={config.optimizer} does not go with offload={offload}; use optimizer=adamw")
         import bitsandbytes as bnb
 
         kind = bnb.optim.AdamW8bit if config.optimizer == "adamw_8bit" else bnb.optim.PagedAdamW8bit

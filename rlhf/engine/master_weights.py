@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from rlhf.config import ConfigError
-from rlhf.distributed import is_main, rank, world_size
+from rlhf.distributed.place import is_main, rank, world_size
 
 BROADCAST_ELEMENTS = 2**24
 """Elements that travel between ranks at a time: 64 MiB of float32 on each device."""

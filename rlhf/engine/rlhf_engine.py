@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from rlhf.config import ConfigError, EngineConfig, ModelConfig, OptimizerConfig, check_together
-from rlhf.distributed import logger, world_size
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import world_size
 from rlhf.engine.averaged_weights import AveragedWeights
 from rlhf.engine.batch_plan import BatchPlan
 from rlhf.engine.deepspeed_config import compute_dtype

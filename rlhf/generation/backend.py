@@ -1,19 +1,19 @@
 """What samples a rollout: the `Backend` protocol, and its implementations by name.
 
-A new backend is a file beside this one and a row of `BACKENDS`; tests/generation/test_backends.py compares every row
-with `generate` of transformers.
+A new backend is a file beside this one and a row of `BACKENDS`, which loads it on use;
+tests/generation/test_backends.py compares every row with `generate` of transformers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from rlhf.config import ConfigError
-from rlhf.generation.actor_backend import ActorBackend
-from rlhf.generation.deepspeed_backend import DeepSpeedBackend
-from rlhf.generation.token_sampling import Sampling
-from rlhf.types import PromptBatch, Rollout
+
+if TYPE_CHECKING:
+    from rlhf.generation.token_sampling import Sampling
+    from rlhf.types import PromptBatch, Rollout
 
 
 class Backend(Protocol):
@@ -34,7 +34,19 @@ class Backend(Protocol):
         """
 
 
-BACKENDS: dict[str, Callable[..., Backend]] = {"own": ActorBackend, "deepspeed": DeepSpeedBackend}
+def _own(actor: Any, **settings: Any) -> Backend:
+    from rlhf.generation.actor_backend import ActorBackend
+
+    return ActorBackend(actor, **settings)
+
+
+def _deepspeed(actor: Any, **settings: Any) -> Backend:
+    from rlhf.generation.deepspeed_backend import DeepSpeedBackend
+
+    return DeepSpeedBackend(actor, **settings)
+
+
+BACKENDS: dict[str, Callable[..., Backend]] = {"own": _own, "deepspeed": _deepspeed}
 
 
 def make_backend(

@@ -18,7 +18,7 @@ from transformers.utils import cached_file
 
 from rlhf.checkpoint.export import adapter_weights, is_adapted, save_model
 from rlhf.config import ConfigError
-from rlhf.distributed import logger
+from rlhf.distributed.log import logger
 from rlhf.models.directories import (
     ADAPTER_CONFIG_FILE,
     SCALAR_HEAD_FILE,

@@ -22,7 +22,7 @@ from transformers.integrations import deepspeed as hf_deepspeed
 
 from rlhf.checkpoint.atomic import replaced_directory
 from rlhf.config import ConfigError
-from rlhf.distributed import rank_zero_first
+from rlhf.distributed.collectives import rank_zero_first
 from rlhf.models.adapters import load_adapter
 from rlhf.models.classifier import CLASSIFIER_CONFIG_FILE, SCORE_RANGE_FILE, read_head, save_classifier
 from rlhf.models.directories import ADAPTER_CONFIG_FILE, SCALAR_HEAD_FILE, adapter_config_file, explain_read_errors

@@ -26,13 +26,14 @@ def check_positions(
     config, place = path_or_config, ""
     if not isinstance(config, PreTrainedConfig):
         place = f" {config}"
-        config = _model_config(config, trust_remote_code)
+        config = model_config(config, trust_remote_code=trust_remote_code)
     limit = max_positions(config)
     if limit is not None and needed_tokens > limit:
         raise ConfigError(
             f"{what}{place} has {limit} positions, and max_prompt_tokens + max_response_tokens is {needed_tokens}: "
-            f"lower one of them by {needed_tokens - limit}, max_prompt_tokens if long prompts may lose their "
-            f"beginning, else max_response_tokens"
+            f"together they may be {limit}. What is above your longest prompt or response (data.json of a run counts "
+            "what was cut) can go and changes nothing; below that, lower max_prompt_tokens if long prompts may lose "
+            "their beginning, else max_response_tokens, and either changes the training"
         )
 
 
@@ -55,7 +56,8 @@ def max_positions(config: Any) -> int | None:
     return limit
 
 
-def _model_config(path: str | Path, trust_remote_code: bool) -> Any:
+def model_config(path: str | Path, *, trust_remote_code: bool = False) -> Any:
+    """The configuration of the model in `path`, of an adapter that of its base. ConfigError where none can be read."""
     check_model_path(path)
     with explain_read_errors(path, "model"):
         adapter = adapter_config_file(path)
@@ -63,5 +65,5 @@ def _model_config(path: str | Path, trust_remote_code: bool) -> Any:
             base = json.loads(Path(adapter).read_text(encoding="utf-8")).get("base_model_name_or_path")
             if not base:
                 raise ConfigError(f"{adapter} names no base model; set base_model_name_or_path")
-            return _model_config(base, trust_remote_code)
+            return model_config(base, trust_remote_code=trust_remote_code)
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig
 
 from rlhf.config import ConfigError, ModelConfig
-from rlhf.distributed import init_world, logger
+from rlhf.distributed.log import logger
+from rlhf.distributed.world import init_world
 from rlhf.models.directories import explain_read_errors
 
 PLAIN = ModelConfig()

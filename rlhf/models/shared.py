@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from rlhf.config import ModelConfig
-from rlhf.distributed import logger
+from rlhf.distributed.log import logger
 from rlhf.models.adapters import load_adapter
 from rlhf.models.directories import adapter_base, base_key, check_causal_directory, is_scalar_directory
 from rlhf.models.loading import backbone_of, load_backbone, load_causal_lm

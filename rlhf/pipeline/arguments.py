@@ -2,7 +2,8 @@
 
 `python -m rlhf.pipeline.arguments [--stages sft,reward,ppo] ARGS...` prints bash assignments that
 `training_scripts/run_all.sh` evaluates: DEFAULT_STAGES, STAGES (those that run), RESUME_STAGES (those with
-`resume: auto`), OUTPUT_DIR, MAX_RESTARTS, LAUNCHER_ARGS, and by stage SCRIPT_sft, TITLE_sft, ARGS_sft and so on.
+`resume: auto`), OVERWRITE_STAGES (those whose earlier run is removed), OUTPUT_DIR, MAX_RESTARTS, LAUNCHER_ARGS, and by
+stage SCRIPT_sft, TITLE_sft, ARGS_sft and so on.
 A field goes to every stage that has it; `--reward.learning_rate 1e-4` goes to that stage alone.
 """
 
@@ -11,17 +12,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import io
 import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
-from rlhf.config import REMOVED_FIELDS, ConfigError, RunConfig, facts_of
-from rlhf.distributed import free_port
-from rlhf.pipeline.stages import PROJECT, STAGES, default_run, parse_stage
+from rlhf.config import REMOVED_FIELDS, ConfigError, RunConfig, facts_of, read_options
+from rlhf.config.explain import field_help
+from rlhf.distributed.place import free_port
+from rlhf.pipeline.earlier_run import RESULT, finished_refusal
+from rlhf.pipeline.stages import PROJECT, STAGES, default_run, parse_stage, stage_fields
 
 LAUNCHER_OPTIONS = {
     "num_devices": "--num_gpus",
@@ -31,6 +33,9 @@ LAUNCHER_OPTIONS = {
     "master_port": "--master_port",
 }
 """Options of the pipeline and what the `deepspeed` launcher calls them."""
+
+
+HELP_ALL = "--help-all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +48,8 @@ class PipelineArguments:
     stage_arguments: dict[str, list[str]]
     resume_stages: tuple[str, ...] = ()
     """Stages that resume what an earlier run left, be it by the command line or by the configuration file."""
+    overwrite_stages: tuple[str, ...] = ()
+    """Stages whose earlier run is removed before the first stage starts."""
     max_restarts: int = 0
     """How many failures of the whole run are answered by starting the stage again."""
 
@@ -59,7 +66,7 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
     max_restarts = 0
     shared: list[tuple[str, list[str]]] = []
     own: dict[str, list[tuple[str, list[str]]]] = {stage: [] for stage in STAGES}
-    for name, values in _options(arguments):
+    for name, values in read_options(arguments):
         section, _, field_name = name.rpartition(".")
         values = _from_user_dir(field_name, values, user_dir)
         if name == "short":
@@ -93,16 +100,26 @@ def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArgum
             given += [(name, [value]) for name, value in STAGES[stage].short_run.items() if name not in names]
         per_stage[stage] = [part for name, values in given for part in (f"--{name}", *values)]
     runs = {stage: _run_config(stage, values) for stage, values in per_stage.items()}
-    for stage, run in runs.items():
-        _check_nothing_is_lost(stage, run)
+    output_dir = _output_dir(runs)
+    if short and all("--output_dir" not in values for values in per_stage.values()):
+        output_dir = _make_trial(runs, per_stage)
+    _check_nothing_is_lost(runs)
     return PipelineArguments(
         stages,
-        _output_dir(runs),
+        output_dir,
         _launcher_arguments(launcher),
         per_stage,
-        tuple(stage for stage, run in runs.items() if run.resume == "auto"),
-        max_restarts,
+        resume_stages=tuple(stage for stage, run in runs.items() if run.resume == "auto"),
+        overwrite_stages=tuple(stage for stage, run in runs.items() if run.overwrite),
+        max_restarts=max_restarts,
     )
+
+
+def all_fields(arguments: Sequence[str]) -> str:
+    """Every field of every stage as this command line sets it, for reading."""
+    pipeline = sort_arguments(arguments, user_dir=Path.cwd())
+    os.chdir(PROJECT)  # where the stages run, and what paths of a configuration file are taken from
+    return field_help({name: stage_fields(name, pipeline.stage_arguments[name]) for name in pipeline.stages})
 
 
 def bash_assignments(pipeline: PipelineArguments) -> str:
@@ -111,6 +128,7 @@ def bash_assignments(pipeline: PipelineArguments) -> str:
         f"DEFAULT_STAGES=({' '.join(stage.name for stage in default_run())})",
         f"STAGES=({' '.join(pipeline.stages)})",
         f"RESUME_STAGES=({' '.join(pipeline.resume_stages)})",
+        f"OVERWRITE_STAGES=({' '.join(pipeline.overwrite_stages)})",
         f"OUTPUT_DIR={shlex.quote(pipeline.output_dir)}",
         f"MAX_RESTARTS={pipeline.max_restarts}",
         f"LAUNCHER_ARGS=({shlex.join(pipeline.launcher_arguments)})",
@@ -122,22 +140,6 @@ def bash_assignments(pipeline: PipelineArguments) -> str:
             f"ARGS_{name}=({shlex.join(pipeline.stage_arguments.get(name, []))})",
         ]
     return "\n".join(lines)
-
-
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """(`name`, values) of every option, in order; a value is whatever does not begin with two dashes."""
-    index = 0
-    while index < len(arguments):
-        word = arguments[index]
-        if not word.startswith("--") or word == "--":
-            raise ConfigError(f"`{word}` is not an option; options are written --field value")
-        name, equals, value = word[2:].partition("=")
-        index += 1
-        values = [value] if equals else []
-        while not equals and index < len(arguments) and not arguments[index].startswith("--"):
-            values.append(arguments[index])
-            index += 1
-        yield name.replace("-", "_"), values
 
 
 def _single(name: str, values: Sequence[str]) -> str:
@@ -159,7 +161,7 @@ def _option_names(stage: str) -> set[str]:
     for kind in STAGES[stage].config_classes().values():
         for item in dataclasses.fields(kind):
             names.add(item.name)
-            if item.type in (bool, "bool"):  # TrlParser replaces a field's annotation by the type once it has run
+            if item.type == "bool":
                 names.add(f"no_{item.name}")
     return names
 
@@ -215,26 +217,42 @@ def _existing(value: str, user_dir: Path) -> str:
 
 def _run_config(stage: str, values: Sequence[str]) -> RunConfig:
     """Parse all of a stage's arguments, so that a mistake in the last one is found before the first one runs."""
-    usage = io.StringIO()
     try:
-        with contextlib.redirect_stderr(usage):
-            run: RunConfig = parse_stage(stage, values).run
+        run: RunConfig = parse_stage(stage, values).run
     except ConfigError as error:
         raise ConfigError(f"stage {stage}: {error}") from error
-    except SystemExit as error:  # argparse prints pages of usage before the line that matters
-        raise ConfigError(f"stage {stage}: {usage.getvalue().strip().splitlines()[-1]}") from error
     return run
 
 
-def _check_nothing_is_lost(stage: str, run: RunConfig) -> None:
-    """ConfigError where an unfinished run of `stage` lies and nothing is said of it: not after the earlier stages were
-    trained anew over the models it stands on."""
-    directory = PROJECT / run.output_dir / stage  # the stages run there; an absolute output_dir wins
-    if run.resume is None and any(directory.glob("states/step-*")) and not (directory / "result.json").is_file():
-        raise ConfigError(
-            f"{directory} holds an unfinished run: go on with --resume auto, start anew and lose it with --resume "
-            "never, or choose another --output_dir"
-        )
+def _check_nothing_is_lost(runs: Mapping[str, RunConfig]) -> None:
+    """ConfigError where a run of a stage lies, unfinished or finished, and nothing is said of it: not after the earlier
+    stages were trained anew over the models it stands on."""
+    directories = {stage: PROJECT / run.output_dir / stage for stage, run in runs.items()}  # an absolute one wins
+    for stage, run in runs.items():
+        directory = directories[stage]
+        unfinished = any(directory.glob("states/step-*")) and not (directory / RESULT).is_file()
+        if unfinished and run.resume is None and not run.overwrite:
+            raise ConfigError(
+                f"{directory} holds an unfinished run: go on with --resume auto, start anew and lose it with --resume "
+                "never, or choose another --output_dir"
+            )
+    for stage, run in runs.items():
+        refused = finished_refusal(directories[stage], run)
+        if refused is not None:
+            raise refused
+
+
+def _make_trial(runs: Mapping[str, RunConfig], per_stage: Mapping[str, list[str]]) -> str:
+    """Give a trial of a few steps a directory of its own, beside that of the run it tries out; the directory.
+
+    It is a trial and nothing else: what an earlier one left there is overwritten unasked.
+    """
+    directory = f"{_output_dir(runs).rstrip('/')}-short"
+    for stage, run in runs.items():
+        run.output_dir = directory
+        run.overwrite = run.resume != "auto"
+        per_stage[stage] += ["--output_dir", directory]
+    return directory
 
 
 def _output_dir(runs: Mapping[str, RunConfig]) -> str:
@@ -265,9 +283,12 @@ def _launcher_arguments(options: Mapping[str, str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the assignments; a mistake goes to standard error and returns 2."""
+    """Print the assignments, with `--help-all` every field; a mistake goes to standard error and returns 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if HELP_ALL in arguments:
+            print(all_fields([word for word in arguments if word != HELP_ALL]))
+            return 0
         print(bash_assignments(sort_arguments(arguments, user_dir=Path.cwd())))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

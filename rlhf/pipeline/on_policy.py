@@ -9,10 +9,12 @@ from rlhf.algorithms.advantages import ESTIMATORS
 from rlhf.algorithms.ppo import PtxMixture
 from rlhf.checkpoint.fingerprint import model_fingerprint
 from rlhf.data import StageData
-from rlhf.distributed import logger
+from rlhf.distributed.log import logger
 from rlhf.engine import RLHFEngine
 from rlhf.generation.backend import make_backend
 from rlhf.generation.token_sampling import Sampling
+from rlhf.models.architecture import ModelSize, check_trainable, check_weights_there
+from rlhf.models.directories import check_causal_directory, check_scalar_directory
 from rlhf.models.inner_model import eos_token_ids
 from rlhf.models.loading import check_vocabulary, load_tokenizer
 from rlhf.pipeline.stage_run import StageRun
@@ -38,19 +40,26 @@ class OnPolicyModels:
         """The models that the configuration names or that earlier stages saved.
 
         The critic starts from the reward model (InstructGPT), or from the actor where the two read other tokens. Raises
-        ConfigError for one that is not there, or cannot read as many tokens as a prompt and its response may have.
+        ConfigError for one that is not there, is of another kind, cannot train as the configuration says, or cannot
+        read as many tokens as a prompt and its response may have.
         """
         ppo, trust = stage.config.ppo, stage.config.model.trust_remote_code
         actor = stage.earlier_model("actor_model", ppo.actor_model)
+        check_causal_directory(actor)
+        check_trainable(actor, stage.config.model, what="actor_model")
         tokenizer = load_tokenizer(actor, trust_remote_code=trust)
         reward, reward_tokenizer = None, None
         if needs_reward_model(ppo.reward_specs()):
             reward = stage.earlier_model("reward_model", ppo.reward_model)
+            check_weights_there(reward)
+            if stage.dry_run is None or reward not in stage.dry_run.bases.values():
+                check_scalar_directory(reward)
             reward_tokenizer = load_tokenizer(reward, trust_remote_code=trust)
         critic = None
         if ESTIMATORS[ppo.advantage].needs_critic:
             shared = reward if reward and same_tokenizer(reward_tokenizer, tokenizer) else actor
             critic = ppo.critic_model or shared
+            check_weights_there(critic)
         stage.check_positions(actor, "actor_model")
         if critic is not None:
             stage.check_positions(critic, "critic_model")
@@ -63,9 +72,22 @@ class OnPolicyModels:
         paths = {"actor": self.actor, "reward": self.reward, "critic": self.critic}
         return {name: None if path is None else model_fingerprint(path) for name, path in paths.items()}
 
+    def trained_sizes(self, stage: StageRun[PPOStageConfig]) -> dict[str, ModelSize]:
+        """The sizes of the models that train and are saved, by role."""
+        paths = {"actor": self.actor, "critic": self.critic}
+        if stage.config.ppo.ema_decay > 0:
+            paths["averaged actor"] = self.actor
+        return {
+            role: check_trainable(path, stage.config.model, what=f"{role}_model")
+            for role, path in paths.items()
+            if path is not None
+        }
+
     def build(self, stage: StageRun[PPOStageConfig], *, optimizer_steps: tuple[int, int]) -> RLHFEngine:
         """The engines of these models; `optimizer_steps` are those of the actor and of the critic in the whole run."""
         config = stage.config
+        if stage.dry_run is not None:
+            stage.end_dry_run(self.trained_sizes(stage), optimizer_steps[1])
         if self.critic is not None:
             head = "a head of zeros" if config.ppo.zero_critic_head else "the head there"
             logger.info("critic: starts from %s with %s (critic_init)", self.critic, head)
@@ -130,5 +152,5 @@ def load_ptx(stage: StageRun[PPOStageConfig], tokenizer: Any) -> PtxMixture | No
     ptx_coef, ptx_data = stage.config.ppo.ptx_coef, stage.config.data.ptx_data
     if ptx_coef == 0:
         return None
-    data = stage.load_data("response", ptx_data, [], tokenizer, stage="sft", report_name="ptx")
+    data = stage.load_data("response", ptx_data, [], tokenizer, stage="sft", report_name="ptx", field="ptx_data")
     return PtxMixture(data, stage.plan, coef=ptx_coef, pad_token_id=tokenizer.pad_token_id, seed=stage.run.seed)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,29 +19,28 @@ from rlhf.checkpoint.export import check_writable
 from rlhf.checkpoint.run_lock import RunLock
 from rlhf.config import EMBEDDED_BASE, ConfigError, RunConfig, save_config
 from rlhf.data import DataError, StageData, load_stage_data
-from rlhf.distributed import (
-    any_rank,
-    close_world,
-    init_world,
-    is_main,
-    logger,
-    raise_on_all,
-    seed_everything,
-    setup_logging,
-    world_size,
-)
+from rlhf.distributed.collectives import any_rank, raise_on_all
 from rlhf.distributed.job_exit import run_to_end
+from rlhf.distributed.log import logger, setup_logging
+from rlhf.distributed.place import is_main, world_size
 from rlhf.distributed.rank_watch import watched_ranks
-from rlhf.engine import BatchPlan, training_engine, zero3_loading
+from rlhf.distributed.world import close_world, init_world, seed_everything
+from rlhf.engine import BatchPlan, check_engine, compute_dtype, training_engine, zero3_loading
+from rlhf.models.architecture import ModelSize, check_trainable
 from rlhf.models.loading import check_vocabulary
 from rlhf.models.lora import apply_lora
 from rlhf.models.positions import check_positions
+from rlhf.pipeline.dry_run import DryRun, DryRunEndError, Findings, disk_use
+from rlhf.pipeline.earlier_run import RESULT, finished_refusal, remove_earlier_run, remove_summary
 from rlhf.pipeline.stages import STAGES, Stage, StageConfig, default_run, find_stage_model, parse_stage
+from rlhf.report.summary import BASE_SECONDS
 from rlhf.training.data_order import planned_steps
 from rlhf.training.loop import RunContext
 from rlhf.training.nonfinite import NonFiniteError
 from rlhf.training.resume import TrainingStates, refusal, remove_states, run_identity
 
+PREPARATION = "preparation.json"
+"""What was made for the stage before it could train, and how long it took; a resumed run counts it too."""
 STATES = "states"
 """Where the training states of a stage lie, under its directory."""
 USER_ERRORS = (ConfigError, DataError, NonFiniteError, EmptyRolloutError)
@@ -56,6 +56,8 @@ class StageRun(Generic[Config]):
     stage: Stage
     config: Config
     directory: Path
+    dry_run: DryRun | None = None
+    """Where everything is checked before a run: how, and what was found; the weights are then not loaded."""
 
     @property
     def run(self) -> RunConfig:
@@ -65,21 +67,43 @@ class StageRun(Generic[Config]):
     def plan(self) -> BatchPlan:
         """How the sequences of an optimizer step lie over the devices."""
         batch = self.config.batch
-        return BatchPlan(batch.global_batch_size, batch.micro_batch_size, world_size(), batch.micro_batch_tokens)
+        devices = world_size() if self.dry_run is None else self.dry_run.devices
+        return BatchPlan(batch.global_batch_size, batch.micro_batch_size, devices, batch.micro_batch_tokens)
 
     def base_model(self) -> str:
-        """The model to start from; the embedded one is trained on first use (about a minute) and kept.
+        """The model to start from; the embedded one is trained on first use, which is announced and counted, and kept.
 
-        Raises ConfigError for one with fewer positions than a prompt and its response may have.
+        Raises ConfigError for one that cannot train as the configuration says, or has fewer positions than a prompt and
+        its response may have.
         """
         base_model = self.config.model.base_model
         if base_model == EMBEDDED_BASE:
-            from rlhf.data import embedded_corpus
-            from rlhf.models.tiny_base import build_tiny_base
-
-            base_model = str(build_tiny_base(embedded_corpus(), Path(self.run.cache_dir)))
+            base_model = str(self._embedded_base())
         self.check_positions(base_model, "base_model")
+        size = self.model_size(base_model, "base_model")
+        if self.dry_run is not None:
+            self.dry_run.sizes["model"] = size
         return base_model
+
+    def _embedded_base(self) -> Path:
+        from rlhf.data import embedded_corpus
+        from rlhf.models.tiny_base import build_tiny_base, tiny_base_path, write_untrained_tiny_base
+
+        texts, cache_dir = embedded_corpus(), Path(self.run.cache_dir)
+        if self.dry_run is not None:
+            stand_in = self.dry_run.report_dir.parent / EMBEDDED_BASE
+            if not stand_in.is_dir():
+                write_untrained_tiny_base(texts, stand_in)
+            return stand_in
+        there, started = tiny_base_path(texts, cache_dir).exists(), time.perf_counter()
+        path = build_tiny_base(texts, cache_dir)
+        if not there:
+            write_json(self.directory / PREPARATION, {BASE_SECONDS: round(time.perf_counter() - started, 1)})
+        return path
+
+    def model_size(self, path: str, what: str) -> ModelSize:
+        """The size of the causal LM in `path`, once it is known that it can train as the configuration says."""
+        return check_trainable(path, self.config.model, what=what)
 
     def check_positions(self, path: str, what: str) -> None:
         """ConfigError when the model in `path` has fewer positions than a prompt and its response may have."""
@@ -93,13 +117,15 @@ class StageRun(Generic[Config]):
 
     def earlier_model(self, config_field: str, given: str | None) -> str:
         """The model that `config_field` takes from an earlier stage where it is not `given`."""
+        if given is None and self.dry_run is not None and self.stage.takes[config_field] in self.dry_run.bases:
+            return self.dry_run.bases[self.stage.takes[config_field]]
         return find_stage_model(self.stage, config_field, given, self.run.output_dir)
 
     def load_data(
         self, kind: str, specs: Sequence[str], eval_specs: Sequence[str], tokenizer: Any, **options: Any
     ) -> StageData:
         """The stage's data sets as tokens; see `rlhf.data.load_stage_data`."""
-        return load_stage_data(
+        data = load_stage_data(
             kind,
             specs,
             eval_specs,
@@ -107,17 +133,43 @@ class StageRun(Generic[Config]):
             tokenizer=tokenizer,
             seed=self.run.seed,
             cache_dir=Path(self.run.cache_dir),
-            report_dir=self.directory,
+            report_dir=self.directory if self.dry_run is None else self.dry_run.report_dir,
             stages=tuple(stage.name for stage in default_run()),
             **{"stage": self.stage.name, **options},
         )
+        if self.dry_run is None:
+            for line in data.summary:
+                logger.info(line)
+        else:
+            self.dry_run.data[options.get("report_name", "data")] = data
+        return data
 
     def planned_steps(self, data: StageData) -> int:
         """Optimizer steps of an offline run over `data`."""
         return planned_steps(len(data.train), self.config.batch, self.plan.global_batch_size)
 
+    def end_dry_run(self, sizes: Mapping[str, ModelSize], total_steps: int) -> None:
+        """End a dry run, where this is one: the next thing is to load the weights of the models in `sizes`.
+
+        Raises ConfigError for engines that could not be made, DryRunEndError otherwise.
+        """
+        if self.dry_run is None:
+            return
+        model, engine = self.config.model, self.config.engine
+        check_engine(engine, self.config.optimizer, self.plan)
+        exported, states = disk_use(
+            sizes,
+            self.run,
+            steps=total_steps,
+            weight_bytes=compute_dtype(engine.precision).itemsize,
+            adapted=model.lora_rank > 0,
+        )
+        raise DryRunEndError(Findings(total_steps, sizes, exported, states))
+
     def training_engine(self, load: Callable[[], nn.Module], tokenizer: Any, *, total_steps: int) -> Any:
-        """The model that `load` gives, adapted where LoRA is on, in a training engine."""
+        """The model that `load` gives, adapted where LoRA is on, in a training engine. A dry run ends here."""
+        if self.dry_run is not None:
+            self.end_dry_run(self.dry_run.sizes, total_steps)
         model_config, engine_config = self.config.model, self.config.engine
         with zero3_loading(engine_config, self.plan):
             model = load()
@@ -137,7 +189,7 @@ class StageRun(Generic[Config]):
         """What the loop is given. `content`: fingerprints of all it loads, compared when the run is resumed."""
         identity = run_identity(self.config.parts(), **content)
         states = TrainingStates(self.directory / STATES, self.run, identity)
-        return RunContext(self.stage.name, self.run, self.directory, self.stage.checks, states)
+        return RunContext(self.stage.name, self.run, self.directory, self.stage.checks, states, self.stage.logged)
 
 
 def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]], Callable[..., dict[str, Any]]]:
@@ -164,7 +216,8 @@ def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]
                 if is_main():
                     save_config(run.directory / "config.yaml", config.parts())
                 result = {**result, "seconds": round(result["seconds"], 1), "seed": config.run.seed}
-                write_json(run.directory / "result.json", result)
+                result |= _read_json(run.directory / PREPARATION)
+                write_json(run.directory / RESULT, result)
                 remove_states(run.directory / STATES, config.run, keep_permanent=True)
             return result
 
@@ -201,22 +254,49 @@ def _is_finished(run: StageRun[Any]) -> bool:
 
 def _read_result(run: StageRun[Any]) -> dict[str, Any]:
     """`result.json` of an earlier run; {} where there is none, or a broken one."""
-    path = run.directory / "result.json"
-    try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    logger.info("%s is finished, %s is there: nothing to do", run.directory.name, path)
+    path = run.directory / RESULT
+    result = _read_json(path)
+    if result:
+        logger.info("%s is finished, %s is there: nothing to do", run.directory.name, path)
     return result
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content
+
+
 def _clear_the_way(run: StageRun[Any]) -> None:
-    """Remove what an earlier run left and this one makes anew. ConfigError where that would lose an unfinished one."""
+    """Remove what an earlier run left and this one makes anew. ConfigError where that would lose more than was said:
+    a finished run without `overwrite`, or an unfinished one unasked."""
+    if run.run.overwrite:
+        _overwrite(run)
     states = run.directory / STATES
-    raise_on_all(refusal(states, run.run) if is_main() else None)
+    refused = finished_refusal(run.directory, run.run) or refusal(states, run.run) if is_main() else None
+    raise_on_all(refused)
     if is_main():
-        (run.directory / "result.json").unlink(missing_ok=True)
+        if (run.directory / RESULT).exists():
+            remove_summary(run.directory)
+            (run.directory / RESULT).unlink()
         remove_leftovers(run.directory)
         if run.run.resume != "auto":
+            (run.directory / PREPARATION).unlink(missing_ok=True)
             remove_states(states, run.run, keep_permanent=False)
         (run.directory / ".cleared").touch()  # for run_all.sh: what is there from now on is this run's
+
+
+def _overwrite(run: StageRun[Any]) -> None:
+    """Empty the directory for this run. A collective: no rank goes on before that is done."""
+    error: OSError | None = None
+    if is_main():
+        if any(not entry.name.startswith(".") for entry in run.directory.iterdir()):
+            logger.warning("removing what an earlier run left in %s (overwrite)", run.directory)
+        try:
+            remove_earlier_run(run.directory)
+        except OSError as failed:
+            error = failed
+    raise_on_all(error)
+    run.run.overwrite = False  # done; the configuration that is saved must not do it again

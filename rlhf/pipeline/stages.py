@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from rlhf.algorithms.advantages import ESTIMATORS
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
-from rlhf.algorithms.reward import RewardConfig
-from rlhf.algorithms.sft import SFTConfig
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig, PPOOptimizerConfig, RewardConfig, SFTConfig
 from rlhf.config import (
     BatchConfig,
     ConfigError,
@@ -26,7 +24,9 @@ from rlhf.config import (
     check_together,
     parse_config,
 )
-from rlhf.doctor import OFFLINE, ON_POLICY, REWARD, Check
+from rlhf.config.explain import FieldsInForce
+from rlhf.config.parsing import fields_in_force
+from rlhf.doctor.checks import OFFLINE, ON_POLICY, REWARD, Check
 from rlhf.report.figures import Figure
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -92,7 +92,8 @@ class PPOStageConfig(StageConfig):
         if samples < estimator.samples_per_prompt:
             raise ConfigError(
                 f"advantage={self.ppo.advantage} compares the responses to one prompt and needs samples_per_prompt of "
-                f"at least {estimator.samples_per_prompt}, got {samples}"
+                f"at least {estimator.samples_per_prompt}, got {samples}; nothing leaves the training as it is: "
+                f"set samples_per_prompt={estimator.samples_per_prompt}"
             )
         if self.ppo.critic_model is not None and not estimator.needs_critic:
             raise ConfigError(f"advantage={self.ppo.advantage} has no critic: leave critic_model out")
@@ -106,6 +107,7 @@ class Stage:
     `takes`: configuration field -> the stage whose saved model it is where it is unset. `unit`: what its metrics are
     numbered by. `figures`: its lines in the summary; `result_keys`: further entries of its `result.json` that
     `summary.json` holds. `checks`: the doctor's; `curves`: metrics that the doctor shows as first -> last value.
+    `logged`: the figures of an evaluation that its line in the log shows, five at most; `metrics.jsonl` has all.
     `in_default_run`: `run_all.sh` runs it unasked, `stage_split` has a share for it, and the summary shows it.
     """
 
@@ -118,6 +120,7 @@ class Stage:
     figures: Sequence[Figure]
     checks: Sequence[Check]
     curves: Sequence[str]
+    logged: Sequence[str]
     takes: Mapping[str, str] = field(default_factory=dict)
     result_keys: Sequence[str] = ()
     unit: str = "step"
@@ -133,16 +136,23 @@ class Stage:
         return {item.name for kind in self.config_classes().values() for item in dataclasses.fields(kind)}
 
 
-def _length_baseline(result: Mapping[str, Any]) -> str:
-    accuracy = result["length_baseline_accuracy"]
-    return "" if accuracy is None else f"choosing the longer response: {accuracy:.3f}"
+def _certainty(result: Mapping[str, Any]) -> str:
+    """How far the accuracy is known, and the better of choosing by length alone, on the same pairs."""
+    longer = result["length_baseline_accuracy"]
+    if longer is None:
+        return "nothing was held out"
+    rule = f"choosing the longer response: {longer:.3f}" if longer >= 0.5 else f"the shorter response: {1 - longer:.3f}"
+    return f"of n pairs, 95% interval {result['accuracy_low']:.3f} to {result['accuracy_high']:.3f}; {rule}"
 
 
 def _gain(result: Mapping[str, Any]) -> str:
+    """The gain of the score over n prompts, also in the spread of single scores at the start."""
     gain = (result["score_after"] or 0.0) - (result["score_before"] or 0.0)  # null where nothing was held out
-    spread = result["score_std_before"] or 0.0
-    in_spreads = f" = {gain / spread:+.2f} standard deviations of the SFT model's scores" if spread > 0 else ""
-    return f"{gain:+.3f}{in_spreads}"
+    spread, error = result["score_std_before"] or 0.0, result["score_gain_error"]
+    if spread == 0:
+        return f"{gain:+.3f}"
+    known_to = "" if error is None else f" (standard error {error / spread:.2f}, n prompts)"
+    return f"{gain:+.3f} = {gain / spread:+.2f} standard deviations of the SFT model's scores{known_to}"
 
 
 STAGES = {
@@ -155,9 +165,18 @@ STAGES = {
             title="supervised fine-tuning",
             config=SFTStageConfig,
             short_run={"max_steps": "4"},
-            figures=(Figure("held-out loss", before="eval_loss_before", after="eval_loss_after"),),
+            figures=(
+                Figure(
+                    "held-out loss",
+                    before="eval_loss_before",
+                    after="eval_loss_after",
+                    count="held_out_rows",
+                    note=lambda _: "nats per token, over n rows",
+                ),
+            ),
             checks=OFFLINE,
             curves=("loss", "eval_loss", "gradient_norm"),
+            logged=("eval_loss", "eval_perplexity"),
         ),
         Stage(
             name="reward",
@@ -167,13 +186,22 @@ STAGES = {
             config=RewardStageConfig,
             short_run={"max_steps": "4"},
             figures=(
-                Figure("held-out accuracy", after="accuracy", note=_length_baseline),
-                Figure("mean margin", after="mean_margin"),
-                Figure("", each="accuracy_by_category"),
+                Figure("held-out accuracy", after="accuracy", count="held_out_pairs", note=_certainty),
+                Figure("mean margin", after="mean_margin", count="held_out_pairs"),
+                Figure("", each="accuracy_by_category", count="pairs_by_category"),
             ),
-            result_keys=("length_baseline_accuracy",),
+            result_keys=(
+                "held_out_prompts",
+                "accuracy_low",
+                "accuracy_high",
+                "length_baseline_accuracy",
+                "over_shortcut",
+                "over_shortcut_low",
+                "over_shortcut_high",
+            ),
             checks=REWARD,
             curves=("loss", "accuracy", "margin", "eval_accuracy"),
+            logged=("eval_loss", "eval_accuracy", "eval_length_baseline_accuracy", "eval_margin"),
         ),
         Stage(
             name="ppo",
@@ -185,20 +213,42 @@ STAGES = {
             short_run={"max_steps": "2"},
             unit="iteration",
             figures=(
-                Figure("held-out score", before="score_before", after="score_after", note=_gain),
+                Figure(
+                    "held-out score", before="score_before", after="score_after", count="held_out_prompts", note=_gain
+                ),
                 Figure(
                     "score less penalties",
                     before="reward_before",
                     after="reward_after",
+                    count="held_out_prompts",
                     note=lambda _: "what was optimised: clipped score, missing end, KL",
                 ),
-                Figure("KL per token (nats)", after="kl_per_token", note=lambda _: "to the SFT model"),
-                Figure("eos rate", before="eos_rate_before", after="eos_rate_after"),
-                Figure("response tokens", before="mean_response_tokens_before", after="mean_response_tokens_after"),
+                Figure(
+                    "KL per token (nats)",
+                    after="kl_per_token",
+                    count="held_out_prompts",
+                    note=lambda _: "to the SFT model",
+                ),
+                Figure("eos rate", before="eos_rate_before", after="eos_rate_after", count="held_out_prompts"),
+                Figure(
+                    "response tokens",
+                    before="mean_response_tokens_before",
+                    after="mean_response_tokens_after",
+                    count="held_out_prompts",
+                ),
             ),
-            result_keys=("score_std_before", "samples"),
+            result_keys=("score_std_before", "score_gain_error", "samples"),
             checks=ON_POLICY,
-            curves=("score", "kl_per_token", "eos_rate", "response_tokens", "entropy_estimate", "explained_variance"),
+            curves=(
+                "eval_score",
+                "score",
+                "kl_per_token",
+                "eos_rate",
+                "response_tokens",
+                "entropy_estimate",
+                "explained_variance",
+            ),
+            logged=("eval_score", "eval_reward", "eval_kl_per_token", "eval_eos_rate", "eval_response_tokens"),
         ),
     )
 }
@@ -213,17 +263,24 @@ def default_run() -> list[Stage]:
 def parse_stage(name: str, argv: Sequence[str] | None = None) -> Any:
     """The configuration of stage `name` (an instance of its `config` class) from a command line; see `parse_config`."""
     stage = STAGES[name]
-    parts = parse_config(
-        name,
-        stage.config_classes(),
-        argv,
-        sections=STAGES.keys(),
-        known_fields=set().union(*(other.field_names() for other in STAGES.values())),
-        default_config=DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None,
-    )
+    parts = parse_config(name, stage.config_classes(), argv, **_sources())
     config = stage.config(**parts)
     config.check()
     return config
+
+
+def stage_fields(name: str, argv: Sequence[str]) -> FieldsInForce:
+    """What a command line and its file give to stage `name`, for explaining it."""
+    return fields_in_force(name, STAGES[name].config_classes().values(), argv, **_sources())
+
+
+def _sources() -> dict[str, Any]:
+    """Where a stage's fields may come from beside its own dataclasses."""
+    return {
+        "sections": STAGES.keys(),
+        "known_fields": set().union(*(other.field_names() for other in STAGES.values())),
+        "default_config": DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None,
+    }
 
 
 def find_stage_model(stage: Stage, config_field: str, given: str | None, output_dir: str) -> str:

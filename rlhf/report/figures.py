@@ -8,28 +8,42 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Line:
+    """One line of the table; `count` is how many held-out rows its figures rest on, None where that is not known."""
+
+    label: str
+    before: float | None = None
+    after: float | None = None
+    count: int | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Figure:
     """A line of the summary: the entries of a stage's `result.json` before and after training, with a note.
 
-    `each` names an entry that is a mapping, which makes a line for each of its items.
+    `count` names the entry that says on how many rows they were measured. `each` names an entry that is a mapping,
+    which makes a line for each of its items; `count` is then a mapping with the same names.
     """
 
     label: str
     before: str | None = None
     after: str | None = None
     each: str | None = None
+    count: str | None = None
     note: Callable[[Mapping[str, Any]], str] | None = None
 
     def needed_keys(self) -> list[str]:
         """The entries of `result.json` that the figure needs."""
-        return [key for key in (self.before, self.after, self.each) if key is not None]
+        return [key for key in (self.before, self.after, self.each, self.count) if key is not None]
 
-    def lines(self, result: Mapping[str, Any]) -> Iterator[tuple[str, float | None, float | None, str]]:
-        """(label, before, after, note) of each line."""
+    def lines(self, result: Mapping[str, Any]) -> Iterator[Line]:
+        """The lines that the figure makes of a result."""
+        count = None if self.count is None else result[self.count]
         if self.each is not None:
             for name, value in result[self.each].items():
-                yield f"  {name}", None, value, ""
+                yield Line(f"  {name}", after=value, count=None if count is None else count[name])
             return
         before = None if self.before is None else result[self.before]
         after = None if self.after is None else result[self.after]
-        yield self.label, before, after, "" if self.note is None else self.note(result)
+        yield Line(self.label, before, after, count, "" if self.note is None else self.note(result))

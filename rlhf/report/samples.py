@@ -7,10 +7,15 @@ from typing import Any
 
 
 def paired_samples(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Responses of the SFT and the PPO actor to the same prompts, with their scores."""
+    """Responses of the SFT and the PPO actor to the same prompts, with their scores.
+
+    "prompt" is what the data row asks, "rendered_prompt" what the actors were given: with the template around it, and
+    without the beginning that a limit cut off.
+    """
     return [
         {
             "prompt": first["prompt"],
+            "rendered_prompt": first["rendered_prompt"],
             "sft": first["response"],
             "ppo": second["response"],
             "score_sft": first["score"],

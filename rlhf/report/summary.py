@@ -1,6 +1,7 @@
 """The stages' `result.json` merged into `summary.json`, and the closing table.
 
 Each stage writes `OUTPUT_DIR/<stage>/result.json` with its own figures, `seconds`, `seed` and the doctor's `health`.
+Where a stage trained the embedded base model first, the summary counts that beside the stages.
 """
 
 from __future__ import annotations
@@ -12,9 +13,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf.checkpoint.atomic import write_json
+from rlhf.doctor.findings import SICKNESSES
 from rlhf.report.figures import Figure
 
 SAMPLES = "samples"
+BASE_SECONDS = "base_seconds"
+"""In the result of the stage that had to train the embedded base model first: how long that took."""
 SAMPLE_KEYS = ("prompt", "sft", "ppo", "score_sft", "score_ppo")
 """The fields of one sample: a prompt, both models' responses and their scores."""
 
@@ -56,6 +60,8 @@ def summarize(output_dir: Path, stages: Sequence[SummarisedStage]) -> dict[str, 
     samples = [sample for result in results.values() for sample in result.get(SAMPLES, [])]
     summary[SAMPLES] = [{key: sample[key] for key in SAMPLE_KEYS} for sample in samples]
     seconds = {name: float(result["seconds"]) for name, result in results.items()}
+    base = sum(float(result.get(BASE_SECONDS, 0.0)) for result in results.values())
+    seconds = {"base": base, **seconds} if base else seconds
     summary["seconds"] = {**seconds, "total": sum(seconds.values())}
     summary["seed"] = next(iter(seeds.values()))
     summary["health"] = {name: result.get("health") for name, result in results.items()}  # None: an earlier version's
@@ -76,16 +82,16 @@ def closing_table(
     rows = []
     for stage in stages:
         stage_lines = [line for figure in stage.figures for line in figure.lines(summary[stage.name])]
-        rows += [("" if index else stage.label, *line) for index, line in enumerate(stage_lines)]
-    label_columns = max(_columns(label) for _, label, *_ in rows)
-    lines = [f"{'stage':<8}{_pad('figure', label_columns)}  {'before':>9} {'after':>9}"]
-    for title, label, before, after, note in rows:
-        figures = f"{_figure(before)} {_figure(after)}"
-        lines.append(f"{title:<8}{_pad(label, label_columns)}  {figures}  {note}".rstrip())
+        rows += [("" if index else stage.label, line) for index, line in enumerate(stage_lines)]
+    label_columns = max(_columns(line.label) for _, line in rows)
+    lines = [f"{'stage':<8}{_pad('figure', label_columns)}  {'before':>9} {'after':>9} {'n':>6}"]
+    for title, line in rows:
+        figures = f"{_figure(line.before)} {_figure(line.after)} {'' if line.count is None else line.count:>6}"
+        lines.append(f"{title:<8}{_pad(line.label, label_columns)}  {figures}  {line.note}".rstrip())
     for sample in summary[SAMPLES][:samples]:
         lines += [
             "",
-            f"prompt       {_cut_beginning(_one_line(sample['prompt']), width - 13)}",
+            f"prompt       {_cut(_one_line(sample['prompt']), width - 13)}",
             _cut(f"SFT {sample['score_sft']:+8.2f} {_one_line(sample['sft'])}", width),
             _cut(f"PPO {sample['score_ppo']:+8.2f} {_one_line(sample['ppo'])}", width),
         ]
@@ -99,7 +105,10 @@ def _health_lines(health: Mapping[str, Any]) -> list[str]:
     looked = {stage: found for stage, found in health.items() if found}
     findings = [(stage, entry) for stage, found in looked.items() for entry in found["findings"]]
     if findings:
-        lines = [f"doctor: {stage} since step {entry['since']}: {entry['message']}" for stage, entry in findings]
+        lines = [
+            f"doctor: {stage} since step {entry['since']}: {SICKNESSES[entry['check']].title}: {entry['message']}"
+            for stage, entry in findings
+        ]
         return [*lines, "doctor: `python -m rlhf.cli doctor OUTPUT_DIR` says what each means and what to try"]
     return [f"doctor: nothing found in {', '.join(looked)}" if looked else "doctor: has not looked at this run"]
 
@@ -152,13 +161,3 @@ def _cut(text: str, columns: int) -> str:
     while _columns(kept) > columns - 3:
         kept = kept[:-1]
     return kept + "..."
-
-
-def _cut_beginning(text: str, columns: int) -> str:
-    """The end of `text`: a prompt begins with its template and ends with what was asked."""
-    if _columns(text) <= columns:
-        return text
-    kept = text
-    while _columns(kept) > columns - 3:
-        kept = kept[1:]
-    return "..." + kept

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from rlhf.types import Responses, RewardOutput
+if TYPE_CHECKING:
+    from rlhf.types import Responses, RewardOutput
 
 
 class Reward(Protocol):

@@ -14,7 +14,7 @@ from rlhf.data.spec import DataError
 from rlhf.data.templates import Template, load_template
 from rlhf.data.token_cache import tokenizer_fingerprint
 from rlhf.data.tokenize import TextEncoder
-from rlhf.distributed import logger
+from rlhf.distributed.log import logger
 from rlhf.numerics.statistics import score_last
 from rlhf.rewards.reward import RewardSources
 from rlhf.types import Responses, RewardOutput, TokenizedPrompt

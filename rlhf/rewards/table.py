@@ -1,6 +1,6 @@
 """The rewards by name, and the list of a run built from its configuration.
 
-A new reward is a file beside this one and a row of `REWARDS`.
+A new reward is a file beside this one and a row of `REWARDS`, which loads it on use.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from typing import Any
 
 from rlhf.config import ConfigError
 from rlhf.rewards.reward import Reward, RewardSources
-from rlhf.rewards.reward_model import RewardModel
-from rlhf.rewards.weighted_sum import WeightedSum
 
 
 @dataclass(frozen=True)
@@ -26,8 +24,14 @@ class RewardKind:
     needs_model: bool = False
 
 
+def _reward_model(sources: RewardSources) -> Reward:
+    from rlhf.rewards.reward_model import RewardModel
+
+    return RewardModel(sources)
+
+
 REWARDS: dict[str, RewardKind] = {
-    "reward_model": RewardKind(RewardModel, needs_model=True),
+    "reward_model": RewardKind(_reward_model, needs_model=True),
 }
 
 
@@ -68,6 +72,8 @@ def build_reward(specs: Sequence[RewardSpec], sources: RewardSources) -> Reward:
     built = [REWARDS[spec.name].build(sources, **spec.options) for spec in specs]
     if len(specs) == 1 and specs[0].weight == 1.0:
         return built[0]
+    from rlhf.rewards.weighted_sum import WeightedSum
+
     return WeightedSum({_unique(index, specs): (specs[index].weight, reward) for index, reward in enumerate(built)})
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from rlhf.config import BatchConfig
-from rlhf.distributed import rank
+from rlhf.distributed.place import rank
 
 
 class Plan(Protocol):

@@ -12,23 +12,25 @@ from typing import Any
 import torch
 
 from rlhf.config import RunConfig
-from rlhf.distributed import logger
+from rlhf.distributed.log import logger
 from rlhf.distributed.rank_watch import Stopped, beat, note_saved, stop_requested
-from rlhf.doctor import Check, HealthMonitor
+from rlhf.doctor.checks import Check
+from rlhf.doctor.monitor import HealthMonitor
 from rlhf.training.metrics import MeanMeter, MetricsWriter
 from rlhf.training.resume import TrainingStates
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a stage gives its loop: its name, the directory it writes to, the doctor's checks of its metrics, and its
-    training states (None saves nothing)."""
+    """What a stage gives its loop: its name, the directory it writes to, the doctor's checks of its metrics, its
+    training states (None saves nothing), and the figures of an evaluation that the log shows (none named: all)."""
 
     stage: str
     run: RunConfig
     directory: Path
     checks: Sequence[Check]
     states: TrainingStates | None = None
+    logged: Sequence[str] = ()
 
 
 class Loop(ABC):
@@ -37,12 +39,16 @@ class Loop(ABC):
     A subclass's `fit` calls `begin`, then takes the steps after the one it returns.
     """
 
+    unit = "step"
+    """What the loop counts."""
+
     def __init__(self, context: RunContext, *, total_steps: int) -> None:
         self.total_steps = total_steps
         self.run = context.run
         self.directory = context.directory
         self.stage = context.stage
         self.states = context.states
+        self.logged = context.logged
         self.meter = MeanMeter()
         self.writer = MetricsWriter(self.directory, self.run, stage=self.stage)
         self.health = HealthMonitor(self.directory, self.stage, context.checks)
@@ -84,6 +90,14 @@ class Loop(ABC):
         """Write a line of metrics and let the doctor look at it."""
         self.writer.write(step, metrics)
         self.health.observe(step, metrics)
+
+    def record_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Record an evaluation, and show the figures that matter in the log; `metrics.jsonl` has all of them."""
+        self.record(step, metrics)
+        shown = {name: metrics[name] for name in self.logged or metrics if name in metrics}
+        figures = "  ".join(f"{name}={value:.4f}" for name, value in shown.items())
+        if figures:
+            logger.info("%s %s %d: %s", self.stage, self.unit, step, figures)
 
     def exported(self, *, last: bool) -> bool:
         """Export the models; a disk that cannot be written is no reason to end a run before its `last` step."""

@@ -14,7 +14,9 @@ from typing import Any, BinaryIO
 import torch
 
 from rlhf.config import RunConfig
-from rlhf.distributed import all_reduce_sum, is_main, logger
+from rlhf.distributed.collectives import all_reduce_sum
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main
 
 
 class MeanMeter:

@@ -11,8 +11,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from rlhf.distributed import all_gather_rows, is_main, rank, world_size
-from rlhf.doctor import finding, record_stop
+from rlhf.distributed.collectives import all_gather_rows
+from rlhf.distributed.place import is_main, rank, world_size
+from rlhf.doctor.findings import finding
+from rlhf.doctor.monitor import record_stop
 from rlhf.types import TensorBatch, TokenizedPrompt
 
 ROLLOUT_ENGINES = {

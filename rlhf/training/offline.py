@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
-from tqdm import tqdm
 
 from rlhf.data.stage_data import StageData
-from rlhf.distributed import is_main, logger, rank
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import rank
+from rlhf.distributed.progress import Progress
 from rlhf.training.data_order import DataOrder, Plan
 from rlhf.training.loop import Loop, RunContext
 from rlhf.training.step import accumulate_step, learning_rate
@@ -93,13 +94,10 @@ class OfflineTrainer(Loop, Generic[Batch]):
             before = self._evaluate_and_log(0)
             self.outcome = {"before": before, "after": before, "best_step": 0}
         self.engine.train()
-        with tqdm(
-            total=self.total_steps, initial=done, desc=self.stage, unit="step", disable=not is_main()
-        ) as progress:
+        with Progress(self.total_steps, self.stage, self.unit, done=done) as progress:
             for step in range(done + 1, self.total_steps + 1):
                 loss = self._step(step)
-                progress.update()
-                progress.set_postfix(loss=f"{loss:.4f}")
+                progress.advance(loss=loss)
                 if self.evaluation and self._evaluation_due(step):
                     self._keep_if_best(step, self._evaluate_and_log(step))
                     self.engine.train()
@@ -143,28 +141,31 @@ class OfflineTrainer(Loop, Generic[Batch]):
 
     def _evaluate_and_log(self, step: int) -> dict[str, Any]:
         if not self.evaluation:
-            return {}
+            nothing = {"eval_rows": 0.0}
+            self.record(step, nothing)
+            return nothing
         self.engine.eval()
         with torch.no_grad():
             metrics = self.evaluate()
-        numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
-        self.record(step, numbers)
-        shown = {name: value for name, value in numbers.items() if "/" not in name}
-        logger.info("%s step %d: %s", self.stage, step, "  ".join(f"{k}={v:.4f}" for k, v in shown.items()))
+        self.record_evaluation(step, {name: value for name, value in metrics.items() if isinstance(value, float)})
         return metrics
 
     def evaluation_batches(self, examples: Sequence[Any] | None = None) -> Iterator[tuple[Batch, int]]:
-        """This rank's batches of `examples` (default: the evaluation data) and how many leading ones count.
+        """This rank's batches of `examples` (default: the evaluation data) and how many leading rows count."""
+        chosen = self.evaluation if examples is None else examples
+        for part, counted in self.evaluation_parts(chosen):
+            yield self.collate([chosen[index] for index in part]), counted
+
+    def evaluation_parts(self, examples: Sequence[Any]) -> Iterator[tuple[Sequence[int], int]]:
+        """Which of `examples` each of this rank's batches holds, and how many leading ones count.
 
         Every rank gets equally many batches (a collective forward must not run short); rows that only fill up
         are the last examples again and do not count.
         """
         world = self.plan.world_size
-        chosen = self.evaluation if examples is None else examples
-        parts = self.plan.micro_batches([self.length(example) for example in chosen])
+        parts = self.plan.micro_batches([self.length(example) for example in examples])
         counts = [len(part) for part in parts]
         while len(parts) % world:
             parts.append(parts[-1])
             counts.append(0)
-        for part, counted in list(zip(parts, counts, strict=True))[rank() :: world]:
-            yield self.collate([chosen[index] for index in part]), counted
+        yield from list(zip(parts, counts, strict=True))[rank() :: world]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
-from tqdm import tqdm
+import torch
 
-from rlhf.distributed import is_main, logger
+from rlhf.distributed.progress import Progress
+from rlhf.numerics.intervals import standard_error
 from rlhf.training.loop import Loop, RunContext
 
 
@@ -17,6 +19,8 @@ class OnPolicyTrainer(Loop):
 
     An algorithm writes `make_experience(iteration)`, `update(experience, iteration)` and `evaluate(iteration)`.
     """
+
+    unit = "iteration"
 
     def __init__(self, context: RunContext, *, total_steps: int, eval_every_steps: int) -> None:
         super().__init__(context, total_steps=total_steps)
@@ -43,13 +47,10 @@ class OnPolicyTrainer(Loop):
         if done == 0:
             before = self._evaluate_and_log(0)
             self.outcome = {"before": before, "after": before}
-        with tqdm(
-            total=self.total_steps, initial=done, desc=self.stage, unit="iteration", disable=not is_main()
-        ) as progress:
+        with Progress(self.total_steps, self.stage, self.unit, done=done) as progress:
             for iteration in range(done + 1, self.total_steps + 1):
                 metrics = self._iterate(iteration)
-                progress.update()
-                progress.set_postfix(score=f"{metrics['score']:.3f}", kl=f"{metrics['kl_per_token']:.3f}")
+                progress.advance(score=metrics["score"], kl_per_token=metrics["kl_per_token"])
                 if iteration % self.run.log_every_steps == 0 or iteration in (1, self.total_steps):
                     self.record(iteration, metrics)
                 due = self.eval_every_steps > 0 and iteration % self.eval_every_steps == 0
@@ -70,7 +71,20 @@ class OnPolicyTrainer(Loop):
 
     def _evaluate_and_log(self, iteration: int) -> dict[str, Any]:
         metrics = self.evaluate(iteration)
+        metrics.update(score_gain(self.outcome.get("before", {}), metrics))
         numbers = {f"eval_{name}": value for name, value in metrics.items() if isinstance(value, float)}
-        self.record(iteration, numbers)
-        logger.info("%s iteration %d: %s", self.stage, iteration, "  ".join(f"{k}={v:.4f}" for k, v in numbers.items()))
+        self.record_evaluation(iteration, numbers)
         return metrics
+
+
+def score_gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
+    """How far the held-out score has risen since `before`, and the standard error of that over prompts.
+
+    Both evaluations are on the same prompts, so that the error is that of the differences by prompt: what is hard for
+    both does not count. {} where one of them has no `prompt_scores`, or those of a single prompt, which has no error.
+    """
+    scores = [evaluation.get("prompt_scores", []) for evaluation in (before, after)]
+    if min(map(len, scores)) < 2:
+        return {}
+    gains = torch.tensor(scores[1]) - torch.tensor(scores[0])
+    return {"score_gain": float(gains.mean()), "score_gain_error": standard_error(gains)}

@@ -16,7 +16,10 @@ from rlhf.checkpoint.fingerprint import check_identity
 from rlhf.checkpoint.random_state import load_rng, save_rng
 from rlhf.checkpoint.state_directory import SavedState, StateDirectory
 from rlhf.config import ConfigError, RunConfig, facts_of
-from rlhf.distributed import init_world, is_main, logger, raise_on_all, rank, world_size
+from rlhf.distributed.collectives import raise_on_all
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main, rank, world_size
+from rlhf.distributed.world import init_world
 
 TENSORS = "loop.safetensors"
 IDENTITY_VERSION = 2

@@ -14,7 +14,10 @@ import torch.nn.functional as F
 
 from rlhf.config import ConfigError
 from rlhf.data.collate import collate_prompts
-from rlhf.distributed import all_gather_rows, all_reduce_max, logger, rank, world_size
+from rlhf.data.rendered import raw_prompt
+from rlhf.distributed.collectives import all_gather_rows, all_reduce_max
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import rank, world_size
 from rlhf.generation.backend import Backend
 from rlhf.generation.token_sampling import Sampling
 from rlhf.numerics.statistics import correlation, last_true, masked_mean, repeated_share
@@ -309,24 +312,39 @@ class RolloutWorker:
         shown: int,
         further: Callable[[ScoredRollout], dict[str, float]],
     ) -> dict[str, Any]:
-        """Metrics of `copies` responses to each prompt and, as "samples", the first response to each.
+        """Metrics of `copies` responses to each prompt: numbers, "prompt_scores", the mean score of each prompt, and
+        "samples", the first response to each.
 
-        Drawn with the same random numbers every time. `further` metrics come from the algorithm; `shown` samples go to
-        the log. {} without prompts.
+        A sample's "prompt" is what was asked, its "rendered_prompt" what the actor was given. Drawn with the same
+        random numbers every time. `further` metrics come from the algorithm; `shown` samples go to the log. Of no
+        prompts nothing but their number, "rows".
         """
         if not prompts:
-            return {}
+            return {"rows": 0.0}
         examples = [prompt for prompt in prompts for _ in range(copies)]
         counted = len(examples)
         fill = max(0, world_size() - counted)  # every rank must have a row: collectives
         scored = self.run(examples + list(islice(cycle(examples), fill)), EVALUATION).rows(slice(0, counted))
         texts = [text.strip() for text in self.texts(scored.rollout.rows(slice(None, None, copies)))]
         samples = [
-            {"id": prompt.id, "prompt": prompt.text, "response": text, "score": score}
+            {
+                "id": prompt.id,
+                "prompt": asked(prompt),
+                "rendered_prompt": prompt.text,
+                "response": text,
+                "score": score,
+            }
             for prompt, text, score in zip(prompts, texts, scored.scores[::copies].tolist(), strict=True)
         ]
         logger.info(sample_table(samples[:shown]))
-        return {**self.describe(scored), **further(scored), "samples": samples}
+        return {
+            "rows": float(len(prompts)),
+            "responses": float(counted),
+            **self.describe(scored),
+            **further(scored),
+            "prompt_scores": scored.scores.view(-1, copies).mean(1).tolist(),
+            "samples": samples,
+        }
 
 
 class _Rewards:
@@ -352,12 +370,23 @@ def gather_in_order(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return all_gather_rows(tensor)[order]
 
 
+def asked(prompt: TokenizedPrompt) -> str:
+    """What the data row asks: the user's last turn (instruction and input), without the template around it.
+
+    All turns, a line each, of a prompt that came with markers of its own.
+    """
+    return prompt.messages[-1]["content"] if prompt.messages else raw_prompt(prompt.text)
+
+
 def sample_table(samples: Sequence[dict[str, Any]]) -> str:
-    """Prompts, responses and scores as text."""
+    """Prompts, responses and scores as text, two lines each."""
     lines = []
     for sample in samples:
-        prompt = " ".join(sample["prompt"].split())[-60:]
-        lines.append(
-            f"  [{sample['score']:+.2f}] ...{prompt}\n          -> {' '.join(sample['response'].split())[:110]}"
-        )
+        lines.append(f"  [{sample['score']:+.2f}] {_one_line(sample['prompt'])}")
+        lines.append(f"          -> {_one_line(sample['response'])}")
     return "\n".join(lines)
+
+
+def _one_line(text: str, most: int = 110) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3] + "..."

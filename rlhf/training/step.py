@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from rlhf.distributed import all_reduce_sum, any_rank, world_size
+from rlhf.distributed.collectives import all_reduce_sum, any_rank
+from rlhf.distributed.place import world_size
 from rlhf.training.metrics import MeanMeter
 from rlhf.training.nonfinite import NonFiniteError as NonFiniteError
 from rlhf.training.nonfinite import gradient_error, loss_error

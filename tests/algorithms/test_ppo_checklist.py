@@ -20,22 +20,16 @@ import torch
 import transformers
 
 from rlhf.algorithms.advantages import ESTIMATORS, Estimator, EstimatorInput, gae
-from rlhf.algorithms.ppo import (
-    EmptyRolloutError,
-    KLController,
-    PPOBatchConfig,
-    PPOConfig,
-    PPOExperience,
-    PPOOptimizerConfig,
-    shape_rewards,
-)
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
+from rlhf.algorithms.ppo import EmptyRolloutError, KLController, PPOExperience, shape_rewards
 from rlhf.config import ConfigError, EngineConfig, ModelConfig
 from rlhf.data import collate_responses
 from rlhf.engine import BatchPlan, RLHFEngine
-from rlhf.generation import Sampling, generate
+from rlhf.generation.continuous_batching import generate
+from rlhf.generation.token_sampling import Sampling
 from rlhf.models.scalar import ScalarModel
 from rlhf.numerics.logprobs import logprobs_from_logits
-from rlhf.pipeline import parse_stage
+from rlhf.pipeline.stages import parse_stage
 from rlhf.training.metrics import MeanMeter
 from rlhf.training.scoring import label_loss, response_logprobs, response_values
 from rlhf.types import PromptBatch, Rollout, TokenizedPrompt, TokenizedResponse
@@ -628,7 +622,8 @@ def test_21_minibatches_are_reshuffled_every_epoch_and_shared_by_all_ranks(make_
 
 def test_17_scores_are_normalised_to_mean_0_and_variance_1_on_the_reference_responses(tiny_models, tokenizer, tmp_path):
     """DeepSpeedExamples#316 for the padding: a long and a short reference response in one batch."""
-    from rlhf.algorithms.reward import RewardConfig, RewardTrainer
+    from rlhf.algorithms.config import RewardConfig
+    from rlhf.algorithms.reward import RewardTrainer
     from rlhf.checkpoint.export import export_scalar_model
     from rlhf.types import TokenizedRanking
     from tests.support.local_engine import LocalEngine
@@ -936,16 +931,18 @@ def test_ppo_learns_what_the_scorer_rewards(make_trainer, tmp_path):
     scores = [line["score"] for line in lines]
     assert [line["ratio_first"] for line in lines] == pytest.approx([1.0] * 6, abs=1e-4)
     assert sum(scores[-2:]) / 2 > scores[0] + 0.5
-    assert outcome["after"]["score"] > outcome["before"]["score"] + 0.5
+    gain = outcome["after"]["score"] - outcome["before"]["score"]
+    assert gain > 0.5 and outcome["after"]["score_gain"] == pytest.approx(gain, abs=1e-5)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert len(trainer.engine.actor.gradients) == len(trainer.engine.critic.gradients) == 6 * 4 * 2
 
 
 def test_evaluation_samples_every_row_anew_and_the_same_way_every_time(make_trainer):
-    seen = []
+    seen, scored = [], []
 
     def scorer(rollout, texts):
         seen.append((rollout.prompt_ids.tolist(), rollout.response_ids.tolist(), list(texts)))
+        scored.extend(zip(texts, letter_score(rollout, texts).tolist(), strict=True))
         return letter_score(rollout, texts)
 
     trainer = make_trainer(scorer=scorer, plan=BatchPlan(8, 8, 1), eval_samples_per_prompt=5, new_tokens=12)
@@ -955,6 +952,10 @@ def test_evaluation_samples_every_row_anew_and_the_same_way_every_time(make_trai
     responses = [tuple(row) for _, rows, _ in seen[: len(seen) // 2] for row in rows if row[0] != EOS]
     assert len(set(responses)) == len(responses) > 10  # copies of a prompt draw from streams of their own
     assert [sample["id"] for sample in first["samples"]] == ["0", "1", "2"]
+    assert (first["rows"], first["responses"]) == (3, 15)
+    for index, prompt in enumerate(trainer.evaluated):
+        own = [score for text, score in scored[: len(scored) // 2] if text == prompt.text]
+        assert len(own) == 5 and first["prompt_scores"][index] == pytest.approx(sum(own) / 5)
     assert trainer.make_experience(1).scores.shape == (8,)
 
 

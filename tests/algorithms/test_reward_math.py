@@ -11,12 +11,16 @@ import torch
 from rlhf.algorithms.reward import (
     ScoredRows,
     accuracy_of,
+    certainty,
     histogram,
+    prompt_numbers,
     ranked_pairs,
     ranking_loss,
     ranking_metrics,
 )
 from rlhf.config import ConfigError
+from rlhf.numerics.intervals import paired_interval, wilson_interval
+from rlhf.types import TokenizedRanking, TokenizedResponse
 
 GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3])
 RANKS = torch.tensor([2, 0, 0, 1, 1, 0, 0, 0, 0, 0, 5])  # ties at the top of 0; 2 is nothing but ties
@@ -139,6 +143,7 @@ def test_metrics_of_three_pairs_worked_by_hand():
     rows = ScoredRows(
         scores=torch.tensor([3.0, 1.0, 0.0, 2.0, 1.0, 1.0]),
         groups=torch.tensor([4, 4, 7, 7, 9, 9]),
+        prompts=torch.tensor([0, 0, 1, 1, 2, 2]),
         ranks=torch.tensor([0, 1, 0, 1, 0, 1]),
         lengths=torch.tensor([5.0, 9.0, 8.0, 3.0, 6.0, 6.0]),
         categories=torch.tensor([0, 0, 1, 1, 1, 1]),
@@ -151,13 +156,21 @@ def test_metrics_of_three_pairs_worked_by_hand():
     assert metrics["eval_length_baseline_accuracy"] == pytest.approx(0.5)  # shorter, longer, equal
     assert metrics["eval_score_mean"] == pytest.approx(8 / 6)
     assert metrics["eval_score_std"] == pytest.approx(math.sqrt(16 / 6 - (8 / 6) ** 2))
+    assert (metrics["eval_rows"], metrics["eval_pairs"]) == (3, 3)
+    assert (metrics["eval_accuracy_low"], metrics["eval_accuracy_high"]) == wilson_interval(0.5, 3)
+    assert metrics["eval_shortcut_accuracy"] == 0.5 and metrics["eval_over_shortcut"] == 0.0
+    # beside choosing the longer one the model is right, wrong, and as undecided: 1, -1, 0
+    expected = paired_interval(torch.tensor([1.0, -1.0, 0.0]), torch.ones(3))
+    assert (metrics["eval_over_shortcut_low"], metrics["eval_over_shortcut_high"]) == pytest.approx(expected)
     histograms = {name: entry.pop("histogram") for name, entry in metrics["by_category"].items()}
     assert {name: sum(counts["chosen"]) for name, counts in histograms.items()} == {"a": 1, "b": 2}
     assert metrics["eval_accuracy/a"] == 1.0 and metrics["eval_accuracy/b"] == 0.25
-    assert metrics["by_category"] == {
-        "a": {"accuracy": 1.0, "length_baseline_accuracy": 0.0, "margin": 2.0, "pairs": 1},
-        "b": {"accuracy": 0.25, "length_baseline_accuracy": 0.75, "margin": -1.0, "pairs": 2},
-    }
+    a, b = (metrics["by_category"][name] for name in ("a", "b"))
+    assert (a["accuracy"], a["length_baseline_accuracy"], a["margin"], a["pairs"], a["rows"]) == (1, 0, 2, 1, 1)
+    assert (b["accuracy"], b["length_baseline_accuracy"], b["margin"], b["pairs"], b["rows"]) == (0.25, 0.75, -1, 2, 2)
+    assert a["shortcut_accuracy"] == 1.0 and a["over_shortcut"] == 0.0, "the shorter response is right in a"
+    assert b["shortcut_accuracy"] == 0.75 and b["over_shortcut"] == -0.5
+    assert (b["accuracy_low"], b["accuracy_high"]) == wilson_interval(0.25, 2)
     assert sum(metrics["histogram"]["chosen"]) == sum(metrics["histogram"]["rejected"]) == 3
 
 
@@ -170,6 +183,28 @@ def test_histogram_counts_worked_by_hand():
 
 
 def test_rankings_that_are_ties_only_are_refused():
-    rows = ScoredRows(*(torch.tensor(values) for values in ([1.0, 2.0], [0, 0], [0, 0], [3.0, 4.0], [0, 0])))
+    rows = ScoredRows(*(torch.tensor(values) for values in ([1.0, 2.0], [0, 0], [0, 0], [0, 0], [3.0, 4.0], [0, 0])))
     with pytest.raises(ConfigError, match="ties only"):
         ranking_metrics(rows, ["a"])
+
+
+def test_pairs_of_one_prompt_count_as_one_row():
+    """Six pairs of two prompts, four and two: what is known is known of two."""
+    correct = torch.tensor([1.0, 1.0, 0.5, 0.0, 1.0, 1.0])
+    by_length = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.5, 0.0])  # choosing the shorter one: 0.75
+    found = certainty(correct, by_length, torch.tensor([7, 7, 7, 7, 3, 3]))
+    assert found["rows"] == 2 and found["shortcut_accuracy"] == 0.75
+    assert (found["accuracy_low"], found["accuracy_high"]) == wilson_interval(4.5 / 6, 2)
+    assert found["over_shortcut"] == pytest.approx(0.0)
+    # by prompt: (1 + 1 + 0.5 + 0 - 3) / 4 and (1 + 1 - 1.5) / 2
+    expected = paired_interval(torch.tensor([-0.125, 0.25]), torch.tensor([4.0, 2.0]))
+    assert (found["over_shortcut_low"], found["over_shortcut_high"]) == pytest.approx(expected)
+
+
+def test_rankings_of_one_prompt_share_a_number():
+    def ranking(prompt, *candidates):
+        rows = tuple(TokenizedResponse("", (*prompt, *each), len(prompt)) for each in candidates)
+        return TokenizedRanking("", rows, tuple(range(len(rows))))
+
+    rankings = [ranking((1, 2), (3,), (4,)), ranking((1,), (2, 3), (4,)), ranking((1, 2), (5, 6), (3,), (9,))]
+    assert prompt_numbers(rankings).tolist() == [0, 1, 0]

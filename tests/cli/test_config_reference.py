@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.cli.config_reference import default_text, field_docstrings, reference, type_text
 from rlhf.config import OptimizerConfig
-from rlhf.pipeline import STAGES, parse_stage
+from rlhf.pipeline.stages import STAGES, parse_stage
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "configuration.md"

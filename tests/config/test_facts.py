@@ -7,8 +7,8 @@ import pytest
 
 from rlhf.checkpoint.fingerprint import check_identity
 from rlhf.config import ConfigError, EngineConfig, RunConfig, facts_of, setting
-from rlhf.pipeline import STAGES, parse_stage
 from rlhf.pipeline.arguments import sort_arguments
+from rlhf.pipeline.stages import STAGES, parse_stage
 from rlhf.training.resume import run_identity
 
 FIELDS = {

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from rlhf.algorithms.ppo import PPOConfig
+from rlhf.algorithms.config import PPOConfig
 from rlhf.config import ConfigError, RunConfig, load_config_file, parse_config, save_config, setting
 from rlhf.pipeline.stages import parse_stage
 
@@ -153,8 +153,8 @@ def test_mappings_in_a_list_survive_as_json(config_file):
         ("learning_rate: true", "field `learning_rate` needs float, got True"),
         ("learning_rate: [1]", r"field `learning_rate` needs float, got \[1\]"),
         ("adam_betas: [0.9, x]", r"field `adam_betas` needs list\[float\], got \[0.9, 'x'\]"),
-        ("tensorboard: 1", "field `tensorboard` needs bool, got 1"),
-        ("tensorboard: 'yes'", "field `tensorboard` needs bool, got 'yes'"),
+        ("tensorboard: 1", "field `tensorboard` needs true or false, got 1"),
+        ("tensorboard: 'yes'", "field `tensorboard` needs true or false, got 'yes'"),
         ("schedule: square", "field `schedule`='square' is not one of cosine, linear"),
         ("zero_stage: 4", "field `zero_stage`=4 is not one of 0, 1, 2, 3"),
         ("output_dir: [a]", "field `output_dir` needs str"),
@@ -219,7 +219,7 @@ def test_files_that_cannot_be_read_are_named(config_file, tmp_path):
 
 
 def test_an_empty_file_and_an_empty_section_change_nothing(config_file):
-    assert load_config_file(config_file(""), "ppo", sections=SECTIONS) == {}
+    assert load_config_file(config_file(""), "ppo", sections=SECTIONS).values == {}
     assert parse("--config", config_file("ppo:\n")) == parse()
 
 
@@ -265,3 +265,151 @@ def test_a_field_of_an_earlier_release_is_refused_with_what_to_do_instead(name, 
     for argv in ([f"--{name}", "0"], ["--config", config_file(f"ppo:\n  {name}: 0\n")]):
         with pytest.raises(ConfigError, match=f"`{name}` is no field any more: .*(temperature|gathered once)"):
             parse_stage("ppo", argv)
+
+
+# -------------------------------------------------------------------------------------------------- extending a file
+
+
+def told(caplog):
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_a_file_extends_a_preset_and_its_fields_win(config_file, caplog):
+    default = config_file("steps: 77\nlearning_rate: 1.0e-3\nppo:\n  schedule: linear\n  steps: 78\n", "default.yaml")
+    middle = config_file("extends: default\nzero_stage: 1\nppo: {zero_stage: 2}\n", "middle.yaml")
+    mine = config_file("extends: ./middle.yaml\nsteps: 5\n", "mine.yaml")
+    caplog.set_level("INFO", "rlhf")
+    shared, own = parse("--config", mine, default_config=default)
+    # a shared field of the file wins over a section of the one below
+    assert (shared.steps, own.learning_rate, own.schedule, own.zero_stage) == (5, 1e-3, "linear", 2)
+    assert parse("--config", mine, "--steps", "6", stage="sft", default_config=default)[1].zero_stage == 1
+    assert told(caplog)[0] == f"configuration: {mine}, extending {middle}, extending {default}"
+    assert not [line for line in told(caplog) if "not read" in line]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("extends: nowhere\n", r"mine.yaml: `extends: nowhere` is not a preset \(default, mine\); .*named with .yaml"),
+        ("extends: nowhere.yaml\n", "configuration file not found: .*nowhere.yaml"),
+        ("extends: [default]\n", r"`extends` needs the name of a preset or a file, got \['default'\]"),
+        ("extends:\n", "`extends` needs the name of a preset or a file, got None"),
+        ("ppo: {extends: default}\n", "mine.yaml: `extends` stands at the top level of a file, not in section `ppo:`"),
+        ("extends: mine\n", "extend one another in a circle: .*mine.yaml -> .*mine.yaml"),
+    ],
+)
+def test_what_cannot_be_extended_is_named(config_file, text, message):
+    default = config_file("steps: 77\n", "default.yaml")
+    with pytest.raises(ConfigError, match=message):
+        parse("--config", config_file(text, "mine.yaml"), default_config=default)
+
+
+def test_the_error_of_an_extended_file_names_that_file(config_file):
+    config_file("steps: many\n", "base.yaml")
+    with pytest.raises(ConfigError, match=r"base.yaml: field `steps` needs int"):
+        parse("--config", config_file("extends: base.yaml\nlearning_rate: 1\n", "mine.yaml"))
+    config_file("stepz: 1\n", "base.yaml")
+    with pytest.raises(ConfigError, match=r"base.yaml: unknown field `stepz`"):
+        parse("--config", config_file("extends: base.yaml\n", "mine.yaml"))
+
+
+def test_what_the_default_file_would_have_set_is_told(config_file, caplog):
+    default = config_file("steps: 77\nlearning_rate: 1.0e-3\nadam_betas: [0.9, 0.95]\n", "default.yaml")
+    caplog.set_level("INFO", "rlhf")
+    parse("--config", config_file("zero_stage: 1\n"), "--steps", "3", default_config=default)
+    assert told(caplog)[1:] == [
+        "configuration: default.yaml is not read, hence learning_rate 1e-5 (there 0.001); "
+        "`extends: default` in a file keeps them"
+    ]
+    caplog.clear()
+    parse("--base_model", "gpt2", default_config=default)
+    assert told(caplog) == [
+        "configuration: default.yaml is not read, hence steps 10 (there 77), learning_rate 1e-5 (there 0.001); "
+        "it suits the embedded model"
+    ]
+    caplog.clear()
+    parse("--config", config_file("steps: 1\nlearning_rate: 2\n"), default_config=default)
+    assert len(told(caplog)) == 1  # nothing differs
+
+
+@dataclass
+class Sets:
+    """Training data and what is held out of it."""
+
+    some_data: list[str] = field(default_factory=lambda: ["a"])
+    """Trained on."""
+    some_eval_data: list[str] = field(default_factory=list)
+    """Held out."""
+
+
+def test_held_out_data_goes_with_the_training_data_it_belongs_to(config_file, caplog):
+    default = config_file("some_data: [x]\nsome_eval_data: [y]\n", "default.yaml")
+
+    def sets(*argv):
+        return parse_config("ppo", {"it": Sets}, list(argv), sections=SECTIONS, default_config=default)["it"]
+
+    assert sets() == Sets(["x"], ["y"])
+    caplog.set_level("INFO", "rlhf")
+    assert sets("--some_data", "b") == Sets(["b"], [])
+    assert "some_eval_data of default.yaml is left out: it belongs to the training data there" in told(caplog)[1]
+    mine = config_file("extends: default\nsome_data: [c]\n", "mine.yaml")
+    assert sets("--config", mine) == Sets(["c"], [])
+    assert sets("--config", mine, "--some_eval_data", "d") == Sets(["c"], ["d"])
+    extending = config_file("extends: default\n", "extending.yaml")
+    assert sets("--config", extending) == Sets(["x"], ["y"])
+    assert sets("--config", extending, "--some_data", "e") == Sets(["e"], [])
+    own = config_file("some_data: [f]\nsome_eval_data: [g]\n", "own.yaml")
+    assert sets("--config", own, "--some_data", "h") == Sets(["h"], ["g"])  # what the user's own file says stays
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--steps"], r"--steps needs a value after it \(int\)"),
+        (["--steps", "1", "2"], "--steps takes one value; cannot read '2' after '1'"),
+        (["--data"], "--data needs at least one value after it"),
+        (["--tensorboard", "maybe"], "--tensorboard needs true or false, got 'maybe'"),
+        (["--learning_rate", "fast"], "--learning_rate needs float, got 'fast'"),
+        (["--no_steps"], "unknown field `no_steps`"),
+        (["--no_tensorboard", "true"], "unknown field `no_tensorboard`"),
+        (["stray"], "cannot read 'stray'"),
+        (["--"], "cannot read '--'"),
+    ],
+)
+def test_a_command_line_that_cannot_be_read_says_where(argv, message):
+    with pytest.raises(ConfigError, match=f"command line: .*{message}"):
+        parse(*argv)
+
+
+def test_options_are_read_in_every_spelling():
+    shared, own = parse("--tensorboard", "--learning-rate=-1e-3", "--adam_betas", "-0.5", "1", "--wandb_project", "")
+    assert shared.tensorboard is True and shared.wandb_project == ""
+    assert own.learning_rate == -1e-3 and own.adam_betas == [-0.5, 1.0]
+    assert parse("--tensorboard", "No")[0].tensorboard is False and parse("--tensorboard=T")[0].tensorboard is True
+    assert parse("--steps", "1", "--steps", "2")[0].steps == 2  # the last one wins
+
+
+# -------------------------------------------------------------------------------------------------------------- help
+
+
+def test_help_shows_every_field_once_with_its_value_and_where_it_comes_from(config_file, capsys):
+    default = config_file("steps: 77\n", "default.yaml")
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help", "--schedule", "linear", "--no_tensorboard", default_config=default)
+    assert stopped.value.code == 0
+    shown = capsys.readouterr().out
+    assert "Shared: Fields every stage has." in shown
+    assert "  --steps 77  (default.yaml; int)\n      A count.\n" in shown
+    assert "  --schedule linear  (command line; cosine, linear)\n" in shown
+    assert "  --tensorboard false  (command line; bool)\n" in shown
+    assert "  --adam_betas [0.9, 0.95]  (default; list[float])\n" in shown
+    for name in ("output_dir", "wandb_project", "base_model", "zero_stage", "data"):
+        assert shown.count(f"--{name} ") == 1, name
+
+
+def test_a_mistake_beside_help_is_still_a_mistake():
+    with pytest.raises(ConfigError, match="unknown field `stepz`"):
+        parse("--stepz", "1", "--help")

@@ -214,7 +214,7 @@ def test_a_repeated_key_names_its_line(entries: Any) -> None:
     keys = [line.split(":")[0] for line in text.splitlines()]
     with written("run.yaml", text.encode()) as path:
         if len(set(keys)) == len(keys):
-            assert list(load_config_file(path, "ppo", sections=SECTIONS)) == keys
+            assert list(load_config_file(path, "ppo", sections=SECTIONS).values) == keys
             return
         second = next(number for number, key in enumerate(keys, start=1) if key in keys[: number - 1])
         with pytest.raises(ConfigError, match=f"is there twice(.|\n)*line {second}, column"):
@@ -266,7 +266,7 @@ def test_aliases_that_multiply_are_refused_at_once(kind: str, tmp_path: Path) ->
 def test_anchors_and_merge_keys_work_where_they_are_few(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("ppo: &shared\n  name: a\n  rate: 1\nsft:\n  <<: *shared\n  name: b\n", encoding="utf-8")
-    assert load_config_file(path, "sft", sections=SECTIONS) == {"name": "b", "rate": 1}
+    assert load_config_file(path, "sft", sections=SECTIONS).values == {"name": "b", "rate": 1}
 
 
 @pytest.mark.parametrize(
@@ -297,4 +297,4 @@ def test_yaml_and_json_read_the_project_presets_alike() -> None:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
         for stage in ("sft", "reward", "ppo"):
             shared = {name: value for name, value in plain.items() if name not in ("sft", "reward", "ppo")}
-            assert load_config_file(path, stage, sections=SECTIONS) == {**shared, **(plain.get(stage) or {})}
+            assert load_config_file(path, stage, sections=SECTIONS).values == {**shared, **(plain.get(stage) or {})}

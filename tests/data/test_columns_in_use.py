@@ -230,8 +230,9 @@ def test_data_that_is_read_whole_warns_of_nothing(tmp_path: Path, caplog: pytest
     places = {"cache_dir": tmp_path / "cache", "report_dir": tmp_path / "report"}
     with caplog.at_level(logging.INFO, logger="rlhf"):
         for kind, name in (("response", "sft"), ("comparison", "preference"), ("prompt", "prompts")):
-            load_stage_data(
+            data = load_stage_data(
                 kind, [f"sample:{name}_train"], [f"sample:{name}_heldout"],
                 config=DataConfig(), stage="sft", tokenizer=tokenizer, seed=0, **places,
             )  # fmt: skip
-    assert caplog.records and not [record for record in caplog.records if record.levelno >= logging.WARNING]
+            assert data.train and data.summary
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]

@@ -1,7 +1,6 @@
 """A stage's data from files to tokens, with what was left out reported."""
 
 import json
-import logging
 from collections import Counter
 
 import pytest
@@ -74,16 +73,15 @@ def test_comparisons_and_prompts(load, tmp_path):
     assert isinstance(prompts.train[0], TokenizedPrompt) and prompts.train[0].text == "### 질문: 질문\n\n### 답변:"
 
 
-def test_long_texts_are_cut_and_counted(load, tokenizer, tmp_path, caplog):
+def test_long_texts_are_cut_and_counted(load, tokenizer, tmp_path):
     rows = [{"instruction": "질문 " * 50 + "끝", "output": "대답 " * 50}, *sft_rows(1)]
-    with caplog.at_level(logging.INFO, logger="rlhf"):
-        data = load("response", [write(tmp_path / "a.jsonl", rows)], max_prompt_tokens=30, max_response_tokens=20)
+    data = load("response", [write(tmp_path / "a.jsonl", rows)], max_prompt_tokens=30, max_response_tokens=20)
     assert data.report["train"]["truncated_prompts"] == 1 and data.report["train"]["truncated_responses"] == 1
     (long,) = [row for row in data.train if tokenizer.eos_token_id not in row.input_ids]
     assert long.prompt_tokens == 30 and len(long.input_ids) == 50
     assert tokenizer.decode(long.input_ids[:30]).endswith("질문 끝\n\n### 답변:")
-    assert any("1 of 2 prompts were longer than max_prompt_tokens=30" in message for message in caplog.messages)
-    assert any("1 of 2 responses were longer than max_response_tokens=20" in message for message in caplog.messages)
+    assert any("1 of 2 prompts were longer than max_prompt_tokens=30" in line for line in data.summary)
+    assert any("1 of 2 responses were longer than max_response_tokens=20" in line for line in data.summary)
 
 
 def test_named_evaluation_data_is_used_and_leaks_are_dropped(load, tokenizer, tmp_path):

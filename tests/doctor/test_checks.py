@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf.doctor import examine
+from rlhf.doctor.checks import examine
 from tests.doctor.test_doctor import CHECKS, LINES, history, last, lines_of, names
 
 LASTING = [
@@ -37,9 +37,9 @@ def test_so_many_lines_beyond_the_limit_and_no_fewer(name, metric, beyond, limit
 
 
 def test_a_value_function_is_given_twenty_lines():
-    lines = history("ppo", explained_variance=lambda index: -0.5)
-    assert "value_function_useless" not in names(examine(CHECKS["ppo"], lines[:19]))
-    assert "value_function_useless" in names(examine(CHECKS["ppo"], lines[:20]))
+    for lines, expected in ((19, False), (20, True)):
+        found = examine(CHECKS["ppo"], history("ppo", lines=lines, explained_variance=lambda index: -0.5))
+        assert ("value_function_useless" in names(found)) is expected
 
 
 def test_a_diverging_loss_is_told_by_the_means_of_five_lines_at_either_end():

@@ -9,14 +9,15 @@ import random
 import pytest
 import torch
 
+from rlhf.checkpoint.run_lock import RunLock
 from rlhf.cli.__main__ import main
 from rlhf.cli.doctor import stage_views
-from rlhf.doctor import OFFLINE, SICKNESSES, HealthMonitor, NotARunError, StageView, diagnose, examine, record_stop
-from rlhf.doctor.checks import NEEDS
-from rlhf.doctor.findings import finding
+from rlhf.doctor.checks import NEEDS, OFFLINE, examine
+from rlhf.doctor.findings import SICKNESSES, finding
 from rlhf.doctor.history import condensed
 from rlhf.doctor.limits import KEPT_FIRST, KEPT_LAST
-from rlhf.doctor.monitor import GONE_AFTER
+from rlhf.doctor.monitor import GONE_AFTER, HealthMonitor, record_stop
+from rlhf.doctor.report import NotARunError, StageView, diagnose
 from rlhf.numerics.statistics import correlation, repeated_share
 
 LINES = 32
@@ -59,10 +60,38 @@ def history(stage, seed=0, lines=LINES, **changes):
     found = [make(index, lambda: generator.uniform(-1, 1)) for index in range(lines)]
     for index, line in enumerate(found):
         line.update({name: float(change(index)) for name, change in changes.items()})
-    if stage == "reward":
-        found.insert(0, {"step": 0, "eval_score_std": 0.05, "eval_loss": 0.7, "eval_accuracy": 0.5})
-        found.append({"step": 160, "eval_score_std": 4.0, "eval_loss": 0.2, "eval_accuracy": 0.95})
-    return found
+    evaluated = {"sft": sft_evaluation, "reward": reward_evaluation, "ppo": ppo_evaluation}[stage]
+    *earlier, newest = found  # the line at the end is one of training: what is wrong with it is what is new
+    return [evaluated(0, after=False), *earlier, evaluated(newest["step"], after=True), newest]
+
+
+def sft_evaluation(step, *, after):
+    return {"step": step, "eval_loss": 3.5 if after else 5.0, "eval_rows": 52.0}
+
+
+def reward_evaluation(step, *, after):
+    """112 pairs, of which the trained model has 107 right; choosing the longer response gives 0.496."""
+    right = {"eval_accuracy": 0.955, "eval_accuracy_low": 0.9, "eval_accuracy_high": 0.981, "eval_over_shortcut": 0.451,
+             "eval_over_shortcut_low": 0.34, "eval_over_shortcut_high": 0.54}  # fmt: skip
+    coin = {"eval_accuracy": 0.5, "eval_accuracy_low": 0.409, "eval_accuracy_high": 0.591, "eval_over_shortcut": -0.004,
+            "eval_over_shortcut_low": -0.13, "eval_over_shortcut_high": 0.12}  # fmt: skip
+    return {"step": step, "eval_score_std": 4.0 if after else 0.05, "eval_loss": 0.2 if after else 0.7,
+            "eval_rows": 112.0, "eval_pairs": 112.0, "eval_length_baseline_accuracy": 0.496,
+            "eval_shortcut_accuracy": 0.504, **(right if after else coin)}  # fmt: skip
+
+
+def ppo_evaluation(step, *, after):
+    gain = {"eval_score_gain": 3.1, "eval_score_gain_error": 0.1} if after else {}
+    return {"step": step, "eval_score": 2.5 if after else -0.6, "eval_score_std": 1.15, "eval_reward": 1.2,
+            "eval_rows": 52.0, **gain}  # fmt: skip
+
+
+def changed(lines, step, **values):
+    """The history with other values in its evaluations at `step`."""
+    return [
+        {**line, **values} if line["step"] == step and any(name.startswith("eval_") for name in line) else line
+        for line in lines
+    ]
 
 
 def names(found):
@@ -171,11 +200,15 @@ def test_a_reward_model_that_says_the_same_of_everything():
 
 def test_every_check_has_words_for_what_it_means_and_what_to_try_and_a_case_here():
     all_checks = {function.__name__ for functions in CHECKS.values() for function in functions}
-    assert all_checks == set(SICKNESSES)
+    assert all_checks | {"run_incomplete"} == set(SICKNESSES)
     assert all_checks - {"not_finite"} == set(NEEDS)
-    assert all_checks == {case[0] for case in SICK} | {"reward_model_blind"}
+    assert all_checks == {case[0] for case in SICK} | {"reward_model_blind"} | HELD_OUT
     for sickness in SICKNESSES.values():
         assert min(len(sickness.meaning), len(sickness.remedy)) > 30
+
+
+HELD_OUT = {"too_few_held_out", "reward_model_at_chance", "reward_model_is_shortcut", "score_below_start"}
+"""Those of tests/doctor/test_held_out_checks.py."""
 
 
 def test_a_finding_of_an_unknown_check_is_refused():
@@ -239,7 +272,7 @@ def test_a_finding_is_told_once_then_when_it_is_worse_and_when_it_is_over(tmp_pa
     assert all(event["meaning"] and event["try"] and "nats per token" in event["message"] for event in events(tmp_path))
     assert monitor.summary() == {
         "healthy": False,
-        "lines": LINES,
+        "lines": LINES + 2,
         "findings": [
             {"check": "kl_explodes", "severity": "critical", "since": 6, "until": 11,
              "message": "KL 3.6 nats per token"}
@@ -257,7 +290,7 @@ def test_a_sickness_that_comes_back_is_one_finding_from_its_first_step(tmp_path)
 def test_a_healthy_run_leaves_an_empty_file_and_says_so(tmp_path):
     monitor = HealthMonitor(tmp_path, "ppo", CHECKS["ppo"])
     assert feed(monitor, history("ppo")) == []
-    assert monitor.summary() == {"healthy": True, "lines": LINES, "findings": []}
+    assert monitor.summary() == {"healthy": True, "lines": LINES + 2, "findings": []}
     assert events(tmp_path) == []
 
 
@@ -328,18 +361,19 @@ def test_a_sick_running_run_with_a_half_written_line(tmp_path, capsys):
     write_stage(tmp_path / "sft", history("sft"))
     sick = history("ppo", kl_per_token=last(12, 1.4, 0.1), eos_rate=lambda i: max(0.0, 1 - i / 20))
     for line in sick:
-        del line["repeated_4grams"]  # as an earlier version wrote them
+        line.pop("repeated_4grams", None)  # as an earlier version wrote them
     write_stage(tmp_path / "ppo", sick, result=False, tail='{"step": 33, "kl_per')
-    assert main(["doctor", str(tmp_path)]) == 1
+    with RunLock(tmp_path / "ppo"):
+        assert main(["doctor", str(tmp_path)]) == 1
     text = " ".join(capsys.readouterr().out.split())
     assert "reward: not started" in text
-    assert "ppo: running or interrupted: no result.json; last line at iteration 32" in text
+    assert "ppo: running; last line at iteration 32" in text
     assert "its last line is half-written (passed over)" in text
     assert "[warning] the actor runs away from the reference, since iteration 21 (kl_explodes)" in text
     assert "KL 1.4 nats per token" in text and "has left the texts the reward model can judge" in text
     assert "try: a lower learning rate, fewer ppo_epochs" in text
     assert "not checked: repetition (no repeated_4grams)" in text
-    assert "diagnosis: 2 findings" in text
+    assert "diagnosis: 2 findings so far: it is running" in text
     assert not diagnose(tmp_path / "ppo", STAGES).healthy  # a stage's own directory
     assert diagnose(tmp_path / "sft", STAGES).healthy
 
@@ -360,7 +394,7 @@ def test_the_stages_are_those_it_is_given(tmp_path):
 def test_what_stopped_a_run_is_told_though_no_line_of_metrics_has_it(tmp_path, capsys):
     write_stage(tmp_path / "ppo", history("ppo", lines=4), result=False)
     record_stop(tmp_path / "ppo", finding("not_finite", "critical", 5, 5, "engine critic: value loss is nan"))
-    assert main(["doctor", str(tmp_path)]) == 1
+    assert main(["doctor", str(tmp_path)]) == 3, "the run has not come to its end: that goes before its findings"
     text = capsys.readouterr().out
     assert "[critical] a number is not finite, since iteration 5" in text
     assert "stopped the run: engine critic: value loss is nan" in text
@@ -377,7 +411,7 @@ def test_missing_and_damaged_files_are_said_and_passed_over(tmp_path, capsys):
     (tmp_path / "sft" / "config.yaml").unlink()
     (tmp_path / "sft" / "data.json").write_text("{", encoding="utf-8")
     (tmp_path / "sft" / "result.json").write_text("{", encoding="utf-8")
-    assert main(["doctor", str(tmp_path)]) == 0
+    assert main(["doctor", str(tmp_path)]) == 3, "--resume auto takes a broken result for none as well"
     text = capsys.readouterr().out
     for part in ("2 lines are no json (passed over): 4, 5", "1 lines have no step", "config.yaml is missing",
                  "data.json cannot be read", "result.json cannot be read", "health.jsonl is missing"):  # fmt: skip

@@ -1,6 +1,6 @@
 """The monitor's file (what it finds and forgets: test_doctor.py)."""
 
-from rlhf.doctor import HealthMonitor
+from rlhf.doctor.monitor import HealthMonitor
 from tests.doctor.test_doctor import CHECKS, history
 
 

@@ -11,7 +11,8 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param
 
 from rlhf.config import ConfigError, EngineConfig, OptimizerConfig
-from rlhf.distributed import close_world, init_world, is_main, world_size
+from rlhf.distributed.place import is_main, world_size
+from rlhf.distributed.world import close_world, init_world
 from rlhf.engine import AveragedWeights, BatchPlan, compute_dtype, training_engine
 from tests.engine.test_gradients import Products
 

@@ -41,7 +41,12 @@ def test_fewer_sequences_than_devices_name_the_remedy_that_changes_no_result_fir
         BatchPlan(6, 2, 8)
     message = str(caught.value)
     assert "global_batch_size=6 leaves 2 of 8 devices without a sequence" in message
-    assert 0 < message.index("--num_devices 6") < message.index("learns the same") < message.index("to 8 or more")
+    assert (
+        0
+        < message.index("--num_devices 6")
+        < message.index("learns the same")
+        < message.index("global_batch_size=8 or more")
+    )
     assert BatchPlan(6, 2, 6).accumulation_steps == BatchPlan(8, 2, 8).accumulation_steps == 1
 
 

@@ -17,7 +17,8 @@ from deepspeed.utils import safe_get_full_grad
 from torch import nn
 
 from rlhf.config import EngineConfig, OptimizerConfig
-from rlhf.distributed import close_world, init_world, is_main, rank, world_size
+from rlhf.distributed.place import is_main, rank, world_size
+from rlhf.distributed.world import close_world, init_world
 from rlhf.engine import BatchPlan, compute_dtype, training_engine
 from rlhf.training.metrics import MeanMeter
 from rlhf.training.nonfinite import NonFiniteError

@@ -6,7 +6,8 @@ import transformers
 
 from rlhf.config import ConfigError
 from rlhf.engine import BatchPlan
-from rlhf.generation import BACKENDS, Sampling, make_backend
+from rlhf.generation.backend import BACKENDS, make_backend
+from rlhf.generation.token_sampling import Sampling
 from rlhf.models.forward import forward_logits
 from rlhf.training.scoring import response_logprobs
 from rlhf.types import PromptBatch

@@ -10,10 +10,12 @@ from torch import nn
 
 from rlhf.config import ModelConfig
 from rlhf.engine import BatchPlan
-from rlhf.generation import Sampling, continuous_batching, generate
+from rlhf.generation import continuous_batching
 from rlhf.generation.architectures import take_apart
+from rlhf.generation.continuous_batching import generate
 from rlhf.generation.decoders import HuggingFaceDecoder, make_decoder
 from rlhf.generation.fast_decoder import FastDecoder, make_fast_decoder
+from rlhf.generation.token_sampling import Sampling
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import adapter_disabled, apply_lora
 from rlhf.numerics.cpu import LaidOut, has_onednn

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
-from rlhf.generation import Sampling, generate
-from rlhf.generation.token_sampling import filter_logits, row_uniforms, sample_tokens
+from rlhf.generation.continuous_batching import generate
+from rlhf.generation.token_sampling import Sampling, filter_logits, row_uniforms, sample_tokens
 from rlhf.types import PromptBatch
 from tests.support.tiny_models import ARCHITECTURES
 

@@ -66,7 +66,9 @@ def test_more_tokens_than_positions_is_an_error_before_anything_loads(architectu
         check_positions(path, 80, what="the actor")
     said = str(raised.value)
     assert f"the actor {path} has 64 positions, and max_prompt_tokens + max_response_tokens is 80" in said
-    assert "lower one of them by 16, max_prompt_tokens if" in said
+    assert (
+        0 < said.index("together they may be 64") < said.index("changes nothing") < said.index("changes the training")
+    )
 
 
 def test_positions_of_an_adapter_are_those_of_its_base(tiny_models, tokenizer, tmp_path):

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
 from rlhf.checkpoint.export import export_causal_lm, export_scalar_model, full_state_dict
 from rlhf.config import ConfigError, EngineConfig, ModelConfig
-from rlhf.distributed import world_size
+from rlhf.distributed.place import world_size
 from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.models.adapters import load_adapter
 from rlhf.models.directories import base_key

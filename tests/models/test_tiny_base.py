@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.models.tiny_base import TinyRecipe, build_tiny_base, train_tokenizer
+from rlhf.distributed import progress
+from rlhf.models.tiny_base import TinyRecipe, announcement, build_tiny_base, tiny_base_path, train_tokenizer
 
 TEXTS = ["안녕하세요. 오늘은 날씨가 좋아요.", "### 응답:\n네, 산책을 해 보세요.", "고마워요. 내일 또 봐요."] * 4
 SMALL = TinyRecipe(
@@ -96,6 +97,31 @@ def test_a_failed_build_leaves_no_model_behind(tmp_path):
     with pytest.raises(ValueError, match="needs at least one row of 32"):
         build_tiny_base(["짧다"], tmp_path, progress=False, recipe=SMALL)
     assert [entry.suffix for entry in tmp_path.iterdir()] == [".failed"]
+
+
+def test_it_is_announced_once_with_why_how_long_and_where(tmp_path, caplog):
+    recipe = TinyRecipe(**{**SMALL.__dict__, "steps": 2})
+    with caplog.at_level(logging.INFO, logger="rlhf"):
+        path = build_tiny_base(TEXTS, tmp_path, progress=False, recipe=recipe)
+        said = len(caplog.messages)
+        build_tiny_base(TEXTS, tmp_path, progress=False, recipe=recipe)
+    assert path == tiny_base_path(TEXTS, tmp_path, recipe=recipe)
+    assert caplog.messages[0] == announcement(recipe, path) and len(caplog.messages) == said
+    assert "not there yet" in caplog.messages[0] and "(2 steps)" in caplog.messages[0]
+    assert caplog.messages[0].endswith(f"this happens once, it is kept in {path}")
+    assert "(1400 steps, one to three minutes on two cores)" in announcement(TinyRecipe(), path)
+
+
+def test_its_progress_is_shown(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(progress, "FIRST_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO, logger="rlhf"):
+        build_tiny_base(TEXTS, tmp_path, recipe=TinyRecipe(**{**SMALL.__dict__, "steps": 3}))
+    counted = [message for message in caplog.messages if message.startswith("embedded base model: ")]
+    assert [message.partition(",")[0] for message in counted] == [
+        *(f"embedded base model: {step} of 3 steps" for step in (1, 2, 3)),
+    ]
+    assert all("loss " in message for message in counted)
 
 
 def test_it_says_how_far_the_loss_fell(tmp_path, caplog):

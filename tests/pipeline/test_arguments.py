@@ -7,8 +7,9 @@ import subprocess
 import pytest
 
 from rlhf.config import ConfigError
-from rlhf.pipeline import STAGES
 from rlhf.pipeline.arguments import bash_assignments, sort_arguments
+from rlhf.pipeline.stages import STAGES
+from tests.support.results import write_results
 
 
 def test_fields_go_to_the_stages_that_have_them(tmp_path):
@@ -52,6 +53,37 @@ def test_the_output_directory_of_the_file_is_used(tmp_path):
         sort_arguments(["--config", str(config)], user_dir=tmp_path)
 
 
+def test_a_trial_writes_beside_the_run_it_tries_out(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"output_dir: {tmp_path}/mine\n", encoding="utf-8")
+    pipeline = sort_arguments(["--config", str(config), "--short"], user_dir=tmp_path)
+    assert pipeline.output_dir == f"{tmp_path}/mine-short"
+    assert pipeline.overwrite_stages == pipeline.stages, "an earlier trial is overwritten unasked"
+    for arguments in pipeline.stage_arguments.values():
+        assert arguments[-2:] == ["--output_dir", f"{tmp_path}/mine-short"]
+    again = sort_arguments(["--config", str(config), "--short", "--resume", "auto"], user_dir=tmp_path)
+    assert again.output_dir == pipeline.output_dir and again.overwrite_stages == ()
+    assert again.resume_stages == again.stages
+
+
+@pytest.mark.parametrize("option", ["--output_dir", "--sft.output_dir"])
+def test_a_trial_in_a_directory_that_was_asked_for_uses_it_as_it_is(tmp_path, option):
+    pipeline = sort_arguments(["--short", "--stages", "sft", option, str(tmp_path / "out")], user_dir=tmp_path)
+    assert pipeline.output_dir == str(tmp_path / "out") and pipeline.overwrite_stages == ()
+    write_results(tmp_path / "out", {"sft": {"seed": 1}})
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        sort_arguments(["--short", "--stages", "sft", option, str(tmp_path / "out")], user_dir=tmp_path)
+
+
+def test_overwriting_is_a_fact_of_each_stage(tmp_path):
+    config = tmp_path / "mine.yaml"
+    config.write_text("overwrite: true\nsft:\n  overwrite: false\n", encoding="utf-8")
+    assert sort_arguments(["--config", str(config)], user_dir=tmp_path).overwrite_stages == ("reward", "ppo")
+    assert sort_arguments([], user_dir=tmp_path).overwrite_stages == ()
+    pipeline = sort_arguments(["--overwrite"], user_dir=tmp_path)
+    assert "OVERWRITE_STAGES=(sft reward ppo)" in bash_assignments(pipeline).splitlines()
+
+
 def test_short_sets_a_few_steps_and_the_user_wins(tmp_path):
     pipeline = sort_arguments(["--short", "--reward.max_steps", "9"], user_dir=tmp_path)
     for name, value in STAGES["sft"].short_run.items():
@@ -82,13 +114,14 @@ def test_launcher_options_reach_the_launcher_only(tmp_path, monkeypatch):
         (["--sft.kl_coef", "1"], r"--sft.kl_coef: stage sft has no field `kl_coef`"),
         (["--stages", "sft", "--kl_coef", "1"], r"--kl_coef is a field of ppo, which this run \(sft\) leaves out"),
         (["--stages", "rm"], r"--stages rm: the stages are sft, reward, ppo"),
-        (["stray"], r"`stray` is not an option"),
+        (["stray"], r"cannot read .stray.; fields are given as `--name value`"),
         (["--num_devices", "two"], r"--num_devices needs a whole number of at least 1, got 'two'"),
         (["--num_devices"], r"--num_devices needs one value"),
         (["--hostfile", "nowhere"], r"--hostfile nowhere: no such file"),
         (["--config", "nowhere.yaml"], r"configuration file not found: nowhere.yaml"),
         (["--ppo.clip_range", "-1"], r"stage ppo: clip_range=-1.0 must be above 0"),
-        (["--zero_stage", "7"], r"stage sft: .*--zero_stage.*invalid choice"),
+        (["--zero_stage", "7"], r"stage sft: .*--zero_stage .7. is not one of 0, 1, 2, 3"),
+        (["--overwrite", "--ppo.resume", "auto"], r"stage ppo: overwrite and resume=auto contradict each other"),
     ],
 )
 def test_mistakes_are_named_before_any_stage_runs(tmp_path, words, message):

@@ -7,8 +7,7 @@ import pytest
 
 from rlhf.algorithms.advantages import ESTIMATORS, Estimator
 from rlhf.config import ConfigError
-from rlhf.pipeline import STAGES, parse_stage
-from rlhf.pipeline.stages import find_stage_model
+from rlhf.pipeline.stages import STAGES, find_stage_model, parse_stage
 
 ROOT = Path(__file__).parents[2]
 NAMES = list(STAGES)

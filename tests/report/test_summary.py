@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rlhf.cli.summary import main
-from rlhf.pipeline import STAGES
+from rlhf.pipeline.stages import STAGES
 from rlhf.report import summary
 from tests.support.results import made_up_results, write_results
 
@@ -18,11 +18,17 @@ def test_summary_of_a_run_that_held_nothing_out(tmp_path, capsys):
         for name, value in figures.items():
             if isinstance(value, float) and name != "seconds":
                 results[stage][name] = None
-    results["reward"]["accuracy_by_category"] = {}
+            elif isinstance(value, int) and name != "seed":
+                results[stage][name] = 0
+    results["reward"]["accuracy_by_category"] = results["reward"]["pairs_by_category"] = {}
     results["ppo"]["samples"] = []
     write_results(tmp_path, results)
     assert main([str(tmp_path)]) == 0
-    assert "held-out accuracy" in capsys.readouterr().out
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[2:] for line in table if "held-out accuracy" in line] == [
+        ["accuracy", "0", "nothing", "was", "held", "out"]
+    ]
+    assert next(line for line in table if "held-out loss" in line).split()[3:5] == ["0", "nats"]
 
 
 def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
@@ -30,11 +36,16 @@ def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
     assert main([str(tmp_path)]) == 0
     written = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
     assert list(written) == ["sft", "reward", "ppo", "samples", "seconds", "seed", "health"]
-    assert written["sft"] == {"eval_loss_before": 3.0, "eval_loss_after": 2.0}
-    assert set(written["reward"]) == {"accuracy", "length_baseline_accuracy", "accuracy_by_category", "mean_margin"}
+    assert written["sft"] == {"eval_loss_before": 3.0, "eval_loss_after": 2.0, "held_out_rows": 52}
+    assert set(written["reward"]) == {
+        *("accuracy", "accuracy_low", "accuracy_high", "held_out_pairs", "held_out_prompts", "mean_margin"),
+        *("length_baseline_accuracy", "over_shortcut", "over_shortcut_low", "over_shortcut_high"),
+        *("accuracy_by_category", "pairs_by_category"),
+    }
     assert set(written["ppo"]) == {
         *("score_before", "score_after", "score_std_before", "kl_per_token", "eos_rate_before", "eos_rate_after"),
         *("mean_response_tokens_before", "mean_response_tokens_after", "reward_before", "reward_after"),
+        *("score_gain_error", "held_out_prompts"),
     }
     assert [set(sample) for sample in written["samples"]] == [{"prompt", "sft", "ppo", "score_sft", "score_ppo"}]
     assert written["seconds"] == {"sft": 10.0, "reward": 20.0, "ppo": 30.5, "total": 60.5}
@@ -42,8 +53,18 @@ def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
     table = capsys.readouterr().out
     assert "choosing the longer response: 0.500" in table
     assert "+1.200 = +2.40 standard deviations" in table, "1.2 over a standard deviation of 0.5"
+    assert "(standard error 0.20, n prompts)" in table and "95% interval 0.780 to 0.900" in table
     assert "안녕하세요! 반가워요" in table and "seed 3" in table
     assert "doctor: nothing found in sft, reward, ppo" in table
+
+
+def test_the_seconds_of_the_embedded_base_are_counted_beside_the_stages(tmp_path):
+    results = made_up_results()
+    results["sft"]["base_seconds"] = 83.5
+    write_results(tmp_path, results)
+    found = summary.summarize(tmp_path, ROWS)
+    assert found["seconds"] == {"base": 83.5, "sft": 10.0, "reward": 20.0, "ppo": 30.5, "total": 144.0}
+    assert "seconds: base 84, sft 10, reward 20, ppo 30, total 144; seed 3" in summary.closing_table(found, ROWS)
 
 
 def test_the_table_ends_with_what_the_doctor_found(tmp_path):
@@ -52,7 +73,7 @@ def test_the_table_ends_with_what_the_doctor_found(tmp_path):
     results["ppo"]["health"] = {"healthy": False, "lines": 12, "findings": [entry]}
     write_results(tmp_path, results)
     table = summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS)
-    assert "doctor: ppo since step 7: 9 nats per token" in table
+    assert "doctor: ppo since step 7: the actor runs away from the reference: 9 nats per token" in table
     assert "nothing found" not in table
 
 
@@ -64,15 +85,41 @@ def test_table_columns_line_up_with_korean_labels(tmp_path):
     assert law.index("0.800") - korean.index("0.900") == 4, "four letters of two columns each"
 
 
-def test_a_long_prompt_shows_its_end_and_a_long_response_its_beginning(tmp_path):
+def test_every_line_says_how_many_rows_it_rests_on(tmp_path):
+    write_results(tmp_path, made_up_results())
+    lines = summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS).splitlines()
+    header, *body = lines[: lines.index("")]
+    end = header.index("     n") + len("     n")
+    counts = {}
+    for line in body:
+        wide = sum(summary._columns(letter) - 1 for letter in line)  # a Korean letter stands for two columns
+        counts[line[8:28].strip()] = line[end - 6 - wide : end - wide].strip()
+    assert counts == {
+        "held-out loss": "52", "held-out accuracy": "112", "mean margin": "112", "일상 대화": "80", "law": "32",
+        "held-out score": "64", "score less penalties": "64", "KL per token (nats)": "64", "eos rate": "64",
+        "response tokens": "64",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("longer", "rule"), [(0.496, "the shorter response: 0.504"), (0.71, "choosing the longer response: 0.710")]
+)
+def test_a_baseline_below_a_half_is_that_of_the_shorter_response(tmp_path, longer, rule):
+    results = made_up_results()
+    results["reward"]["length_baseline_accuracy"] = longer
+    write_results(tmp_path, results)
+    assert f"; {rule}" in summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS)
+
+
+def test_a_long_prompt_and_a_long_response_show_their_beginning(tmp_path):
     results = made_up_results()
     sample = results["ppo"]["samples"][0]
-    results["ppo"]["samples"] = [{**sample, "prompt": "template " * 30 + "질문의 끝", "sft": "처음 " + "말 " * 100}]
+    results["ppo"]["samples"] = [{**sample, "prompt": "질문의 처음 " + "말 " * 100, "sft": "처음 " + "말 " * 100}]
     write_results(tmp_path, results)
     lines = summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS, width=60).splitlines()
     prompt = next(line for line in lines if line.startswith("prompt"))
     response = next(line for line in lines if line.startswith("SFT ") and "처음" in line)
-    assert prompt.endswith("질문의 끝") and "..." in prompt
+    assert prompt.startswith("prompt       질문의 처음") and prompt.endswith("...")
     assert response.endswith("...") and all(summary._columns(line) <= 60 for line in (prompt, response))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from rlhf.algorithms.ppo import PPOConfig
+from rlhf.algorithms.config import PPOConfig
 from rlhf.config import ConfigError
 from rlhf.models.scalar import ScalarModel
 from rlhf.rewards import table

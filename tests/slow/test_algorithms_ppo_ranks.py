@@ -16,9 +16,10 @@ RANKS = '''
 import sys
 from pathlib import Path
 import torch
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
 from rlhf.config import EngineConfig, ModelConfig
-from rlhf.distributed import init_world, rank, world_size
+from rlhf.distributed.place import rank, world_size
+from rlhf.distributed.world import init_world
 from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.models.loading import load_tokenizer
 from rlhf.types import TokenizedPrompt, TokenizedResponse

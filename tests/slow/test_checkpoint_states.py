@@ -76,7 +76,8 @@ TWO_RANKS = """
 import json, logging, random, resource, sys
 from pathlib import Path
 import numpy as np, torch, torch.distributed as dist
-from rlhf.distributed import close_world, init_world, rank
+from rlhf.distributed.place import rank
+from rlhf.distributed.world import close_world, init_world
 from rlhf.checkpoint.random_state import load_rng, save_rng
 from rlhf.checkpoint.state_directory import StateDirectory
 from tests.support.state_directory_worker import check_whole, save, writers
@@ -150,7 +151,8 @@ def test_two_ranks_refused_mistaken_and_damaged(tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
-from rlhf.distributed import init_world, rank
+from rlhf.distributed.place import rank
+from rlhf.distributed.world import init_world
 from rlhf.checkpoint.state_directory import StateDirectory
 from tests.support.state_directory_worker import kill_self, on_operation, save
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.distributed import verdict
+from rlhf.distributed import exit_codes
 from rlhf.distributed.rank_board import RankBoard
 from tests.support.launch import ROOT, run_ranks
 from tests.support.rank_worker import SAVED_AT, TIMEOUT_MINUTES, TROUBLE_AT
@@ -112,7 +112,7 @@ def test_a_killed_rank_ends_the_other_with_one_message(ranks, victim):
     message = the_message(done)
     assert f"rank {victim} (pid {pids[0]} on " in message and "was killed after step " in message
     assert message.endswith(GO_ON)
-    assert done.codes[victim] == -signal.SIGKILL and done.codes[1 - victim] == verdict.EXIT_RANK_LOST
+    assert done.codes[victim] == -signal.SIGKILL and done.codes[1 - victim] == exit_codes.EXIT_RANK_LOST
     assert done.seconds < DEATH_SECONDS
 
 
@@ -129,14 +129,14 @@ def test_memory_that_runs_out_in_one_rank_is_one_message(ranks, scenario, cause)
     message = the_message(done)
     assert "error: rank 1 (pid " in message and cause in message and message.endswith(GO_ON)
     assert f"after step {TROUBLE_AT - 1}, in tests/support/rank_worker.py:" in message
-    assert done.codes == [verdict.EXIT_RANK_LOST] * 2 and done.seconds < DEATH_SECONDS
+    assert done.codes == [exit_codes.EXIT_RANK_LOST] * 2 and done.seconds < DEATH_SECONDS
 
 
 def test_a_crash_inside_a_library_is_named(ranks):
     done = ranks("crash")
     message = the_message(done)
     assert "error: rank 1 (pid " in message and "crashed " in message and ": Segmentation fault" in message
-    assert done.codes == [verdict.EXIT_RANK_LOST, -signal.SIGSEGV] and done.seconds < DEATH_SECONDS
+    assert done.codes == [exit_codes.EXIT_RANK_LOST, -signal.SIGSEGV] and done.seconds < DEATH_SECONDS
 
 
 @pytest.mark.parametrize(("scenario", "speaker"), [("bug", 1), ("all_bug", 0)])
@@ -145,13 +145,13 @@ def test_a_bug_shows_its_traceback_exactly_once(ranks, scenario, speaker):
     assert done.output.count("Traceback") == 1 and done.output.count(f"ValueError: a bug of rank {speaker}\n") == 1
     errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and f"rank {speaker} (pid " in errors[0] and "ValueError: a bug of rank" in errors[0]
-    assert done.codes == [verdict.EXIT_BUG] * 2 and done.seconds < DEATH_SECONDS
+    assert done.codes == [exit_codes.EXIT_BUG] * 2 and done.seconds < DEATH_SECONDS
 
 
 def test_a_users_mistake_on_one_rank_is_said_whichever_rank_it_is(ranks):
     done = ranks("user_error")
     assert the_message(done) == "error: this file is on one machine only"
-    assert done.codes == [verdict.EXIT_USER] * 2
+    assert done.codes == [exit_codes.EXIT_USER] * 2
 
 
 def test_a_rank_that_hangs_is_named_and_the_waiting_one_is_not(ranks):
@@ -161,14 +161,14 @@ def test_a_rank_that_hangs_is_named_and_the_waiting_one_is_not(ranks):
     hung = f"hangs after step {TROUBLE_AT - 1}, in tests/support/rank_worker.py:"
     assert "rank 1 (pid " in message and hung in message
     assert "rank 0" not in message and message.endswith(GO_ON)
-    assert done.codes == [verdict.EXIT_RANK_LOST] * 2 and done.seconds < HANG_SECONDS
+    assert done.codes == [exit_codes.EXIT_RANK_LOST] * 2 and done.seconds < HANG_SECONDS
 
 
 def test_a_stopped_rank_is_named_and_killed(ranks):
     done = ranks("train", lambda found: os.kill(found.pid(1), signal.SIGSTOP))
     message = the_message(done)
     assert "rank 1 (pid " in message and "is stopped (by SIGSTOP" in message and "rank 0" not in message
-    assert done.codes == [verdict.EXIT_RANK_LOST, -signal.SIGKILL] and done.seconds < HANG_SECONDS
+    assert done.codes == [exit_codes.EXIT_RANK_LOST, -signal.SIGKILL] and done.seconds < HANG_SECONDS
 
 
 def test_a_pause_of_both_ranks_is_no_hang(ranks):
@@ -190,7 +190,7 @@ def test_a_deadlock_of_all_ranks_ends(ranks):
     done = ranks("all_hang")
     message = the_message(done)
     assert "rank 0 (pid " in message and "; rank 1 (pid " in message and message.count(" hangs ") == 2
-    assert done.codes == [verdict.EXIT_RANK_LOST] * 2 and done.seconds < HANG_SECONDS
+    assert done.codes == [exit_codes.EXIT_RANK_LOST] * 2 and done.seconds < HANG_SECONDS
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -224,7 +224,7 @@ def test_a_second_interrupt_ends_at_once_even_inside_a_collective(ranks):
             time.sleep(1.2)
 
     done = ranks("train", interrupt_twice)
-    assert done.codes == [verdict.EXIT_INTERRUPTED, -signal.SIGKILL]
+    assert done.codes == [exit_codes.EXIT_INTERRUPTED, -signal.SIGKILL]
     errors = [line for line in done.output.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "error: interrupted after step " in errors[0] and errors[0].endswith(GO_ON)
     assert "Traceback" not in done.output and not (done.directory / "stopped.json").exists()

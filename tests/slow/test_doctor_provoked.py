@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -17,9 +18,10 @@ from safetensors.torch import load_file
 
 import rlhf.algorithms.ppo as ppo
 import rlhf.generation.actor_backend
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig
-from rlhf.algorithms.reward import RewardConfig, RewardTrainer
-from rlhf.algorithms.sft import SFTConfig, SFTTrainer
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf.algorithms.reward import RewardTrainer
+from rlhf.algorithms.sft import SFTTrainer
+from rlhf.checkpoint.atomic import write_json
 from rlhf.checkpoint.export import export_scalar_model, full_state_dict
 from rlhf.cli.__main__ import main
 from rlhf.config import EngineConfig, OptimizerConfig
@@ -55,7 +57,8 @@ def length_score(rollout, texts):
 
 @pytest.fixture
 def make_ppo(tiny_models, tokenizer, tmp_path):
-    def make(*, actor=None, scorer=even_score, iterations=6, lr=0.02, seed=1, rollout=16, tokens=24, **config):
+    def make(*, actor=None, scorer=even_score, iterations=6, lr=0.02, seed=1, rollout=16, tokens=24,
+             held_out=32, **config):  # fmt: skip
         plan = BatchPlan(rollout, rollout, 1)
         path = tiny_models["gpt_neox"]
         critic = ScalarModel.from_base(path, dtype=torch.float32, seed=1)
@@ -70,9 +73,9 @@ def make_ppo(tiny_models, tokenizer, tmp_path):
             for i in range(2 * rollout)
         ]
         return ppo_trainer(
-            engine, FunctionReward(scorer), prompts, prompts[:4], tokenizer=tokenizer, plan=plan,
+            engine, FunctionReward(scorer), prompts, prompts[:held_out], tokenizer=tokenizer, plan=plan,
             directory=tmp_path / "ppo", new_tokens=tokens, seed=seed,
-            config=PPOConfig(**config),
+            config=PPOConfig(eval_samples_per_prompt=1, **config),
             batch=PPOBatchConfig(rollout_batch_size=rollout, max_steps=iterations),
         )  # fmt: skip
 
@@ -84,6 +87,8 @@ def found_in(trainer):
     summary = trainer.health.summary()
     found = {one["check"]: one for one in summary["findings"]}
     assert summary["healthy"] == (not found)
+    assert main(["doctor", str(trainer.directory)]) == 3, "a trainer by itself leaves no result"
+    write_json(trainer.directory / "result.json", {"health": summary})  # as a stage's main does
     assert main(["doctor", str(trainer.directory)]) == (1 if found else 0)
     path = trainer.directory / "health.jsonl"
     told = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
@@ -261,7 +266,7 @@ def test_scores_that_are_not_finite_stop_the_run_and_name_row_and_prompt(make_pp
     kept = load_file(trainer.directory / "nonfinite_batch_rank0.safetensors")
     assert kept["0.prompt_ids"][0].tolist() == list(trainer.prompts.train[5].input_ids)
     assert str(trainer.directory / "nonfinite_batch_rank0.safetensors") in str(error.value)
-    assert main(["doctor", str(trainer.directory)]) == 1
+    assert main(["doctor", str(trainer.directory)]) == 3
 
 
 @pytest.mark.parametrize("engine_name", ["actor", "critic"])
@@ -284,11 +289,12 @@ def response(*ids):
     return TokenizedResponse(id=str(ids), input_ids=ids, prompt_tokens=1)
 
 
-def sft_trainer(path, tmp_path, *, lr=0.05, steps=6):
+def sft_trainer(path, tmp_path, *, lr=0.05, steps=6, held_out=32):
     plan = BatchPlan(4, 2, 1)
     rows = [response(5 + i, 7, 9 + i, 11, 0) for i in range(8)]
     return SFTTrainer(
-        LocalEngine(load(path), plan, lr=lr), stage_data(rows, rows[:2]), SFTConfig(), pad_token_id=0, plan=plan,
+        LocalEngine(load(path), plan, lr=lr), stage_data(rows, (4 * rows)[:held_out]), SFTConfig(), pad_token_id=0,
+        plan=plan,
         total_steps=steps, export=lambda: None, context=context(tmp_path / "sft", "sft", log_every_steps=1),
     )  # fmt: skip
 
@@ -298,8 +304,9 @@ def test_a_nan_loss_stops_sft_before_a_weight_changes(tiny_models, tmp_path):
     original, calls = trainer.loss_sum, []
 
     def loss_sum(batch):
-        calls.append(batch)
-        return original(batch) * (math.nan if len(calls) == 7 and torch.is_grad_enabled() else 1.0)
+        if torch.is_grad_enabled():  # not an evaluation
+            calls.append(batch)
+        return original(batch) * (math.nan if len(calls) == 6 and torch.is_grad_enabled() else 1.0)
 
     trainer.loss_sum = loss_sum
     with pytest.raises(NonFiniteError, match=r"sft loss is not finite at step \d.*first in micro-batch \d of 2"):
@@ -383,7 +390,7 @@ import sys
 import torch
 from pathlib import Path
 from rlhf.config import EngineConfig, OptimizerConfig
-from rlhf.distributed import rank
+from rlhf.distributed.place import rank
 from rlhf.engine import BatchPlan, training_engine
 from rlhf.training.nonfinite import NonFiniteError
 from rlhf.training.step import accumulate_step
@@ -433,14 +440,24 @@ def test_sft_at_a_learning_rate_of_0(tiny_models, tmp_path):
     assert set(found_in(trainer)) == {"learning_rate_zero"}
 
 
-def reward_trainer(model, tmp_path, *, steps):
+def pair(first, chosen, rejected):
+    """One pair of responses to the prompt `first`."""
+    rows = tuple(response(first, *ids) for ids in (chosen, rejected))
+    return TokenizedRanking(id=str(first), candidates=rows, ranks=(0, 1))
+
+
+DISTINCT = [
+    pair(5 + i, chosen, rejected)
+    for i in range(36)
+    for chosen, rejected in [[((7, 0), (8, 9, 0)), ((7, 9, 0), (8, 0))][i % 2]]
+]
+"""Pairs of 36 prompts that a model tells apart at once; every second time the better response is the longer one."""
+
+
+def reward_trainer(model, tmp_path, *, steps, rows=DISTINCT, held_out=DISTINCT, lr=0.05):
     plan = BatchPlan(4, 4, 1)
-    rows = [
-        TokenizedRanking(id=str(i), candidates=(response(5 + i, 7, 0), response(5 + i, 8, 9, 0)), ranks=(0, 1))
-        for i in range(4)
-    ]
     return RewardTrainer(
-        LocalEngine(model, plan, lr=0.05), stage_data(rows, rows), RewardConfig(), pad_token_id=0, plan=plan,
+        LocalEngine(model, plan, lr=lr), stage_data(rows, held_out), RewardConfig(), pad_token_id=0, plan=plan,
         total_steps=steps, export=lambda: None, context=context(tmp_path / "reward", "reward", log_every_steps=1),
     )  # fmt: skip
 
@@ -465,7 +482,81 @@ def test_a_reward_model_that_says_the_same_of_everything(tiny_models, tmp_path):
     model.scalar_head.weight.requires_grad_(False)
     trainer = reward_trainer(model, tmp_path, steps=3)
     trainer.fit()
-    assert set(found_in(trainer)) == {"reward_model_blind"}
+    assert set(found_in(trainer)) == {"reward_model_blind", "reward_model_at_chance"}  # a tie is right by half
+
+
+def by_length(count, seed):
+    """Pairs of random tokens whose better response is the longer one, nine times in ten."""
+    draw = random.Random(seed)
+    rows = []
+    for number in range(count):
+        short, long = ([draw.randrange(10, 90) for _ in range(length)] for length in (2, 12))
+        better, worse = (long, short) if number % 10 else (short, long)
+        rows.append(pair(draw.randrange(2, 90), better, worse))
+    return rows
+
+
+def test_a_reward_model_that_learns_length(tiny_models, tmp_path):
+    model = ScalarModel.from_base(tiny_models["gpt2"], dtype=torch.float32, seed=4).eval()
+    rows, held_out = by_length(80, seed=1), by_length(60, seed=2)
+    trainer = reward_trainer(model, tmp_path, steps=40, rows=rows, held_out=held_out)
+    trainer.fit()
+    assert trainer.outcome["after"]["eval_accuracy"] > 0.8
+    found = found_in(trainer)
+    assert set(found) == {"reward_model_is_shortcut"}
+    assert "choosing the longer response 0.900" in found["reward_model_is_shortcut"]["message"]
+
+
+def test_a_reward_model_on_two_held_out_pairs(tiny_models, tmp_path):
+    model = ScalarModel.from_base(tiny_models["gpt2"], dtype=torch.float32, seed=4).eval()
+    trainer = reward_trainer(model, tmp_path, steps=12, held_out=DISTINCT[:2])
+    trainer.fit()
+    assert trainer.outcome["after"]["eval_accuracy"] == 1.0
+    assert set(found_in(trainer)) == {"too_few_held_out"}
+
+
+def test_a_reward_model_of_labels_that_say_nothing(tiny_models, tmp_path):
+    model = ScalarModel.from_base(tiny_models["gpt2"], dtype=torch.float32, seed=4).eval()
+    rows = [
+        pair(
+            row.candidates[0].input_ids[0],
+            *(each.input_ids[1:] for each in row.candidates[:: 1 - 2 * (number // 2 % 2)]),
+        )
+        for number, row in enumerate(DISTINCT)
+    ]
+    trainer = reward_trainer(model, tmp_path, steps=4, rows=rows, held_out=rows)
+    trainer.fit()
+    assert set(found_in(trainer)) == {"reward_model_at_chance"}
+
+
+def test_an_actor_that_is_taught_the_opposite(make_ppo):
+    """What is held out is scored by the opposite of what is trained on: its score falls."""
+    trainer = make_ppo(iterations=8, rollout=32, kl_coef=0.0)
+    trainer.engine.actor.optimizer.param_groups[0]["lr"] = 1.0
+    plain, evaluate = trainer.rollouts.reward.function, trainer.evaluate
+
+    def evaluated(iteration):
+        trainer.rollouts.reward.function = lambda rollout, texts: -plain(rollout, texts)
+        try:
+            return evaluate(iteration)
+        finally:
+            trainer.rollouts.reward.function = plain
+
+    trainer.evaluate = evaluated
+    outcome = trainer.fit()
+    assert outcome["after"]["score"] < outcome["before"]["score"]
+    found = found_in(trainer)
+    assert set(found) == {"score_below_start"}
+    assert "SD of the first scores" in found["score_below_start"]["message"]
+
+
+def test_nothing_held_out(make_ppo, tiny_models, tmp_path):
+    for trainer in (
+        make_ppo(iterations=1, held_out=0),
+        sft_trainer(tiny_models["gpt2"], tmp_path, steps=2, held_out=0),
+    ):
+        trainer.fit()
+        assert set(found_in(trainer)) == {"too_few_held_out"}
 
 
 def test_a_reward_model_keeps_the_range_of_its_scores_and_a_critic_from_it_does_not(tiny_models, tokenizer, tmp_path):

@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 from deepspeed.utils import safe_get_full_grad
 from rlhf.config import EngineConfig, ModelConfig, OptimizerConfig
-from rlhf.distributed import close_world, init_world, is_main, world_size
+from rlhf.distributed.place import is_main, world_size
+from rlhf.distributed.world import close_world, init_world
 from rlhf.engine import BatchPlan, RLHFEngine
-from rlhf.generation import Sampling, make_backend
+from rlhf.generation.backend import make_backend
+from rlhf.generation.token_sampling import Sampling
 from rlhf.models.forward import forward_logits
 from rlhf.models.loading import load_tokenizer
 from rlhf.training.data_order import DataOrder

@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from rlhf.checkpoint.export import export_causal_lm, export_scalar_model, full_state_dict
 from rlhf.config import EngineConfig, ModelConfig
-from rlhf.distributed import init_world, is_main, rank, world_size
+from rlhf.distributed.place import is_main, rank, world_size
+from rlhf.distributed.world import init_world
 from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.models.loading import load_tokenizer
 from tests.engine import test_engine

@@ -13,9 +13,11 @@ import json, sys
 import torch
 from pathlib import Path
 from rlhf.config import EngineConfig, OptimizerConfig
-from rlhf.distributed import close_world, rank
+from rlhf.distributed.place import rank
+from rlhf.distributed.world import close_world
 from rlhf.engine import BatchPlan, whole_weights_of, inference_engine, training_engine
-from rlhf.generation import Sampling, generate
+from rlhf.generation.continuous_batching import generate
+from rlhf.generation.token_sampling import Sampling
 from rlhf.generation.architectures import take_apart
 from rlhf.models.loading import load_causal_lm
 from rlhf.types import PromptBatch

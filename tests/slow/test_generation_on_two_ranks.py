@@ -11,9 +11,11 @@ import sys
 import torch
 from pathlib import Path
 from rlhf.config import EngineConfig, OptimizerConfig
-from rlhf.distributed import close_world, rank
+from rlhf.distributed.place import rank
+from rlhf.distributed.world import close_world
 from rlhf.engine import BatchPlan, training_engine
-from rlhf.generation import BACKENDS, Sampling, make_backend
+from rlhf.generation.backend import BACKENDS, make_backend
+from rlhf.generation.token_sampling import Sampling
 from rlhf.models.loading import load_causal_lm
 from rlhf.types import PromptBatch
 from tests.support.local_engine import LocalEngine

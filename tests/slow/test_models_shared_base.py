@@ -21,7 +21,8 @@ RANK_SCRIPT = """
 import sys
 from pathlib import Path
 import torch
-from rlhf.distributed import close_world, init_world, is_main, world_size
+from rlhf.distributed.place import is_main, world_size
+from rlhf.distributed.world import close_world, init_world
 from rlhf.models.loading import load_tokenizer
 from tests.models.test_shared_base import build, export_all, outputs, run_ppo
 base, reward, out, *stages = [item for item in sys.argv[1:] if not item.startswith("--local_rank")]

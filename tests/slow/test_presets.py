@@ -10,12 +10,13 @@ import pytest
 import torch
 import yaml
 
-from rlhf.algorithms.ppo import PPOBatchConfig, planned_iterations
+from rlhf.algorithms.config import PPOBatchConfig
+from rlhf.algorithms.ppo import planned_iterations
 from rlhf.config import ModelConfig, load_config_file
 from rlhf.engine import BatchPlan
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import apply_lora
-from rlhf.pipeline import STAGES, parse_stage
+from rlhf.pipeline.stages import STAGES, parse_stage
 from tests.support.tiny_models import save_tiny_model
 
 CONFIGS = Path(__file__).parents[2] / "training_scripts" / "configs"
@@ -57,7 +58,7 @@ def test_every_scale_and_every_recipe_is_there():
 @pytest.mark.parametrize("stage", STAGES)
 def test_parses_and_its_values_arrive(path, stage):
     parsed = parse(path, stage)
-    content = load_config_file(path, stage, sections=STAGES)
+    content = load_config_file(path, stage, sections=STAGES).values
     own = STAGES[stage].field_names()
     for name, value in content.items():
         if name in own and isinstance(value, bool | int | str) and not isinstance(parsed[name], float):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.cli.__main__ import main as doctor
 from rlhf.config import ConfigError
 from rlhf.distributed.processes import process_stat
 from rlhf.pipeline.arguments import sort_arguments
@@ -57,7 +58,8 @@ import os, sys, time
 from pathlib import Path
 import torch, torch.distributed as dist
 from rlhf.config import ConfigError, RunConfig
-from rlhf.distributed import close_world, rank_watch
+from rlhf.distributed import rank_watch
+from rlhf.distributed.world import close_world
 from rlhf.distributed.job_exit import run_to_end
 directory = Path(sys.argv[sys.argv.index("--output_dir") + 1]) / "sft"
 directory.mkdir(parents=True, exist_ok=True)
@@ -93,9 +95,10 @@ class Pipeline:
             "CALLS": str(path / "calls"),
         }
 
-    def start(self, *words: str, **variables: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, output: bool = True, **variables: str) -> subprocess.Popen[str]:
+        named = ["--output_dir", str(self.output)] if output else []
         return subprocess.Popen(
-            ["bash", str(self.path / "training_scripts" / "run_all.sh"), "--output_dir", str(self.output), *words],
+            ["bash", str(self.path / "training_scripts" / "run_all.sh"), *named, *words],
             env={**self.environment, **variables},
             cwd=self.path,
             stdout=subprocess.PIPE,
@@ -106,8 +109,8 @@ class Pipeline:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
-    def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        process = self.start(*words, **variables)
+    def run(self, *words: str, output: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
+        process = self.start(*words, output=output, **variables)
         output, _ = process.communicate(timeout=180)
         return subprocess.CompletedProcess(words, process.returncode, output, "")
 
@@ -160,11 +163,78 @@ def test_finished_stages_are_skipped_until_one_has_to_run(pipeline):
     assert done.returncode == 5 and not (pipeline.output / "ppo" / "result.json").exists()
 
 
-def test_a_damaged_result_is_no_finished_stage_and_without_resume_none_is(pipeline):
+def test_a_damaged_result_is_no_finished_stage(pipeline):
     pipeline.finish("sft", '{"se')
-    pipeline.finish("reward")
     assert pipeline.run("--stages", "sft,reward", "--sft.resume", "auto").returncode == 0
     assert pipeline.calls == ["sft auto", "reward"]
+
+
+def finish_all(pipeline: Pipeline) -> None:
+    """A finished run with its summary, and models that tell it from a later one."""
+    for stage in STAGES:
+        pipeline.finish(stage)
+        (pipeline.output / stage / "model").mkdir()
+        (pipeline.output / stage / "model" / "weights").write_text("old")
+    (pipeline.output / "summary.json").write_text("{}")
+
+
+@pytest.mark.parametrize("words", [[], ["--resume", "never"], ["--short"], ["--stages", "ppo"]])
+def test_a_finished_run_is_neither_replaced_nor_touched(pipeline, words):
+    finish_all(pipeline)
+    done = pipeline.run(*words)
+    stage = "ppo" if "ppo" in words else "sft"
+    assert done.returncode == 2 and pipeline.calls == [], done.stdout
+    assert f"error: {pipeline.output}/{stage} holds a finished run" in done.stdout
+    assert all(way in done.stdout for way in ("--overwrite", "--resume auto", "--output_dir"))
+    assert (pipeline.output / "summary.json").exists() and (pipeline.output / "sft" / "model" / "weights").exists()
+
+
+def test_overwrite_removes_every_stage_that_will_run_before_the_first_one(pipeline):
+    """A reward model and an actor of the earlier run must not lie beside another SFT model, nor be described."""
+    finish_all(pipeline)
+    done = pipeline.run("--overwrite", FAIL="sft 9 5")
+    assert done.returncode == 5 and pipeline.calls == ["sft"], done.stdout
+    assert "run_all.sh: removing the earlier run in" in done.stdout
+    assert [path.name for path in pipeline.output.rglob("*") if path.is_file()] == [".pipeline.lock", ".cleared"]
+
+
+def test_overwrite_spares_a_stage_that_is_left_out(pipeline):
+    finish_all(pipeline)
+    assert pipeline.run("--overwrite", "--stages", "reward,ppo").returncode == 0
+    assert pipeline.calls == ["reward", "ppo"] and (pipeline.output / "sft" / "model" / "weights").exists()
+    assert not (pipeline.output / "ppo" / "model").exists() and not (pipeline.output / "summary.json").exists()
+
+
+def test_a_restart_within_a_run_that_overwrites_removes_nothing(pipeline):
+    finish_all(pipeline)
+    done = pipeline.run("--overwrite", "--stages", "sft,reward", "--max_restarts", "1", FAIL="reward 1 killed")
+    assert done.returncode == 0 and pipeline.calls == ["sft", "reward", "reward auto"], done.stdout
+    assert (pipeline.output / "sft" / "result.json").exists() and done.stdout.count("removing the earlier run") == 1
+    assert "with --resume auto --overwrite false" in done.stdout, "the two would contradict each other"
+
+
+def test_what_another_run_holds_is_not_removed(pipeline):
+    finish_all(pipeline)
+    with (pipeline.output / "ppo" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = pipeline.run("--overwrite")
+    assert done.returncode == 2 and "ppo is in use by another run" in done.stdout and pipeline.calls == []
+    assert (pipeline.output / "summary.json").exists() and (pipeline.output / "sft" / "model" / "weights").exists()
+
+
+def test_a_trial_has_a_directory_of_its_own_and_replaces_the_trial_before(pipeline):
+    """--short without --output_dir on the command line, whatever the configuration names."""
+    finish_all(pipeline)
+    config = pipeline.path / "mine.yaml"
+    config.write_text(f"output_dir: {pipeline.output}\n")
+    trial = pipeline.path / "out-short"
+    for _ in range(2):
+        done = pipeline.run("--config", str(config), "--short", "--stages", "sft,reward", output=False)
+        assert done.returncode == 0, done.stdout
+        assert (trial / "sft" / "result.json").exists() and not (trial / "reward" / "left").exists()
+        (trial / "reward" / "left").touch()
+    assert (pipeline.output / "sft" / "model" / "weights").read_text() == "old"
+    assert (pipeline.output / "summary.json").exists()
 
 
 def test_restarts_are_counted_over_the_run_and_go_on_from_the_saved_state(pipeline):
@@ -183,7 +253,7 @@ def test_a_stage_that_died_before_it_cleared_its_directory_does_not_go_on_with_w
 
 def test_a_finished_stage_keeps_its_result_when_it_could_not_start_again(pipeline):
     pipeline.finish("sft")
-    assert pipeline.run("--stages", "sft", FAIL="sft 9 2").returncode == 2
+    assert pipeline.run("--stages", "sft,reward", "--sft.resume", "auto", FAIL="reward 9 2").returncode == 2
     assert (pipeline.output / "sft" / "result.json").read_text() == '{"seed": 1}'
 
 
@@ -285,3 +355,15 @@ def test_max_restarts_is_an_option_of_the_pipeline(tmp_path):
     for wrong in ("-1", "often"):
         with pytest.raises(ConfigError, match="--max_restarts needs a whole number of at least 0"):
             sort_arguments([f"--max_restarts={wrong}"], user_dir=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- doctor
+
+
+@pytest.mark.parametrize(
+    ("stages", "fail", "status"), [("sft", "", 0), ("sft,reward", "", 0), ("sft,reward", "reward", 3)]
+)
+def test_the_doctor_knows_which_stages_were_asked_for(pipeline, stages, fail, status, capsys):
+    pipeline.run("--stages", stages, **({"FAIL": f"{fail} 9 2"} if fail else {}))
+    assert doctor(["doctor", str(pipeline.output)]) == status
+    assert ("run_all.sh was asked for it" in " ".join(capsys.readouterr().out.split())) == (status == 3)

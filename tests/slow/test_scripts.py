@@ -72,6 +72,7 @@ def fake_project(tmp_path):
             "print('called', json.dumps(arguments), os.getcwd(), os.environ['WORLD_SIZE'])\n"
             f"if '{stage}' == os.environ.get('STOP_AT'): sys.exit(7)\n"
             f"if '{stage}' == os.environ.get('NO_RESULT_AT'): sys.exit(0)\n"
+            f"if '{stage}' == os.environ.get('BUG_AT'): raise KeyError('a bug')\n"
             f"result = json.loads(Path(os.environ['RESULTS']).read_text())['{stage}']\n"
             "(directory / 'result.json').write_text(json.dumps(result))\n",
             encoding="utf-8",
@@ -120,14 +121,27 @@ def test_run_all_calls_the_stages_through_the_launcher_and_sums_up(fake_project,
 def test_run_all_stops_at_the_stage_that_fails(fake_project, tmp_path, variable, status):
     project, environment = fake_project
     (tmp_path / "out" / "reward").mkdir(parents=True)
-    (tmp_path / "out" / "reward" / "result.json").write_text("{}", encoding="utf-8")  # of an earlier run
+    (tmp_path / "out" / "reward" / "result.json").write_text("{", encoding="utf-8")  # of an earlier run, and damaged
     environment = {**environment, variable: "reward"}
-    words = ["--output_dir", "out"]
+    words = ["--output_dir", "out", "--resume", "auto"]
     done = bash(project / "training_scripts" / "run_all.sh", *words, env=environment, cwd=tmp_path)
     assert done.returncode != 0
     assert f"stage reward (step2_reward/main.py) failed with status {status}" in done.stderr
     assert "1/3" in done.stdout and "2/3" in done.stdout and "3/3" not in done.stdout
+    assert "exits with return code" not in done.stdout + done.stderr, "the launcher has nothing to add"
     assert not (tmp_path / "out" / "summary.json").exists()
+
+
+def test_a_bug_shows_its_traceback_whole_and_the_launcher_adds_nothing(fake_project, tmp_path):
+    project, environment = fake_project
+    words = ["--output_dir", "out", "--stages", "sft"]
+    done = bash(project / "training_scripts" / "run_all.sh", *words, env={**environment, "BUG_AT": "sft"}, cwd=tmp_path)
+    assert done.returncode == 1
+    lines = done.stderr.splitlines()
+    start = lines.index("Traceback (most recent call last):")
+    assert "main.py" in lines[start + 1] and lines[-2] == "KeyError: 'a bug'"
+    assert lines[-1].startswith("error: stage sft (step1_sft/main.py) failed with status 1; its messages are above")
+    assert "launch.py" not in done.stdout + done.stderr
 
 
 # ----------------------------------------------------------------------------------------------- the environment

@@ -9,7 +9,8 @@ from tests.support.launch import run_ranks
 TWO_RANKS = """
 import glob, json, os, sys
 import torch
-from rlhf.distributed import init_world, rank
+from rlhf.distributed.place import rank
+from rlhf.distributed.world import init_world
 from rlhf.training.metrics import MeanMeter, MetricsWriter
 from rlhf.config import ConfigError, RunConfig
 from pathlib import Path

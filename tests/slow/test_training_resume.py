@@ -137,15 +137,17 @@ def test_what_is_not_the_same_run_is_refused_with_the_difference_named(whole, mi
     assert metrics(tmp_path / "sft") == metrics(whole / "sft")
 
 
-def test_a_finished_run_is_left_alone_and_done_again_only_without_resume(whole, micro_base, data, tmp_path):
+def test_a_finished_run_is_left_alone_and_done_again_only_to_overwrite_it(whole, micro_base, data, tmp_path):
     line = [*arguments(micro_base, data, tmp_path)["sft"], "--max_steps", "1"]
     sft(line)
     model = tmp_path / "sft" / "model" / "model.safetensors"
     made = model.stat().st_mtime_ns
     result = sft([*line, "--resume", "auto"])
     assert result == json.loads((tmp_path / "sft" / "result.json").read_text())
+    with pytest.raises(ConfigError, match="holds a finished run"):
+        sft(line)
     assert model.stat().st_mtime_ns == made
-    sft(line)
+    sft([*line, "--overwrite"])
     assert model.stat().st_mtime_ns > made
 
 
@@ -182,7 +184,7 @@ def test_ppo_on_adapters_does_not_depend_on_who_merged_them(micro_base, data, tm
         MAINS[stage]([*line, "--max_steps", "1"])
     first = metrics(tmp_path / "ppo")
     assert list((tmp_path / "sft" / "model").glob("merged/*")), "nothing is merged any more: this test looks elsewhere"
-    ppo([*lines["ppo"], "--max_steps", "1"])
+    ppo([*lines["ppo"], "--max_steps", "1", "--overwrite"])
     assert metrics(tmp_path / "ppo") == first
 
 

@@ -21,7 +21,9 @@ from safetensors.torch import load_file
 
 from rlhf.checkpoint.export import full_state_dict
 from rlhf.config import EngineConfig, ModelConfig, OptimizerConfig
-from rlhf.distributed import all_reduce_sum, any_rank, close_world, init_world, is_main, rank, world_size
+from rlhf.distributed.collectives import all_reduce_sum, any_rank
+from rlhf.distributed.place import is_main, rank, world_size
+from rlhf.distributed.world import close_world, init_world
 from rlhf.engine import BatchPlan, compute_dtype, load_engine_state, save_engine_state, training_engine, zero3_loading
 from rlhf.models.forward import forward_logits
 from rlhf.models.loading import load_causal_lm

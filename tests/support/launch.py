@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.distributed import free_port
+from rlhf.distributed.place import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 

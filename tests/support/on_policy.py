@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 
-from rlhf.algorithms.ppo import PPOBatchConfig, PPOConfig, PPOTrainer, PtxMixture
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig
+from rlhf.algorithms.ppo import PPOTrainer, PtxMixture
 from rlhf.config import RunConfig
 from rlhf.data.stage_data import StageData
 from rlhf.engine import BatchPlan
-from rlhf.generation import Sampling, make_backend
+from rlhf.generation.backend import make_backend
+from rlhf.generation.token_sampling import Sampling
 from rlhf.models.inner_model import eos_token_ids
-from rlhf.pipeline import STAGES
+from rlhf.pipeline.stages import STAGES
 from rlhf.rewards.reward import RewardSources
 from rlhf.rewards.reward_model import RewardModel
 from rlhf.training.loop import RunContext
@@ -41,7 +43,8 @@ def stage_data(train: Sequence[Any], evaluation: Sequence[Any] = ()) -> StageDat
 
 def context(directory: Path, stage: str = "ppo", **run: Any) -> RunContext:
     """A run without TensorBoard and without training states."""
-    return RunContext(stage, RunConfig(tensorboard=False, **run), directory, STAGES[stage].checks)
+    row = STAGES[stage]
+    return RunContext(stage, RunConfig(tensorboard=False, **run), directory, row.checks, logged=row.logged)
 
 
 def reward_of(model: Any, tokenizer: Any, actor_tokenizer: Any = None, *, eos_ids: Sequence[int] = (0,)) -> RewardModel:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from rlhf.pipeline import run_as_script
+from rlhf.pipeline.stage_run import run_as_script
 from step1_sft.main import main as sft
 from step2_reward.main import main as reward
 from step3_ppo.main import main as ppo

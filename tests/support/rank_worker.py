@@ -19,8 +19,10 @@ import torch
 import torch.distributed as dist
 
 from rlhf.config import ConfigError, RunConfig
-from rlhf.distributed import close_world, free_port, rank_watch
+from rlhf.distributed import rank_watch
 from rlhf.distributed.job_exit import run_to_end
+from rlhf.distributed.place import free_port
+from rlhf.distributed.world import close_world
 
 TIMEOUT_MINUTES = 0.03
 STEPS, TROUBLE_AT, SAVED_AT = 3000, 20, 10

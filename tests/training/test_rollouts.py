@@ -9,7 +9,7 @@ import torch
 import rlhf.generation.actor_backend
 from rlhf.config import ConfigError, EngineConfig, ModelConfig, OptimizerConfig
 from rlhf.engine import BatchPlan, RLHFEngine
-from rlhf.generation import generate
+from rlhf.generation.continuous_batching import generate
 from rlhf.generation.deepspeed_backend import DeepSpeedBackend
 from rlhf.numerics.cpu import WORKERS, can_run_side_by_side, side_by_side
 from rlhf.types import TokenizedResponse

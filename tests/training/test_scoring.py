@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from rlhf.generation import Sampling
+from rlhf.generation.token_sampling import Sampling
 from rlhf.models.forward import forward_logits
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.token_logprobs import PLAIN_HEADS

@@ -14,8 +14,9 @@ import transformers
 import rlhf.training.data_order
 import rlhf.training.metrics
 import rlhf.training.offline
-from rlhf.algorithms.reward import RewardConfig, RewardTrainer
-from rlhf.algorithms.sft import SFTConfig, SFTTrainer
+from rlhf.algorithms.config import RewardConfig, SFTConfig
+from rlhf.algorithms.reward import RewardTrainer
+from rlhf.algorithms.sft import SFTTrainer
 from rlhf.config import BatchConfig
 from rlhf.engine import BatchPlan
 from rlhf.models.scalar import ScalarModel
@@ -242,6 +243,7 @@ def test_sft_learns_logs_and_keeps_the_best_model(tiny_models, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     assert [step for step, _ in evaluations] == [0, 2, 4, 6]
+    assert {line["eval_rows"] for line in lines if "eval_loss" in line} == {8.0}
     best_step, best = min(evaluations[1:], key=lambda item: item[1])
     assert outcome["after"]["eval_loss"] == best < before
     assert outcome["best_step"] == best_step and 1 <= len(exported) <= 3
@@ -273,7 +275,10 @@ def test_the_seconds_of_a_run_are_those_it_took_and_those_before_it_was_resumed(
 def test_without_evaluation_data_the_last_model_is_exported_once(tiny_models, tmp_path):
     exported = []
     outcome = sft_trainer(tiny_models["gpt2"], tmp_path, sft_rows(4), [], exported=exported, max_steps=2).fit()
-    assert exported == [True] and outcome["best_step"] == 2 and outcome["before"] == {}
+    assert exported == [True] and outcome["best_step"] == 2
+    assert outcome["before"] == outcome["after"] == {"eval_rows": 0.0}
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["eval_rows"]) for line in lines if "eval_rows" in line] == [(0, 0.0)]
 
 
 @pytest.mark.parametrize(("world", "rows"), [(1, 5), (2, 5), (2, 8), (4, 3)])
@@ -344,6 +349,7 @@ def test_reward_evaluation_equals_scores_of_each_response_alone(tiny_models, tmp
         found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(sum(losses) / 3, abs=1e-5)
     assert found["eval_accuracy"] == pytest.approx(sum(correct) / len(correct))
+    assert (found["eval_rows"], found["eval_pairs"]) == (3, 5)
     for name, values in by_category.items():
         assert found["by_category"][name]["accuracy"] == pytest.approx(sum(values) / len(values))
         assert found["by_category"][name]["pairs"] == len(values)
@@ -357,6 +363,29 @@ def test_margins_count_where_they_are_asked_for_and_nowhere_else(tiny_models, tm
     loss = trainer.loss_sum(trainer.collate([dataclasses.replace(example, margin=margin)]))
     expected = math.log1p(math.exp(worse - better + margin * use_margins))
     assert loss.item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_reward_evaluation_knows_each_ranking_and_its_prompt_on_every_rank(tiny_models, tmp_path, monkeypatch):
+    """Three ranks for four rankings of three prompts, rows that only fill up left out."""
+    monkeypatch.setattr("rlhf.algorithms.reward.all_gather_rows", lambda tensor: tensor)
+    examples = [*RANKINGS, ranking([5, 6, 6], [5, 1], ranks=(0, 1), category="a")]
+    found = []
+    for rank in range(3):
+        on_rank(monkeypatch, rank, 3)
+        trainer = reward_trainer(tiny_models["gpt2"], tmp_path)
+        trainer.plan = BatchPlan(3, 1, 3)
+        with torch.no_grad():
+            rows = trainer._score_all(examples)
+        found += zip(
+            *(column.tolist() for column in (rows.groups, rows.prompts, rows.ranks, rows.lengths)), strict=True
+        )
+    numbers = [0, 1, 2, 0]  # the fourth ranking has the first one's prompt
+    expected = [
+        (group, numbers[group], rank, len(candidate.input_ids))
+        for group, example in enumerate(examples)
+        for rank, candidate in zip(example.ranks, example.candidates, strict=True)
+    ]
+    assert sorted(found) == sorted(expected)
 
 
 def test_reward_model_learns_the_rankings(tiny_models, tmp_path):

@@ -1,0 +1,94 @@
+"""Checks of held-out figures: whether they rest on enough rows, and what the trained model is worth by them."""
+
+from __future__ import annotations
+
+import math
+
+from rlhf.doctor.findings import Finding, Severity, finding
+from rlhf.doctor.history import History, Line, best_evaluation, series
+from rlhf.doctor.limits import FALL_ERRORS, FALL_ERRORS_FEW, FEW_ROWS
+from rlhf.numerics.intervals import Z95, wilson_interval
+
+
+def too_few_held_out(history: History) -> list[Finding]:
+    """None, or fewer than FEW_ROWS."""
+    points = series(history, "eval_rows")
+    if not points or points[-1][1] >= FEW_ROWS:
+        return []
+    step, rows = points[-1]
+    if rows == 0:
+        message = "nothing is held out: whether anything was learnt cannot be said"
+    else:
+        message = f"{rows:.0f} held out: a mean over so many is known to +-{Z95 / math.sqrt(rows):.2g} of their SD"
+        lines = [line for line in history if "eval_accuracy_low" in line]
+        message += f"; {_accuracy(best_evaluation(lines) or lines[-1])}" if lines else ""
+    return [finding("too_few_held_out", "warning", points[0][0], step, message, FEW_ROWS / max(rows, 0.5))]
+
+
+def reward_model_at_chance(history: History) -> list[Finding]:
+    """The 95% interval of the kept model's accuracy reaches down to a coin's; on few prompts the accuracy itself does,
+    since their interval always will."""
+    line = best_evaluation(history)
+    if line is None or "eval_accuracy_low" not in line:
+        return []
+    accuracy = line["eval_accuracy"]
+    if line["eval_accuracy_low"] > 0.5 or (accuracy > 0.5 and line["eval_rows"] < FEW_ROWS):
+        return []
+    step = int(line["step"])
+    return [finding("reward_model_at_chance", "critical", step, step, _accuracy(line), 1 + max(0.0, 0.5 - accuracy))]
+
+
+def reward_model_is_shortcut(history: History) -> list[Finding]:
+    """Choosing by length alone is better than a coin, and the kept model is not surely better than that."""
+    line = best_evaluation(history)
+    if line is None or "eval_over_shortcut" not in line:
+        return []
+    over, low, high = (line[f"eval_over_shortcut{end}"] for end in ("", "_low", "_high"))
+    shortcut_low = wilson_interval(line["eval_shortcut_accuracy"], line["eval_rows"])[0]
+    if shortcut_low <= 0.5 or low > 0 or (over > 0 and line["eval_rows"] < FEW_ROWS):
+        return []
+    longer = "longer" if line["eval_length_baseline_accuracy"] >= 0.5 else "shorter"
+    message = (
+        f"{_accuracy(line)}; choosing the {longer} response {line['eval_shortcut_accuracy']:.3f}, so that the model is "
+        f"{over:+.3f} beside it (95% interval {low:+.3f} to {high:+.3f})"
+    )
+    severity: Severity = "critical" if high < 0 else "warning"
+    step = int(line["step"])
+    return [finding("reward_model_is_shortcut", severity, step, step, message, 1 - over)]
+
+
+def score_below_start(history: History) -> list[Finding]:
+    """The newest held-out score against that before training, prompt by prompt."""
+    lines = [line for line in history if "eval_score_gain_error" in line]
+    if not lines:
+        return []
+    line = lines[-1]
+    gain, error, rows = line["eval_score_gain"], line["eval_score_gain_error"], line["eval_rows"]
+    if gain >= -error * (FALL_ERRORS if rows >= FEW_ROWS else FALL_ERRORS_FEW):
+        return []
+    start = next((each for each in history if each["step"] == 0 and "eval_score" in each), None)
+    message = f"{_fall(start, line)} on {rows:.0f} prompts, standard error {error:.3g}"
+    step = int(line["step"])
+    return [finding("score_below_start", "warning", step, step, message, -gain / max(error, 1e-9))]
+
+
+def _fall(start: Line | None, line: Line) -> str:
+    gain = line["eval_score_gain"]
+    if start is None:
+        return f"held-out score {line['eval_score']:.3f}, {gain:+.3f} since the start"
+    spread = start["eval_score_std"]
+    in_spreads = f" = {gain / spread:+.2f} SD of the first scores" if spread > 0 else ""
+    told = (
+        f"held-out score {line['eval_score']:.3f} after {start['eval_score']:.3f} at the start: {gain:+.3f}{in_spreads}"
+    )
+    if "eval_reward" in line and "eval_reward" in start:
+        told += f" (less penalties, as optimised: {line['eval_reward'] - start['eval_reward']:+.3f})"
+    return told
+
+
+def _accuracy(line: Line) -> str:
+    """`held-out accuracy 0.647 on 116 pairs (95% interval 0.556 to 0.728)`."""
+    pairs, rows = line["eval_pairs"], line["eval_rows"]
+    of = f"{pairs:.0f} pairs" if pairs == rows else f"{pairs:.0f} pairs of {rows:.0f} prompts"
+    low, high = line["eval_accuracy_low"], line["eval_accuracy_high"]
+    return f"held-out accuracy {line['eval_accuracy']:.3f} on {of} (95% interval {low:.3f} to {high:.3f})"

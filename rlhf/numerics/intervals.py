@@ -1,0 +1,51 @@
+"""How far a figure measured on a few rows may lie from its true value: 95% intervals and standard errors."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # the doctor's checks are read where torch is not loaded
+    import torch
+
+Z95 = 1.959963984540054
+"""The normal distribution's 97.5% quantile."""
+Interval = tuple[float, float]
+
+
+def wilson_interval(share: float, count: float) -> Interval:
+    """The 95% score interval of a share measured on `count` independent rows (Wilson 1927, JASA 22, eq. 9).
+
+    Unlike share +- 2 errors it is neither empty at 0 or 1 nor leaves [0, 1], also for few rows (Brown, Cai and
+    DasGupta 2001, Statistical Science 16). Of rows that come in dependent groups `count` is the number of groups:
+    wide rather than narrow. Raises ValueError without rows.
+    """
+    if count <= 0:
+        raise ValueError(f"a share of {count} rows has no interval")
+    center = (share + Z95**2 / (2 * count)) / (1 + Z95**2 / count)
+    half = Z95 / (1 + Z95**2 / count) * math.sqrt(share * (1 - share) / count + Z95**2 / (4 * count**2))
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def paired_interval(differences: torch.Tensor, weights: torch.Tensor) -> Interval:
+    """The 95% interval of the mean difference of two shares measured on the same rows (Agresti and Min 2005,
+    Statistics in Medicine 24, 729-740): Wald's, with half a row added to each of the four outcomes.
+
+    `differences` [n] in [-1, 1], `weights` [n]: rows a group of dependent ones holds (all alike: the paper's interval).
+    Raises ValueError without rows.
+    """
+    count = differences.numel()
+    if count == 0:
+        raise ValueError("a difference over no row has no interval")
+    values, shares = differences.double(), weights.double() / weights.double().mean()
+    mean = float((shares * values).sum()) / (count + 2)
+    added = ((1 - mean) ** 2 + (1 + mean) ** 2) / 2 + mean**2
+    error = math.sqrt(float((shares**2 * (values - mean) ** 2).sum()) + added) / (count + 2)
+    return max(-1.0, mean - Z95 * error), min(1.0, mean + Z95 * error)
+
+
+def standard_error(values: torch.Tensor) -> float:
+    """Of the mean of independent values [n]. Raises ValueError for fewer than two, whose spread is unknown."""
+    if len(values) < 2:
+        raise ValueError(f"the mean of {len(values)} values has no standard error: it takes two")
+    return float(values.double().std()) / math.sqrt(len(values))

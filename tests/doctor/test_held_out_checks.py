@@ -1,0 +1,249 @@
+"""What the doctor says of held-out figures: runs that trained without a fault and prove nothing."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+
+from rlhf.algorithms.reward import ScoredRows, ranking_metrics
+from rlhf.cli.__main__ import main
+from rlhf.cli.doctor import stage_views
+from rlhf.doctor.checks import examine
+from rlhf.doctor.history import best_evaluation, condensed
+from rlhf.doctor.monitor import HealthMonitor
+from rlhf.training.on_policy import score_gain
+
+CHECKS = {stage.name: stage.checks for stage in stage_views()}
+
+
+def evaluation(step, right, longer, *, both=None, pairs_per_prompt=1, loss=0.5):
+    """A line of metrics: the model has the first `right` pairs right, choosing the longer response the last `longer`.
+
+    `right` and `longer` are lists of 0, 0.5 and 1, or (number of ones, pairs).
+    """
+    right, longer = (
+        [1.0] * each[0] + [0.0] * (each[1] - each[0]) if isinstance(each, tuple) else each for each in (right, longer)
+    )
+    longer = longer if both else longer[::-1]
+    pairs = len(right)
+    scores = torch.tensor([part for each in right for part in (each, 0.5)])
+    lengths = torch.tensor([part for each in longer for part in (each, 0.5)])
+    groups = torch.arange(pairs).repeat_interleave(2)
+    rows = ScoredRows(scores, groups, groups // pairs_per_prompt, torch.tensor([0, 1] * pairs), lengths, 0 * groups)
+    metrics = {name: value for name, value in ranking_metrics(rows, [""]).items() if isinstance(value, float)}
+    return {"step": step, **metrics, "eval_loss": loss}
+
+
+def training(first, last, **more):
+    return [{"step": step, "loss": 0.6, "learning_rate": 1e-4, **more} for step in range(first, last + 1)]
+
+
+def reward_run(*evaluations):
+    """A reward model before training, and after steps 20, 40, ...: lines of metrics."""
+    lines = [{**evaluation(0, (1, 2), (1, 2)), **evaluations[-1], "step": 0, "eval_loss": 0.7}]
+    for number, each in enumerate(evaluations, 1):
+        lines += [*training(20 * number - 19, 20 * number), {**each, "step": 20 * number}]
+    return lines
+
+
+def found(stage, lines):
+    return {one.check: one for one in examine(CHECKS[stage], lines)}
+
+
+def diagnosis(directory, stage, lines, capsys):
+    """The status and the text of `rlhf doctor` of a finished stage with these metrics."""
+    directory = directory / stage
+    directory.mkdir(parents=True)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (directory / "result.json").write_text('{"seed": 1}', encoding="utf-8")
+    status = main(["doctor", str(directory)])
+    return status, " ".join(capsys.readouterr().out.split())
+
+
+# ------------------------------------------------------------------------------------------- the reward model
+
+
+def test_a_reward_model_right_in_1_of_4_where_length_alone_is_right_in_4(tmp_path, capsys):
+    status, text = diagnosis(tmp_path, "reward", reward_run(evaluation(0, (1, 4), (4, 4))), capsys)
+    assert status == 1
+    assert "[critical] the reward model is not shown to be better than chance, since step 20" in text
+    assert "held-out accuracy 0.250 on 4 pairs (95% interval 0.046 to 0.699)" in text
+    assert "not shown to be better than length alone" in text and "choosing the longer response 1.000" in text
+    assert "the model is -0.750 beside it" in text
+    assert "too few held-out rows to say" in text and "(n = 4)" in text
+
+
+def test_an_accuracy_that_rests_on_2_pairs(tmp_path, capsys):
+    """Right in both: nothing to hold against the model, and nothing that speaks for it."""
+    lines = reward_run(evaluation(0, (2, 2), (1, 2)))
+    status, text = diagnosis(tmp_path, "reward", lines, capsys)
+    assert status == 1 and set(found("reward", lines)) == {"too_few_held_out"}
+    assert "2 held out" in text and "held-out accuracy 1.000 on 2 pairs (95% interval 0.342 to 1.000)" in text
+
+
+def test_a_reward_model_below_what_length_alone_gives(tmp_path, capsys):
+    """0.647 where the longer response gives 0.707: far above chance, and no better than a rule that reads nothing."""
+    lines = reward_run(evaluation(0, (75, 116), (82, 116)))
+    status, text = diagnosis(tmp_path, "reward", lines, capsys)
+    assert status == 1 and set(found("reward", lines)) == {"reward_model_is_shortcut"}
+    assert "held-out accuracy 0.647 on 116 pairs (95% interval 0.556 to 0.728)" in text
+    assert "choosing the longer response 0.707" in text and "the model is -0.060 beside it" in text
+
+
+def test_choosing_the_shorter_response_is_a_shortcut_too():
+    """A length baseline of 0.293 is as good as one of 0.707."""
+    one = found("reward", reward_run(evaluation(0, (75, 116), (34, 116))))["reward_model_is_shortcut"]
+    assert "choosing the shorter response 0.707" in one.message
+
+
+def test_a_model_that_is_surely_worse_than_the_shortcut_is_critical():
+    severities = [
+        found("reward", reward_run(evaluation(0, (75, 116), (longer, 116))))["reward_model_is_shortcut"].severity
+        for longer in (82, 110)
+    ]
+    assert severities == ["warning", "critical"]
+
+
+def test_the_same_accuracies_are_compared_pair_by_pair():
+    """0.90 beside 0.83: right wherever length is and on eight pairs more it is better, else it may be chance."""
+    nested = evaluation(0, (104, 116), (96, 116), both=True)
+    apart = evaluation(0, (104, 116), (96, 116))
+    assert nested["eval_accuracy"] == apart["eval_accuracy"] and nested["eval_over_shortcut"] > 0
+    assert "reward_model_is_shortcut" not in found("reward", reward_run(nested))
+    assert "reward_model_is_shortcut" in found("reward", reward_run(apart))
+
+
+@pytest.mark.parametrize(
+    ("right", "longer", "checks"),
+    [
+        ((107, 112), (56, 112), set()),  # the embedded run
+        ((80, 112), (58, 112), set()),  # a baseline of 0.52 is chance: what beats chance need not beat it
+        ((60, 112), (58, 112), {"reward_model_at_chance"}),
+        ((20, 112), (56, 112), {"reward_model_at_chance"}),  # labels the wrong way round
+        ((66, 112), (56, 112), {"reward_model_at_chance"}),  # 0.589: the interval begins at 0.497
+        ((67, 112), (56, 112), set()),  # 0.598: at 0.506
+        ((20, 29), (15, 29), {"too_few_held_out"}),
+        ((23, 29), (22, 29), {"too_few_held_out"}),  # no better than length for sure, but as few rows never show
+        ((21, 29), (22, 29), {"too_few_held_out", "reward_model_is_shortcut"}),
+        ((14, 29), (15, 29), {"too_few_held_out", "reward_model_at_chance"}),
+        ((30, 30), (15, 30), set()),
+    ],
+)
+def test_accuracies_and_their_neighbours(right, longer, checks):
+    assert set(found("reward", reward_run(evaluation(0, right, longer)))) == checks
+
+
+def test_pairs_of_one_prompt_are_one_row(tmp_path, capsys):
+    """90 pairs of 15 prompts say as little as 15 pairs."""
+    line = evaluation(0, (70, 90), (45, 90), pairs_per_prompt=6)
+    one = found("reward", reward_run(line))["too_few_held_out"]
+    assert "15 held out" in one.message and "on 90 pairs of 15 prompts" in one.message
+    assert "(n = 90)" in diagnosis(tmp_path, "reward", reward_run(line), capsys)[1], "the accuracy is one of pairs"
+    assert found("reward", reward_run(evaluation(0, (70, 90), (45, 90)))) == {}
+
+
+def test_it_is_the_kept_model_that_is_judged():
+    """The evaluation with the lowest loss, wherever it stands; never the model before training."""
+    good, coin = evaluation(0, (107, 112), (56, 112), loss=0.2), evaluation(0, (56, 112), (56, 112), loss=0.69)
+    assert found("reward", reward_run(coin)[:-1]) == {}, "nothing is evaluated after training began"
+    assert found("reward", reward_run(coin, good, coin)) == {}
+    one = found("reward", reward_run(coin, {**coin, "eval_loss": 0.6}, coin))["reward_model_at_chance"]
+    assert one.since == 40
+    lines = reward_run(*[coin] * 20, good, *[coin] * 60)
+    assert best_evaluation(condensed(lines))["eval_accuracy"] == good["eval_accuracy"], "not forgotten in the middle"
+
+
+def test_a_model_at_chance_on_the_way_leaves_no_trace_once_it_is_better(tmp_path, caplog):
+    good, coin = evaluation(0, (107, 112), (56, 112), loss=0.2), evaluation(0, (56, 112), (56, 112), loss=0.69)
+    monitor = HealthMonitor(tmp_path, "reward", CHECKS["reward"])
+    for line in reward_run(coin, good):
+        monitor.observe(line["step"], {name: value for name, value in line.items() if name != "step"})
+        if line["step"] == 30:
+            assert [one["check"] for one in monitor.summary()["findings"]] == ["reward_model_at_chance"]
+    assert monitor.summary()["healthy"]
+    told = [json.loads(line) for line in (tmp_path / "health.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(event["event"], event["at"]) for event in told] == [("found", 20), ("ended", 40)]
+
+
+def test_what_stays_is_told_once_and_stands_in_the_result(tmp_path):
+    line = evaluation(0, (75, 116), (82, 116))
+    monitor = HealthMonitor(tmp_path, "reward", CHECKS["reward"])
+    for each in reward_run(line, line, line):
+        monitor.observe(each["step"], {name: value for name, value in each.items() if name != "step"})
+    (one,) = monitor.summary()["findings"]
+    assert (one["check"], one["since"], one["until"]) == ("reward_model_is_shortcut", 20, None)
+    assert len((tmp_path / "health.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------- too few rows
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+@pytest.mark.parametrize(("rows", "says"), [(0, "nothing is held out"), (1, "1 held out"), (29, "29 held out")])
+def test_too_few_rows_in_every_stage(stage, rows, says):
+    lines = [{"step": 0, "eval_rows": float(rows)}, *training(1, 5)]
+    assert says in found(stage, lines)["too_few_held_out"].message
+    assert "too_few_held_out" not in found(stage, [{"step": 0, "eval_rows": 30.0}, *training(1, 5)])
+
+
+def test_a_run_of_an_earlier_version_that_counts_no_rows_is_not_judged(tmp_path, capsys):
+    lines = [{"step": 0, "eval_loss": 3.0}, *training(1, 5), {"step": 5, "eval_loss": 2.0}]
+    status, text = diagnosis(tmp_path, "sft", lines, capsys)
+    assert status == 0 and "not checked: too_few_held_out (no eval_rows)" in text
+
+
+# ------------------------------------------------------------------------------------------------- PPO's score
+
+
+def ppo_run(gain, *, prompts=52, spread=0.3, iterations=8, reward=0.0, score_std=1.0, seed=0):
+    """Held-out scores before and after, `gain` apart over the prompts, and lines of metrics of the iterations."""
+    generator = random.Random(seed)
+    before = [generator.gauss(0, 1) for _ in range(prompts)]
+    noise = [generator.gauss(0, spread) for _ in range(prompts)]
+    shift = gain - sum(noise) / prompts
+    scores = {0: before, iterations: [one + shift + other for one, other in zip(before, noise, strict=True)]}
+    evaluations = {
+        step: {
+            "step": step,
+            "eval_score": sum(values) / prompts,
+            "eval_score_std": score_std,
+            "eval_rows": float(prompts),
+        }
+        for step, values in scores.items()
+    }
+    gained = score_gain(*({"prompt_scores": values} for values in scores.values()))
+    evaluations[iterations].update({f"eval_{name}": value for name, value in gained.items()})
+    evaluations[0]["eval_reward"], evaluations[iterations]["eval_reward"] = 0.0, reward
+    return [evaluations[0], *training(1, iterations), evaluations[iterations]]
+
+
+def test_a_run_that_ends_below_its_start(tmp_path, capsys):
+    status, text = diagnosis(tmp_path, "ppo", ppo_run(-0.38, score_std=2.0, reward=0.4), capsys)
+    assert status == 1
+    assert "the held-out score is below its start, since iteration 8 (score_below_start)" in text
+    assert "-0.380 = -0.19 SD of the first scores (less penalties, as optimised: +0.400) on 52 prompts" in text
+
+
+@pytest.mark.parametrize(
+    ("run", "checks"),
+    [
+        ({"gain": -0.19}, {"score_below_start"}),
+        ({"gain": 0.19}, set()),
+        ({"gain": -0.05}, set()),  # 0.3 / sqrt(52) = 0.042 is its standard error
+        ({"gain": -0.19, "spread": 1.0}, set()),
+        ({"gain": -0.2, "prompts": 4}, {"too_few_held_out"}),  # 0.09, which is itself known badly
+        ({"gain": -2.0, "prompts": 4}, {"too_few_held_out", "score_below_start"}),
+    ],
+)
+def test_a_fall_counts_by_its_standard_error(run, checks):
+    assert set(found("ppo", ppo_run(**run))) == checks
+
+
+def test_a_score_that_has_only_begun_to_fall_is_judged_again():
+    lines = ppo_run(-0.19)
+    recovered = {**ppo_run(0.3)[-1], "step": 16}
+    assert "score_below_start" in found("ppo", lines)
+    assert "score_below_start" not in found("ppo", [*lines, *training(9, 16), recovered])

@@ -1,0 +1,155 @@
+"""Everything that can be wrong with a run is found before its first stage, by the stages' own code."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rlhf.config import RunConfig
+from rlhf.distributed.log import logger
+from rlhf.models.architecture import ModelSize
+from rlhf.pipeline import preflight
+from rlhf.pipeline.dry_run import STATE_BYTES, disk_use
+from tests.support.tiny_models import save_tiny_model
+
+GIB = 2**30
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """Run the check as run_all.sh does: (status, standard output, standard error)."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+    def run(*words):
+        monkeypatch.chdir(tmp_path)
+        status = preflight.main(["--output_dir", "out", "--cache_dir", "cache", *map(str, words)])
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    before = logger.handlers, logger.propagate, logger.level
+    yield run
+    logger.handlers, logger.propagate = before[:2]  # other tests of this process read the log
+    logger.setLevel(before[2])
+
+
+def entries(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
+
+
+def test_the_default_run_is_well_and_nothing_is_left_but_tokens(check, tmp_path):
+    status, out, _ = check()
+    assert status == 0
+    assert "SFT: 150 optimizer steps; 600 rows to train on and 52 held out; model 1.6M weights\n" in out
+    assert (
+        "PPO: 128 optimizer steps; 292 rows to train on and 52 held out; actor 1.6M weights, critic 1.2M weights"
+        in (out.replace("critic 1.6M", "critic 1.2M"))
+    )
+    assert out.count("configuration: ") == 1  # the three stages read one file
+    assert entries(tmp_path / "out") == []
+    assert entries(tmp_path / "cache")
+
+
+def test_tokens_are_kept_for_the_stages(check, tmp_path):
+    check()
+    made = {name: (tmp_path / "cache" / name).stat().st_mtime_ns for name in entries(tmp_path / "cache")}
+    check()
+    assert {name: (tmp_path / "cache" / name).stat().st_mtime_ns for name in entries(tmp_path / "cache")} == made
+
+
+def test_a_bad_row_at_the_end_of_the_prompts_is_found(check, tmp_path):
+    rows = [json.dumps({"prompt": f"질문 {number}"}, ensure_ascii=False) for number in range(40)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join([*rows, '{"prompt": 3}']), encoding="utf-8")
+    status, out, err = check("--prompt_data", "prompts.jsonl")
+    assert status == 2 and out.startswith("configuration: ")
+    assert err.startswith("error: stage ppo: ") and "prompts.jsonl:41" in err
+    assert not (tmp_path / "out" / "ppo").exists()
+
+
+def test_rows_that_are_skipped_are_listed_where_the_message_says(check, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": 3}\n' * 3, encoding="utf-8")
+    status, _, err = check("--prompt_data", "prompts.jsonl", "--on_bad_row", "skip")
+    assert status == 2 and "stage ppo: " in err and "no usable `prompt` re" in err
+    listed = tmp_path / "out" / preflight.REPORTS / "ppo" / "skipped_rows.jsonl"
+    assert len(listed.read_text(encoding="utf-8").splitlines()) == 3
+    assert check()[0] == 0 and not listed.exists()  # a check that passes leaves nothing
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt_data", "nowhere.jsonl"], "stage ppo: no such file: nowhere.jsonl"),
+        (["--ppo.prompt_eval_data", "nowhere.jsonl"], "stage ppo: no such file: nowhere.jsonl"),
+        (["--preference_data", "sample:prompts_train"], "stage reward: sample:prompts_train"),
+        (["--reward.template", "nowhere"], "stage reward: unknown template `nowhere`"),
+        (["--lora_rank", "4", "--lora_targets", "foo"], "stage sft: lora_targets: 'foo' matches no linear module"),
+        (["--ppo.rollout_batch_size", "33"], "stage ppo: rollout_batch_size=33"),
+        (["--num_devices", "64"], "stage sft: global_batch_size=16 leaves 48 of 64 devices without a sequence"),
+        (
+            ["--ppo.max_prompt_tokens", "500"],
+            r"stage ppo: .*512 positions, and max_prompt_tokens \+ max_response_tokens is 564",
+        ),
+        (["--reward.offload", "all"], "stage reward: offload=all needs zero_stage 3"),
+        (["--ppo.reward_model", "."], "stage ppo: .* is not a model directory"),
+        (["--stages", "ppo"], "stage ppo: .*sft/model not found"),
+        (["--learning_rat", "1"], "unknown option --learning_rat"),
+    ],
+)
+def test_a_mistake_of_any_stage_names_it_and_the_first_stage_has_not_begun(check, tmp_path, words, message):
+    status, _, err = check(*words)
+    assert status == 2
+    assert err.startswith("error: ") and err.count("error: ") == 1
+    assert re.search(message, err), err
+    assert not [path for path in (tmp_path / "out").glob("*") if path.name != preflight.REPORTS]
+
+
+def test_models_of_the_wrong_kind_are_found(check, tmp_path, tokenizer):
+    causal = save_tiny_model(tmp_path / "causal", "gpt_neox", tokenizer, max_position_embeddings=512)
+    status, _, err = check("--ppo.reward_model", "causal", "--ppo.actor_model", "causal")
+    assert status == 2 and "stage ppo: " in err and "causal is not a reward model" in err
+    (causal / "model.safetensors").unlink()
+    status, _, err = check("--base_model", "causal", "--learning_rate", "1e-3")
+    assert status == 2 and "stage sft: " in err and "has a configuration and no weights" in err
+
+
+def test_a_stage_that_is_finished_and_resumed_is_not_checked_again(check, tmp_path):
+    for stage in ("sft", "reward"):
+        (tmp_path / "out" / stage).mkdir(parents=True)
+        (tmp_path / "out" / stage / "result.json").write_text('{"seconds": 1}')
+    status, _, err = check("--resume", "auto")
+    assert status == 2 and "stage ppo: " in err and "not found: PPO needs the model that step1_sft/main.py saves" in err
+    (tmp_path / "out" / "sft" / "result.json").write_text("{")  # broken: it runs anew, and so does what follows
+    status, out, _ = check("--resume", "auto")
+    assert status == 0 and "SFT: " in out and "reward: " in out
+
+
+def test_a_disk_that_is_too_small_is_told_before_it_is_full(check, monkeypatch):
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=GIB // 64))
+    status, _, err = check()
+    assert status == 2 and "has 0.0 GiB free, and the run takes about" in err and "--keep_last 1" in err
+    assert check("--keep_last", "0")[0] == 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=GIB))
+    assert check()[0] == 0
+
+
+def test_disk_use_by_hand():
+    whole, adapter = {"a": ModelSize(100, 100), "b": ModelSize(50, 50)}, {"a": ModelSize(100, 8)}
+    run = RunConfig(keep_last=2)
+    assert disk_use(whole, run, steps=10, weight_bytes=2, adapted=False) == (300, 150 * STATE_BYTES * 3)
+    assert disk_use(adapter, run, steps=10, weight_bytes=2, adapted=True) == (32, 8 * STATE_BYTES * 3)
+    assert disk_use(whole, RunConfig(keep_last=0, keep_every=1), steps=9, weight_bytes=4, adapted=False) == (600, 0)
+    kept = RunConfig(keep_last=1, keep_every=4)
+    assert disk_use(whole, kept, steps=9, weight_bytes=4, adapted=False)[1] == 150 * STATE_BYTES * (1 + 1 + 2)
+
+
+def test_the_number_of_processes_is_that_of_the_launcher(tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# ours\na slots=8\nb slots=4 # half\n\n#c slots=8\n", encoding="utf-8")
+    assert preflight._devices(["--num_gpus", "3", "--master_port", "29500"]) == 3
+    assert preflight._devices(["--hostfile", str(hosts)]) == 12
+    assert preflight._devices(["--hostfile", str(hosts), "--num_nodes", "1"]) == 8
+    assert preflight._devices(["--hostfile", str(hosts), "--num_gpus", "2"]) == 4
