@@ -4,8 +4,9 @@ A seed draws mutants of rlhf/: operators, comparisons, constants, slices, droppe
 Messages, log calls, annotations, imports and decorators are left alone. Each mutant is written into a copy of the tree
 and gets the fast tests that execute its statement (traced once, test by test), nearest and fastest first, until one
 fails; `--slow` then gives the survivors the files of tests/slow that name their module. One process imports torch and
-the like once and forks for every mutant. A test that takes three times as long as it did, and 30 s more, is tried again
-with four times that, and then counts as one that failed. Everything is kept in `--directory`; the same command goes on where it was stopped.
+the like once and forks for every mutant. A test that takes three times as long as it did, and 30 s more, is given four
+times that once more, and then counts as one that failed. Everything is kept in `--directory`; the same command goes on
+where it was stopped.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ COMPARISONS = {
 SHOWN = re.compile(r"(logger|logging|warnings)\.|.*\.set_postfix$|(tqdm|cast|TypeVar|ParamSpec)$|.*Error$")
 """Calls whose arguments are for people or for the type checker."""
 SHOWN_KEYWORDS = {"help", "description", "epilog", "metavar", "desc", "unit", "usage", "stacklevel"}
+STATIC = "tests/test_structure.py"
+"""It reads every source and so may notice any mutant."""
 MODE_NAME = re.compile(r"[A-Za-z_][\w./-]+")
 
 
@@ -479,11 +482,12 @@ def tests_for(mutant: Mutant, tests: dict[str, dict[str, Any]], budget: float) -
         if (mutant.file in test["imported"] if mutant.at_import else test["lines"].get(mutant.file, set()) & wanted)
     ]
     found = found or [name for name in tests if name.startswith(mirror)]  # what runs in other processes leaves no trace
-    found += [name for name in tests if name.startswith("tests/test_structure.py") and name not in found]
+    found += [name for name in tests if name.startswith(STATIC) and name not in found]
 
     def rank(name: str) -> tuple[int, float]:
         file = name.partition("::")[0]
-        return (0 if stem in Path(file).stem else 1 if file.startswith(mirror) else 2), tests[name]["seconds"]
+        near = stem in Path(file).stem or (file == STATIC and tests[name]["seconds"] < 2)
+        return (0 if near else 1 if file.startswith(mirror) else 2), tests[name]["seconds"]
 
     chosen: dict[str, float] = {}
     for name in sorted(found, key=rank):
