@@ -53,6 +53,11 @@ def test_a_loss_diverges_from_one_and_a_half_times_its_start_on(times, expected)
     assert bool(examine(CHECKS["sft"], lines_of("loss", [2.0] * 10 + [2.0 * times] * 5))) is expected
 
 
+def test_one_of_the_last_five_lines_below_the_limit_is_no_diverging_loss():
+    for losses, expected in (([2.9, 9.0, 9.0, 9.0, 9.0], False), ([3.1, 9.0, 9.0, 9.0, 9.0], True)):
+        assert bool(examine(CHECKS["sft"], lines_of("loss", [2.0] * 20 + losses))) is expected
+
+
 @pytest.mark.parametrize("lines", [2, 3])
 def test_a_saturated_reward_model_is_a_warning_after_three_lines(lines):
     history_ = history("reward", accuracy=last(lines, 0.9991, 0.9), margin=last(lines, 20.1, 5.0))

@@ -268,8 +268,10 @@ def test_the_seconds_of_a_run_are_those_it_took_and_those_before_it_was_resumed(
     seconds = trainer.fit()["seconds"]
     assert 0 < seconds <= time.perf_counter() - began
     resumed = sft_trainer(tiny_models["gpt2"], tmp_path / "second", sft_rows(4), [], max_steps=2)
-    resumed.load_state({**trainer.state(), "seconds": 1000.0}, [], {})
+    trainer.meter.add({"loss": 6.0}, 2)
+    resumed.load_state({**trainer.state(), "seconds": 1000.0}, [trainer.rank_state()], {})
     assert 1000 < resumed.seconds < 1000 + time.perf_counter() - began
+    assert resumed.meter.means() == {"loss": 3.0}  # and the sums since the last line of metrics
 
 
 def test_without_evaluation_data_the_last_model_is_exported_once(tiny_models, tmp_path):
