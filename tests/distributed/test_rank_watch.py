@@ -52,6 +52,16 @@ def test_a_watch_ends_with_its_block_and_gives_the_handlers_back(tmp_path):
     assert RankBoard(tmp_path / ".ranks").read(0).finished
 
 
+def test_a_signal_is_told_once_and_nothing_is_told_without_one(watch, caplog):
+    def told():
+        watch._look()
+        return sum("finishing this step" in message for message in caplog.messages)
+
+    assert told() == 0
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert [told(), told()] == [1, 1]
+
+
 def test_a_watch_ends_in_good_order_though_its_directory_was_removed(tmp_path):
     faulthandler.disable()  # pytest's own, in whose place the watch puts one that writes to a file
     try:
