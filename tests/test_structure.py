@@ -1,6 +1,7 @@
 """The house plan: imports run downward by floor, and one place names what belongs there."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -226,6 +227,26 @@ def test_no_bare_except():
         if isinstance(node, ast.ExceptHandler) and node.type is None
     ]
     assert not bare
+
+
+def test_files_of_users_are_utf_8_whatever_the_locale():
+    """All but the ranks' own short-lived notes in ASCII (rlhf/distributed)."""
+    place_of_encoding = {"open": 2, "read_text": 0, "write_text": 1, "fdopen": 2}
+    bare, seen = [], 0
+    for path in source_files():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", None))
+            if name not in place_of_encoding or "distributed" in path.parts:
+                continue
+            call = ast.unparse(node)
+            binary = re.search(r"'[rwax]?\+?b\+?'", call) or call.startswith("os.open(")
+            named = "encoding=" in call or len(node.args) > place_of_encoding[name]
+            no_file = call.startswith(("self.writer.open(", "self._lines.open("))
+            seen += 1
+            if not (named or binary or no_file):
+                bare.append(f"{path.relative_to(ROOT)}:{node.lineno}: {call}")
+    assert seen > 20, "nobody reads a file any more: this test looks for the wrong thing"
+    assert bare == []
 
 
 def test_top_level_is_the_plan():

@@ -110,7 +110,7 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
     def make(
         *, architecture="gpt_neox", engine=None, plan=None, rollout=8, ppo_epochs=1, new_tokens=6, scorer=letter_score,
         ptx=(), reference_noise=0.0, iterations=2, actor_eos=None, critic_warmup_iterations=0, samples_per_prompt=1,
-        **config,
+        prompts=0, **config,
     ):  # fmt: skip
         plan = plan or BatchPlan(rollout, 4, 1)
         if engine is None:
@@ -125,7 +125,7 @@ def make_trainer(tiny_models, tokenizer, tmp_path):
         if actor_eos is not None:
             named.eos_token = named.convert_ids_to_tokens(actor_eos)
             engine.actor.module.generation_config.eos_token_id = actor_eos
-        examples = prompt_examples(rollout)
+        examples = prompt_examples(prompts or rollout)
         return ppo_trainer(
             engine,
             FunctionReward(scorer),
@@ -768,6 +768,30 @@ def test_25_the_mixture_adds_its_coefficient_times_the_token_mean_of_the_ptx_los
             torch.testing.assert_close(mixed[name] - without[name], parameter.grad, atol=1e-4, rtol=1e-3)
 
 
+def ptx_rows_learnt_from(trainer, iterations):
+    """The numbers of the ptx rows that the actor reads in those iterations; a row is 89, 88, 87, its number."""
+    seen = []
+
+    def note(_, inputs):
+        ids = inputs[0].flatten().tolist()
+        seen.extend(ids[at + 3] for at in range(len(ids) - 3) if ids[at : at + 3] == [89, 88, 87])
+
+    with trainer.engine.actor.module.gpt_neox.embed_in.register_forward_pre_hook(note):
+        for iteration in iterations:
+            trainer.update(trainer.make_experience(iteration), iteration)
+    return seen
+
+
+def test_25_every_minibatch_learns_from_further_ptx_rows_also_after_a_resume(make_trainer):
+    ptx = [TokenizedResponse(id=str(i), input_ids=(89, 88, 87, i, EOS), prompt_tokens=3) for i in range(1, 17)]
+    trainer, resumed = (make_trainer(ptx=ptx, ptx_coef=1.0, plan=BatchPlan(4, 4, 1), iterations=4) for _ in range(2))
+    first = ptx_rows_learnt_from(trainer, (1,))
+    resumed.load_state(trainer.state(), [trainer.rank_state()], trainer.tensors())
+    second = ptx_rows_learnt_from(trainer, (2,))
+    assert sorted(first + second) == list(range(1, 17))  # two minibatches of four rows in each iteration: one pass
+    assert ptx_rows_learnt_from(resumed, (2,)) == second
+
+
 def test_25_a_mixture_without_data_and_data_without_a_coefficient_are_refused():
     with pytest.raises(ConfigError, match="ptx_coef=27.8 needs data"):
         parse_stage("ppo", ["--ptx_coef", "27.8"])
@@ -933,6 +957,15 @@ def test_evaluation_samples_every_row_anew_and_the_same_way_every_time(make_trai
         own = [score for text, score in scored[: len(scored) // 2] if text == prompt.text]
         assert len(own) == 5 and first["prompt_scores"][index] == pytest.approx(sum(own) / 5)
     assert trainer.make_experience(1).scores.shape == (8,)
+
+
+def test_two_iterations_of_eight_go_through_fourteen_prompts_before_one_comes_a_third_time(make_trainer):
+    trainer = make_trainer(prompts=14, rollout=8)
+    seen = []
+    for iteration in (1, 2):
+        rollout = trainer.make_experience(iteration).rollout
+        seen += [tuple(ids[mask].tolist()) for ids, mask in zip(rollout.prompt_ids, rollout.prompt_mask, strict=True)]
+    assert set(seen) == {row.input_ids for row in trainer.prompts.train} and max(map(seen.count, seen)) == 2
 
 
 def test_metrics_of_an_iteration_are_token_means_over_all_of_its_minibatches(make_trainer):

@@ -66,6 +66,13 @@ def test_every_prompt_weighs_the_same_however_many_candidates_it_has():
     torch.testing.assert_close(scores.grad, torch.tensor([-1 / 2, 1 / 6, 1 / 6, 1 / 6, -1 / 2, 1 / 2]))
 
 
+def test_one_pair_alone_teaches():
+    """A micro-batch may hold a single pair; at equal scores it is pulled apart by 1/2."""
+    scores = torch.zeros(2, requires_grad=True)
+    ranking_loss(scores, torch.tensor([0, 0]), torch.tensor([1, 0]), torch.zeros(2)).backward()
+    assert scores.grad.tolist() == [0.5, -0.5]
+
+
 def test_a_ranking_of_ties_alone_teaches_nothing():
     scores = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
     loss = ranking_loss(scores, torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long), torch.zeros(3))

@@ -151,7 +151,7 @@ def test_json_files_keep_korean_readable(tmp_path):
     path = tmp_path / "a" / "result.json"
     write_json(path, {"답": [1, "가"]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"답": [1, "가"]}
-    assert "가" in path.read_text(encoding="utf-8")
+    assert path.read_text(encoding="utf-8") == '{\n  "답": [\n    1,\n    "가"\n  ]\n}\n'
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_json(path, {"답": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == {"답": [1, "가"]}

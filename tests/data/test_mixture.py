@@ -100,6 +100,7 @@ def test_blend() -> None:
     mixed = blend([first, second], [2.5, 0.5], seed=3)
     counts = Counter(record.meta["prompt_key"] for record in mixed)
     assert len(mixed) == 25 + 4  # round(3.5) is 4: halves go up
+    assert len(blend([prompts(5)], [0.5], seed=3)) == 3  # and 2.5 is not rounded to even
     assert sorted(counts[key] for key in keys(first)) == [2] * 5 + [3] * 5
     assert max(counts[key] for key in keys(second)) == 1
     assert len({record.id for record in mixed}) == len(mixed)

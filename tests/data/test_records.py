@@ -412,6 +412,10 @@ def test_a_field_missing_from_one_row_is_a_bad_row() -> None:
         make("response", {"질": "q", "답": "a"}, {"질": "q"}, columns={"prompt": "질", "response": "답"})
     with pytest.raises(DataError, match="ends with the user's turn"):
         make("response", {"messages": [user("a"), bot("b"), user("c")]})
+    with pytest.raises(DataError, match="`messages` holds no message but an empty system message"):
+        make("response", {"messages": [{"role": "system", "content": ""}]})
+    with pytest.raises(DataError, match="on_bad_row='ignore' is not one of error, skip"):
+        rows_to_records([], "prompt", template=PLAIN, spec=DatasetSpec("f"), on_bad_row="ignore")
     with pytest.raises(DataError, match="f: no rows"):
         rows_to_records([], "prompt", template=PLAIN, spec=DatasetSpec("f"))
 
@@ -422,6 +426,13 @@ def test_unicode() -> None:
     record = one("response", {"prompt": decomposed + "  É", "response": f"{family} 좋아요\u200b!"})
     assert record.prompt == "한글 질문  É" and record.response == f"{family} 좋아요\u200b!"
     assert record.meta["prompt_key"] == prompt_key("한글질문é") == "한글질문é"
+
+
+@pytest.mark.parametrize("role", ["user", "human", "prompter", " Human "])
+@pytest.mark.parametrize("answers", ["assistant", "gpt", "chatgpt", "bot", "model", "GPT"])
+def test_every_name_of_the_two_who_speak_is_known(role, answers) -> None:
+    record = one("response", {"messages": [{"role": role, "content": "질문"}, {"role": answers, "content": "답"}]})
+    assert (record.prompt, record.response) == ("질문", "답")
 
 
 def test_text_that_looks_like_json_stays_text() -> None:

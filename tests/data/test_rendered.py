@@ -361,3 +361,10 @@ def test_skipped_transcripts_are_counted(tmp_path: Path) -> None:
         rows, "preference", template=template, spec=DatasetSpec("f"), on_bad_row="skip", skipped=skipped
     )
     assert len(kept) == 1 and [(item.line, item.field) for item in skipped] == [(2, "rejected")]
+
+
+@pytest.mark.parametrize("answer", ["네", " 네", "\n1"])
+def test_a_prompt_with_the_shortest_answer_behind_its_marker_is_none(answer):
+    prompt = "### 질문: 물은 몇 도에서 끓나요?\n\n### 답변:"
+    assert markup_of(prompt) is not None and markup_of(prompt + " \n") is not None
+    assert markup_of(prompt + answer) is None

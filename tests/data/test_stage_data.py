@@ -1,6 +1,7 @@
 """A stage's data from files to tokens, with what was left out reported."""
 
 import json
+from collections import Counter
 
 import pytest
 
@@ -187,6 +188,19 @@ def test_weights_repeat_and_thin_out_data_sets_by_seed(load, tokenizer, tmp_path
     first, again, other = (load("response", specs, seed=seed).train for seed in (0, 0, 1))
     assert first == again and first != other
     assert len(first) == 50 and len(texts(first, tokenizer)) == 30
+
+
+def test_a_data_set_that_loses_all_its_rows_leaves_the_weights_of_the_others_as_they_are(load, tokenizer, tmp_path):
+    specs = [
+        json.dumps({"path": write(tmp_path / f"{name}.jsonl", sft_rows(4, start=start)), "weight": weight})
+        for name, start, weight in (("a", 0, 3), ("b", 50, 1), ("c", 100, 2))
+    ]
+    held_out = write(tmp_path / "eval.jsonl", sft_rows(4))  # the whole of the first
+    train = load("response", specs, [held_out]).train
+    assert texts(train, tokenizer) == {
+        f"### 질문: 질문 {n}\n\n### 답변:대답 {n}<|endoftext|>" for n in (*range(50, 54), *range(100, 104))
+    }
+    assert sorted(Counter(tokenizer.decode(row.input_ids) for row in train).values()) == [1] * 4 + [2] * 4
 
 
 def test_template_markers_are_read_as_special_tokens_only_where_the_template_writes_them(load, tokenizer, tmp_path):

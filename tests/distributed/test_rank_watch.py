@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -47,6 +50,27 @@ def test_a_watch_ends_with_its_block_and_gives_the_handlers_back(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert not rank_watch.stop_requested(), "the next run in this process is not asked to stop"
     assert RankBoard(tmp_path / ".ranks").read(0).finished
+
+
+def test_a_signal_is_told_once_and_nothing_is_told_without_one(watch, caplog):
+    def told():
+        watch._look()
+        return sum("finishing this step" in message for message in caplog.messages)
+
+    assert told() == 0
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert [told(), told()] == [1, 1]
+
+
+def test_a_watch_ends_in_good_order_though_its_directory_was_removed(tmp_path):
+    faulthandler.disable()  # pytest's own, in whose place the watch puts one that writes to a file
+    try:
+        with rank_watch.watched_ranks(tmp_path / "run", RunConfig(), "cpu"):
+            assert faulthandler.is_enabled()
+            shutil.rmtree(tmp_path / "run")
+        assert not faulthandler.is_enabled()
+    finally:
+        faulthandler.enable(sys.__stderr__)
 
 
 def test_a_forked_worker_ends_at_the_signal_its_parent_would_only_note(watch):

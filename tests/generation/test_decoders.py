@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 
 from rlhf.config import ModelConfig
+from rlhf.engine import BatchPlan
 from rlhf.generation import continuous_batching
 from rlhf.generation.architectures import take_apart
 from rlhf.generation.continuous_batching import generate
@@ -19,6 +20,7 @@ from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import adapter_disabled, apply_lora
 from rlhf.numerics.cpu import LaidOut, has_onednn
 from rlhf.types import PromptBatch
+from tests.support.local_engine import LocalEngine
 from tests.support.tiny_models import ROWS, save_tiny_model, tiny_config
 
 NEVER = 95
@@ -284,6 +286,7 @@ def test_prompt_tuning_is_left_to_the_model():
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = peft.get_peft_model(copy.deepcopy(build("llama")), settings).eval()
     assert take_apart(model, capacity=30) is None
+    assert take_apart(LocalEngine(model, BatchPlan(1, 1, 1)), capacity=30) is None  # nor inside an engine
 
 
 # -------------------------------------------------------------------------------------- slots and neighbours

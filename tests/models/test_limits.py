@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from rlhf.checkpoint.export import export_causal_lm, export_scalar_model
 from rlhf.config import ConfigError, EngineConfig, ModelConfig, OptimizerConfig
 from rlhf.engine import BatchPlan, inference_engine, training_engine
 from rlhf.generation.decoders import HuggingFaceDecoder
-from rlhf.models.experts import number_of_experts
+from rlhf.models.experts import check_no_experts, number_of_experts
 from rlhf.models.forward import forward_logits
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import apply_lora
@@ -119,6 +120,14 @@ def test_gpt2_beyond_its_positions_fails_without_the_check(tiny_models):
 
 
 # -------------------------------------------------------------------------------------------------------------- experts
+
+
+@pytest.mark.parametrize(("experts", "refused"), [(1, False), (2, True)])
+def test_two_experts_are_a_mixture_and_one_is_a_dense_model(experts, refused):
+    config = transformers.MixtralConfig(**SIZES, num_local_experts=experts)
+    assert number_of_experts(config) == experts
+    with pytest.raises(ConfigError, match="has 2 experts") if refused else nullcontext():
+        check_no_experts(config)
 
 
 @pytest.mark.parametrize("architecture", EXPERTS)

@@ -79,6 +79,20 @@ def test_log_probabilities_are_those_of_each_row_alone(name, side):
     assert (logprobs[scored] < 0).all()
 
 
+@pytest.mark.parametrize(("name", "window"), [("mistral", 3), ("qwen3", 4)])
+def test_rows_shorter_as_long_and_longer_than_the_sliding_window(name, window):
+    lengths = (window - 1, window, window + 1)
+    ids = torch.arange(1, 1 + 3 * (window + 1)).reshape(3, window + 1)
+    mask = torch.arange(window + 1) < torch.tensor(lengths).unsqueeze(1)
+    scored = mask & (torch.arange(window + 1) > 0)
+    with torch.no_grad():
+        logprobs, _ = token_logprobs(build(name), ids, mask, scored)
+        for row, length in enumerate(lengths):
+            logits = build(name)(ids[row : row + 1, :length]).logits[:, :-1]
+            alone = logprobs_from_logits(logits, ids[row : row + 1, 1:length])[0]
+            torch.testing.assert_close(logprobs[row, 1:length], alone, atol=2e-6, rtol=2e-6)
+
+
 def test_every_architecture_that_packs_is_compared_above():
     assert set(CONFIGS) >= PACKABLE
     assert set(CONFIGS) - PLAIN_HEADS == {"cohere"}

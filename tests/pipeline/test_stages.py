@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.algorithms.advantages import ESTIMATORS, Estimator
 from rlhf.config import ConfigError
 from rlhf.pipeline.stages import STAGES, find_stage_model, parse_stage
 
@@ -39,3 +40,11 @@ def test_a_model_of_an_earlier_stage_that_is_missing_says_which_script_makes_it(
     (tmp_path / "reward" / "model").mkdir(parents=True)
     assert find_stage_model(ppo, "reward_model", None, str(tmp_path)) == str(tmp_path / "reward" / "model")
     assert find_stage_model(ppo, "reward_model", "elsewhere", str(tmp_path)) == "elsewhere"
+
+
+def test_an_estimator_that_compares_responses_needs_as_many_to_a_prompt(monkeypatch):
+    monkeypatch.setitem(ESTIMATORS, "of_three", Estimator(lambda given: None, True, samples_per_prompt=3))
+    words = ["--advantage", "of_three", "--samples_per_prompt"]
+    with pytest.raises(ConfigError, match="advantage=of_three .* needs samples_per_prompt of at least 3, got 2"):
+        parse_stage("ppo", [*words, "2"])
+    assert parse_stage("ppo", [*words, "3"]).batch.samples_per_prompt == 3

@@ -1,4 +1,7 @@
-"""PPO on two ranks is PPO on one: whitening, steps, and the sampling of equal prompts (see `test_ppo_checklist.py`)."""
+"""PPO on two ranks is PPO on one: whitening, steps, the ptx mixture, the sampling of equal prompts, and evaluation.
+
+See `test_ppo_checklist.py`.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ RANKS = '''
 import sys
 from pathlib import Path
 import torch
-from rlhf.algorithms.config import PPOBatchConfig, PPOOptimizerConfig
+from rlhf.algorithms.config import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
 from rlhf.config import EngineConfig, ModelConfig
 from rlhf.distributed.place import rank, world_size
 from rlhf.distributed.world import init_world
 from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.models.loading import load_tokenizer
-from rlhf.types import TokenizedPrompt
+from rlhf.types import TokenizedPrompt, TokenizedResponse
 from tests.support.on_policy import FunctionReward, ppo_trainer
 
 actor, reward, out = [item for item in sys.argv[1:] if not item.startswith("--local_rank")]
@@ -36,8 +39,12 @@ rows = [same, same, (8,), (9, 10), (11, 12, 13, 14), same, (15, 16), (17,)]
 trainer = ppo_trainer(
     engine, FunctionReward(lambda rollout, texts: (rollout.response_ids * rollout.response_mask).sum(1).float() / 50),
     [TokenizedPrompt(id=str(i), input_ids=row, text="") for i, row in enumerate(rows)],
+    [TokenizedPrompt(id="held out", input_ids=(20, 21), text="")],  # fewer than ranks
     tokenizer=load_tokenizer(actor), plan=plan, directory=Path(out) / "ppo", new_tokens=5,
     batch=PPOBatchConfig(rollout_batch_size=8, max_steps=1, ppo_epochs=2),
+    config=PPOConfig(ptx_coef=5.0, eval_samples_per_prompt=1),
+    # rows of 1 to 29 labels: the ranks' shares of them are far from equal
+    ptx=[TokenizedResponse(id="", input_ids=(1, *range(2, 3 + n)), prompt_tokens=1) for n in range(0, 32, 4)],
 )
 mine, share = None, None
 with engine.scoring():
@@ -49,7 +56,7 @@ torch.save(
         "share": share, "mine": mine.response_ids, "prompts": experience.rollout.prompt_ids,
         "responses": experience.rollout.response_ids, "advantages": experience.advantages, "metrics": metrics,
         "returns": experience.returns, "actor": engine.actor.module.state_dict(),
-        "critic": engine.critic.module.state_dict(),
+        "critic": engine.critic.module.state_dict(), "evaluation": trainer.evaluate(1),
     },
     Path(out) / f"rank{rank()}.pt",
 )
@@ -93,9 +100,18 @@ def test_15_two_ranks_take_the_same_steps_as_one(one_and_two_ranks):
         for model in ("actor", "critic"):
             for name, weight in one[model].items():
                 torch.testing.assert_close(two[model][name], weight, atol=1e-4, rtol=1e-3)
-        for name in ("policy_loss", "value_loss", "ratio", "clip_fraction", "score", "kl_per_token"):
+        for name in ("policy_loss", "ptx_loss", "value_loss", "ratio", "clip_fraction", "score", "kl_per_token"):
             assert two["metrics"][name] == pytest.approx(one["metrics"][name], abs=1e-4), name
     assert one["metrics"]["ratio_first"] == pytest.approx(1, abs=1e-5)
+
+
+def test_an_evaluation_of_fewer_prompts_than_ranks_counts_each_of_them_once(one_and_two_ranks):
+    one = one_and_two_ranks[1][0]["evaluation"]
+    assert [sample["id"] for sample in one["samples"]] == ["held out"] and one["response_tokens"] > 0
+    for two in one_and_two_ranks[2]:
+        assert two["evaluation"].keys() == one.keys()
+        for name in one.keys() - {"samples"}:
+            assert two["evaluation"][name] == pytest.approx(one[name], abs=1e-3), name
 
 
 def test_21_two_ranks_sample_different_responses_to_the_same_prompt(one_and_two_ranks):

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import threading
 
 import pytest
 import torch
@@ -33,8 +34,9 @@ def test_means_start_anew_and_nothing_gives_nothing():
 
 def test_a_count_of_zero_is_nan_not_a_crash():
     meter = MeanMeter()
-    meter.add({"loss": 0.0}, 0)
-    assert math.isnan(meter.means()["loss"])
+    meter.add({"loss": 0.0, "accuracy": 1.0}, 0)
+    means = meter.means()
+    assert math.isnan(means["loss"]) and math.isnan(means["accuracy"])
 
 
 def test_sums_are_kept_in_float64_and_without_a_graph():
@@ -119,6 +121,7 @@ def test_lines_wait_for_a_disk_that_is_full(tmp_path):
 def test_tensorboard_events_hold_every_value(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    before = set(threading.enumerate())
     writer = MetricsWriter(tmp_path, RunConfig(tensorboard=True), stage="sft")
     writer.open()
     writer.write(3, {"loss": 0.5})
@@ -127,6 +130,7 @@ def test_tensorboard_events_hold_every_value(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(3, 0.5), (4, 0.25)]
+    assert set(threading.enumerate()) == before  # the thread that writes them has ended
 
 
 def test_wandb_without_the_package_says_how_to_get_it(monkeypatch):

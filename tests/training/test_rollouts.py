@@ -69,6 +69,23 @@ def test_captured_log_probabilities_that_are_not_exact_are_recomputed_for_good(m
         torch.testing.assert_close(found.logprobs, exact, atol=2e-6, rtol=0)
 
 
+def test_one_token_that_is_off_is_enough_to_recompute(make_trainer, monkeypatch):  # noqa: F811
+    """A shifted column shows in single tokens; the mean over all tokens would hide it."""
+    trainer = make_trainer()
+
+    def off(*arguments, **named):
+        rollout = generate(*arguments, **named)
+        logprobs = rollout.logprobs.clone()
+        logprobs[3, 0] += 1e-3
+        return dataclasses.replace(rollout, logprobs=logprobs)
+
+    monkeypatch.setattr(rlhf.generation.actor_backend, "generate", off)
+    scored(trainer)
+    assert trainer.rollouts.captured_error == pytest.approx(1e-3, rel=0.05)
+    assert trainer.rollouts.captured_error_mean < 1e-4
+    assert trainer.rollouts.old_logprobs == "recomputed"
+
+
 def test_sampled_and_recomputed_ones_train_alike(make_trainer):  # noqa: F811
     gradients = []
     for choice in ("sampled", "recomputed"):
@@ -79,6 +96,40 @@ def test_sampled_and_recomputed_ones_train_alike(make_trainer):  # noqa: F811
     for first, second in zip(*gradients, strict=True):
         for name, gradient in first.items():
             torch.testing.assert_close(gradient, second[name], atol=2e-5, rtol=1e-3)
+
+
+# --------------------------------------------------------------------------------------------------- metrics
+
+
+def test_the_error_of_the_kl_is_its_spread_over_rollouts_of_as_many_responses(make_trainer):  # noqa: F811
+    """Against the bootstrap: responses drawn anew with replacement, all of them equally long."""
+    trainer = make_trainer(reference_noise=0.1, rollout=16, plan=BatchPlan(16, 16, 1))
+    found = scored(trainer)
+    assert found.rollout.response_mask.all()
+    per_response = (found.logprobs - found.ref_logprobs).double().mean(1)
+    drawn = torch.randint(0, 16, (20_000, 16), generator=torch.Generator().manual_seed(0))
+    described = trainer.rollouts.describe(found)
+    assert described["kl_error"] == pytest.approx(float(per_response[drawn].mean(1).std()), rel=0.03)
+    assert described["kl_per_token"] == pytest.approx(float(per_response.mean()), rel=1e-4)
+
+
+def test_samples_of_an_evaluation_show_each_prompt_with_its_first_response_and_the_score_of_that(make_trainer):  # noqa: F811
+    seen = {}
+
+    def scorer(rollout, texts):
+        scores = rollout.response_ids.float().square().sum(1).sqrt()
+        seen.update(zip(scores.tolist(), zip(texts, rollout.response_ids, strict=True), strict=True))
+        return scores
+
+    trainer = make_trainer(scorer=scorer, eval_samples_per_prompt=3)
+    prompts = trainer.prompts.evaluation
+    samples = trainer.evaluate(0)["samples"]
+    assert [(sample["id"], sample["prompt"]) for sample in samples] == [(row.id, row.text) for row in prompts]
+    assert len(seen) == 3 * len(prompts)
+    for sample in samples:
+        prompt, response = seen[sample["score"]]
+        assert prompt == sample["prompt"]
+        assert trainer.rollouts.tokenizer.decode(response, skip_special_tokens=True).strip() == sample["response"]
 
 
 # --------------------------------------------------------------------------------------------------- scoring

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -135,7 +137,10 @@ def test_the_loss_and_the_gradient_are_the_mean_over_the_global_batch_not_the_me
 def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(bad):
     plan = BatchPlan(2, 1, 1)
     line = LocalEngine(Line(), plan)
-    with pytest.raises(NonFiniteError, match="value loss is not finite at step 7"):
+    with pytest.raises(
+        NonFiniteError,
+        match=rf"value loss is not finite at step 7 \(its part of rank 0: {bad}; first in micro-batch 2 of 2 on rank 0",
+    ):
         accumulate_step(
             line,
             [torch.tensor([1.0]), torch.tensor([bad])],
@@ -257,6 +262,18 @@ def test_a_model_that_gets_worse_is_not_the_one_that_is_kept(tiny_models, tmp_pa
     assert outcome["best_step"] == 2 and outcome["after"] == {"eval_loss": 1.0}
 
 
+def test_the_seconds_of_a_run_are_those_it_took_and_those_before_it_was_resumed(tiny_models, tmp_path):
+    trainer = sft_trainer(tiny_models["gpt2"], tmp_path / "first", sft_rows(4), [], max_steps=1)
+    began = time.perf_counter()
+    seconds = trainer.fit()["seconds"]
+    assert 0 < seconds <= time.perf_counter() - began
+    resumed = sft_trainer(tiny_models["gpt2"], tmp_path / "second", sft_rows(4), [], max_steps=2)
+    trainer.meter.add({"loss": 6.0}, 2)
+    resumed.load_state({**trainer.state(), "seconds": 1000.0}, [trainer.rank_state()], {})
+    assert 1000 < resumed.seconds < 1000 + time.perf_counter() - began
+    assert resumed.meter.means() == {"loss": 3.0}  # and the sums since the last line of metrics
+
+
 def test_without_evaluation_data_the_last_model_is_exported_once(tiny_models, tmp_path):
     exported = []
     outcome = sft_trainer(tiny_models["gpt2"], tmp_path, sft_rows(4), [], exported=exported, max_steps=2).fit()
@@ -338,6 +355,16 @@ def test_reward_evaluation_equals_scores_of_each_response_alone(tiny_models, tmp
     for name, values in by_category.items():
         assert found["by_category"][name]["accuracy"] == pytest.approx(sum(values) / len(values))
         assert found["by_category"][name]["pairs"] == len(values)
+
+
+@pytest.mark.parametrize("use_margins", [False, True])
+def test_margins_count_where_they_are_asked_for_and_nowhere_else(tiny_models, tmp_path, use_margins):
+    trainer = reward_trainer(tiny_models["gpt2"], tmp_path, use_margins=use_margins)
+    example, margin = RANKINGS[0], 1.5
+    better, worse = scores_alone(trainer.engine.module, example)
+    loss = trainer.loss_sum(trainer.collate([dataclasses.replace(example, margin=margin)]))
+    expected = math.log1p(math.exp(worse - better + margin * use_margins))
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_reward_evaluation_knows_each_ranking_and_its_prompt_on_every_rank(tiny_models, tmp_path, monkeypatch):
