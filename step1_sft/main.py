@@ -27,7 +27,7 @@ from rlhf.pipeline.stages import SFTStageConfig
 @stage_main("sft")
 def main(stage: StageRun[SFTStageConfig]) -> dict:
     config = stage.config
-    base_model = stage.base_model()
+    base_model = stage.base_model(with_head=True)
     tokenizer = load_tokenizer(base_model, trust_remote_code=config.model.trust_remote_code)
     data = stage.load_data("response", config.data.sft_data, config.data.sft_eval_data, tokenizer)
     total_steps = stage.planned_steps(data)

@@ -46,7 +46,8 @@ esac
 
 # Importing libraries may print; the assignments are the last lines.
 settings="$("$RLHF_PYTHON" -m rlhf.pipeline.arguments "$@" | sed -n '/^DEFAULT_STAGES=/,$p')"
-# DEFAULT_STAGES STAGES RESUME_STAGES OVERWRITE_STAGES OUTPUT_DIR MAX_RESTARTS LAUNCHER_ARGS; SCRIPT_x TITLE_x ARGS_x of stage x
+# DEFAULT_STAGES STAGES RESUME_STAGES OVERWRITE_STAGES OUTPUT_DIR MAX_RESTARTS SINGLE_PROCESS LAUNCHER_ARGS;
+# SCRIPT_x TITLE_x ARGS_x of stage x
 eval "$settings"
 
 user_dir="$PWD"
@@ -96,7 +97,7 @@ launch() {
     shift
     local command=(deepspeed --log_level critical "${LAUNCHER_ARGS[@]}")
     # One process needs no launcher, which loads torch twice before the stage does.
-    case "${LAUNCHER_ARGS[*]}" in "--num_gpus 1" | "--num_gpus 1 --master_port "*) command=("$RLHF_PYTHON") ;; esac
+    [ -z "$SINGLE_PROCESS" ] || command=(env -u RANK -u LOCAL_RANK -u WORLD_SIZE "$RLHF_PYTHON")
     setsid "${command[@]}" "$@" 9>&- &
     launcher=$!
     while alive "$launcher"; do
@@ -211,10 +212,26 @@ if command -v flock >/dev/null; then
     }
 fi
 
+check_all() {
+    # In a session of its own like the stages: a signal reaches this script, which ends the check and changes nothing.
+    local process
+    (cd "$user_dir" && exec setsid "$RLHF_PYTHON" -m rlhf.pipeline.preflight "$@") 9>&- &
+    process=$!
+    while alive "$process"; do
+        if [ -n "$stop_signal" ]; then
+            kill -KILL "$process" 2>/dev/null || true
+            say "stopped by $stop_signal before anything was changed"
+            exit 0
+        fi
+        sleep 0.2 || true
+    done
+    wait "$process" || exit "$?"
+}
+
 echo
 echo "=== checking every stage"
-(cd "$user_dir" && "$RLHF_PYTHON" -m rlhf.pipeline.preflight "$@") || exit "$?"
-[ -n "$stop_signal" ] || remove_earlier_run
+check_all "$@"
+remove_earlier_run
 # What was asked for: the doctor tells a run that was cut short from one of some stages only.
 printf '%s\n' "${STAGES[@]}" >"$OUTPUT_DIR/.pipeline.stages"
 

@@ -8,7 +8,7 @@ import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,11 +43,15 @@ def field_docstrings(config_class: type) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class FieldsInForce:
-    """The fields of one stage: `values` are those that a file or the command line gives, `sources` says which."""
+    """The fields of one stage: `values` are those that a file or the command line gives, `sources` says which.
+
+    `files`: the configuration files that were read.
+    """
 
     classes: tuple[type, ...]
     values: Mapping[str, Any]
     sources: Mapping[str, Path | str]
+    files: Sequence[Path] = ()
 
 
 def field_help(stages: Mapping[str, FieldsInForce]) -> str:

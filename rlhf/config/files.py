@@ -49,20 +49,26 @@ def save_config(path: Path, configs: Iterable[Any]) -> None:
     path.write_text(write_yaml(merged), encoding="utf-8")
 
 
-def evaluation_data_left_out(base: Collection[str], given: Collection[str]) -> set[str]:
-    """Evaluation data among `base` that belongs to training data which `given` replaces without naming its own."""
-    return {
-        name
-        for name in base
-        if name.endswith("_eval_data") and name not in given and name.replace("_eval_data", "_data") in given
-    }
+def evaluation_data_left_out(base: Mapping[str, Any], given: Mapping[str, Any]) -> set[str]:
+    """Evaluation data of `base` that belongs to training data which `given` replaces without naming its own."""
+    left_out = set()
+    for name in base:
+        training = name.replace("_eval_data", "_data")
+        replaced = training != name and training in given and _as_list(given[training]) != _as_list(base.get(training))
+        if replaced and name not in given:
+            left_out.add(name)
+    return left_out
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _load(
     path: Path, stage: str, sections: Collection[str], presets: Path | None, above: tuple[Path, ...]
 ) -> FileFields:
-    if path.absolute() in above:
-        chain = " -> ".join(str(each) for each in (*above, path.absolute()))
+    if path.resolve() in above:
+        chain = " -> ".join(str(each) for each in (*above, path.resolve()))
         raise ConfigError(f"configuration files extend one another in a circle: {chain}")
     content = _read(path)
     shared = {name: value for name, value in content.items() if name not in (*sections, EXTENDS)}
@@ -74,14 +80,14 @@ def _load(
         raise ConfigError(f"{path}: `{EXTENDS}` stands at the top level of a file, not in section `{stage}:`")
     if EXTENDS not in content:
         return FileFields(own, dict.fromkeys(own, path), (path,))
-    base = _load(_extended(content[EXTENDS], path, presets), stage, sections, presets, (*above, path.absolute()))
+    base = _load(_extended(content[EXTENDS], path, presets), stage, sections, presets, (*above, path.resolve()))
     left_out = {name: base.sources[name] for name in evaluation_data_left_out(base.values, own)}
     kept = {name: value for name, value in base.values.items() if name not in left_out}
     return FileFields(
         {**kept, **own},
         {**{name: base.sources[name] for name in kept}, **dict.fromkeys(own, path)},
         (path, *base.files),
-        {**base.left_out, **left_out},
+        {**{name: source for name, source in base.left_out.items() if name not in own}, **left_out},
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from rlhf.config.errors import ConfigError
-from rlhf.config.explain import FieldsInForce, field_help, value_text
+from rlhf.config.explain import FieldsInForce, default_of, field_help, value_text
 from rlhf.config.facts import facts_of
 from rlhf.config.files import FileFields, evaluation_data_left_out, load_config_file
 from rlhf.config.settings import REMOVED_FIELDS
@@ -80,13 +80,13 @@ def fields_in_force(
     path = default if implicit else config_path
     read = None if path is None else _from_file(path, stage, sections, default, fields)
     if read is not None:  # held-out data belongs to its training data; what the user's own file says stays
-        not_named = {name for name, source in read.sources.items() if source != config_path}
+        not_named = {name: value for name, value in read.values.items() if read.sources[name] != config_path}
         read = _without(read, evaluation_data_left_out(not_named, given))
-    _tell(read, given, default, fields, lambda other: _from_file(other, stage, sections, default, fields))
+    _tell(stage, read, given, default, fields, lambda other: _from_file(other, stage, sections, default, fields))
     sources: dict[str, Path | str] = dict.fromkeys(given, "command line")
     if read is None:
         return FieldsInForce(classes, given, sources)
-    return FieldsInForce(classes, {**read.values, **given}, {**read.sources, **sources})
+    return FieldsInForce(classes, {**read.values, **given}, {**read.sources, **sources}, read.files)
 
 
 def read_options(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -122,10 +122,7 @@ class _Fields:
         classes = list(classes)
         kinds = {name: kind for config_class in classes for name, kind in get_type_hints(config_class).items()}
         items = [item for config_class in classes for item in dataclasses.fields(config_class)]
-        defaults = {
-            item.name: item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
-            for item in items
-        }
+        defaults = {item.name: default_of(item) for item in items}
         models = frozenset(item.name for item in items if facts_of(item).names_model)
         return cls({name: kinds[name] for name in defaults}, defaults, models, known)
 
@@ -169,7 +166,7 @@ def _without(read: FileFields, names: Collection[str]) -> FileFields:
 
 
 def _tell(
-    read: FileFields | None, given: Mapping[str, Any], default: Path | None, fields: _Fields, read_file: Any
+    stage: str, read: FileFields | None, given: Mapping[str, Any], default: Path | None, fields: _Fields, read_file: Any
 ) -> None:
     """Log which files are read, which evaluation data is left out, and what the default file would have set."""
     if read is not None:
@@ -187,7 +184,9 @@ def _tell(
     if differs:
         own_model = any(values.get(name, fields.defaults[name]) != fields.defaults[name] for name in fields.models)
         advice = "it suits the embedded model" if own_model else f"`extends: {default.stem}` in a file keeps them"
-        logger.info("configuration: %s is not read, hence %s; %s", default.name, ", ".join(differs), advice)
+        logger.info(
+            "configuration of %s: %s is not read, hence %s; %s", stage, default.name, ", ".join(differs), advice
+        )
 
 
 def check_names(names: Iterable[str], known: AbstractSet[str], source: str) -> None:

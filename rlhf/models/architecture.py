@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING, AutoModelForCausalLM
 
 from rlhf.config import ConfigError, ModelConfig
 from rlhf.models.directories import check_model_path
@@ -18,7 +19,7 @@ from rlhf.models.lora import linear_module_names, resolve_targets
 from rlhf.models.positions import model_config
 from rlhf.models.pretrained import set_dropout
 
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.safetensors.index.json")
+WEIGHT_FILES = ("model*.safetensors", "adapter_model.safetensors", "pytorch_model*.bin", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ def check_trainable(path: str | Path, config: ModelConfig, *, what: str) -> None
     check_weights_there(path)
     check_packages(config)
     architecture = model_config(path, trust_remote_code=config.trust_remote_code)
-    remote = "AutoModelForCausalLM" in (getattr(architecture, "auto_map", None) or {})
-    if type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+    if not _generates(architecture):
         raise ConfigError(
             f"{what} {path} is a {architecture.model_type} model, which transformers does not load as a causal "
             "language model; give one that generates text from left to right, such as GPT-NeoX or Llama"
@@ -50,6 +50,27 @@ def check_trainable(path: str | Path, config: ModelConfig, *, what: str) -> None
         set_dropout(architecture, config.model_dropout)
     if config.lora_rank > 0:
         resolve_targets(_without_weights(path, config), config.lora_targets)
+
+
+def check_vocabulary_size(path: str | Path, tokenizer: Any, *, what: str, trust_remote_code: bool = False) -> None:
+    """ConfigError where the configuration in `path` has fewer rows of the embedding than `tokenizer` has ids."""
+    rows = getattr(model_config(path, trust_remote_code=trust_remote_code).get_text_config(), "vocab_size", None)
+    if isinstance(rows, int) and rows < len(tokenizer):
+        raise ConfigError(
+            f"{what} {path} has an embedding of {rows} rows, and the tokenizer of the run {len(tokenizer)} tokens; use "
+            "the tokenizer that was saved with the model"
+        )
+
+
+def _generates(architecture: Any) -> bool:
+    """Whether transformers has a model of this configuration that generates text from left to right.
+
+    BERT and its relatives can be made to: they are encoders all the same, whose attention looks ahead.
+    """
+    if "AutoModelForCausalLM" in (getattr(architecture, "auto_map", None) or {}):
+        return True
+    encoder = type(architecture) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(architecture, "is_decoder", False)
+    return type(architecture) in MODEL_FOR_CAUSAL_LM_MAPPING and not encoder
 
 
 def model_size(path: str | Path, config: ModelConfig) -> ModelSize:
@@ -84,6 +105,14 @@ def check_weights_there(path: str | Path) -> None:
             f"{directory} has a configuration and no weights (looked for {', '.join(WEIGHT_FILES)}); "
             "is a download or a copy incomplete?"
         )
+    for index in directory.glob("*.index.json"):
+        needed = set(json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values())
+        missing = sorted(name for name in needed if not (directory / name).is_file())
+        if missing:
+            raise ConfigError(
+                f"{directory} lacks {len(missing)} of the {len(needed)} files that {index.name} names: "
+                f"{', '.join(missing[:3])}{' ...' if len(missing) > 3 else ''}; is a download or a copy incomplete?"
+            )
     for file in found:
         with file.open("rb") as opened:
             if opened.read(40).startswith(b"version https://git-lfs"):

@@ -19,9 +19,11 @@ import sys
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
-from rlhf.config import REMOVED_FIELDS, ConfigError, RunConfig, facts_of, read_options
+from rlhf.config import EMBEDDED_BASE, REMOVED_FIELDS, ConfigError, RunConfig, facts_of, read_options
 from rlhf.config.explain import field_help
+from rlhf.config.values import from_words
 from rlhf.distributed.place import free_port
+from rlhf.pipeline.command_line import leave_broken_pipe
 from rlhf.pipeline.earlier_run import RESULT, finished_refusal
 from rlhf.pipeline.stages import PROJECT, STAGES, default_run, parse_stage, stage_fields
 
@@ -46,6 +48,8 @@ class PipelineArguments:
     output_dir: str
     launcher_arguments: list[str]
     stage_arguments: dict[str, list[str]]
+    single_process: bool = False
+    """Whether one process on this machine is all there is, which needs no launcher."""
     resume_stages: tuple[str, ...] = ()
     """Stages that resume what an earlier run left, be it by the command line or by the configuration file."""
     overwrite_stages: tuple[str, ...] = ()
@@ -54,70 +58,97 @@ class PipelineArguments:
     """How many failures of the whole run are answered by starting the stage again."""
 
 
-def sort_arguments(arguments: Sequence[str], *, user_dir: Path) -> PipelineArguments:
+def sort_arguments(arguments: Sequence[str], *, user_dir: Path, over_an_earlier_run: bool = False) -> PipelineArguments:
     """Sort `arguments` and check them against the fields of every stage that will run.
 
     Relative paths are taken from `user_dir`, because the stages run in the project's root. Raises ConfigError for an
-    option that no stage has (naming the nearest ones), or one that only a stage has that does not run.
+    option that no stage has (naming the nearest ones), or one that only a stage has that does not run, and for the
+    directory of an earlier run unless `over_an_earlier_run`.
     """
-    launcher: dict[str, str] = {}
-    stages = tuple(stage.name for stage in default_run())
-    short = False
-    max_restarts = 0
-    shared: list[tuple[str, list[str]]] = []
-    own: dict[str, list[tuple[str, list[str]]]] = {stage: [] for stage in STAGES}
+    given = _read(arguments, user_dir)
+    _check_names(given)
+    per_stage = {stage: given.words_of(stage) for stage in given.stages}
+    runs = {stage: _run_config(stage, words) for stage, words in per_stage.items()}
+    output_dir = _output_dir(runs)
+    if given.short and all("--output_dir" not in words for words in per_stage.values()):
+        output_dir = _make_trial(runs, per_stage)
+    if not over_an_earlier_run:
+        _check_nothing_is_lost(runs)
+    return PipelineArguments(
+        given.stages,
+        output_dir,
+        _launcher_arguments(given.launcher),
+        per_stage,
+        single_process=given.launcher.keys() <= {"num_devices", "master_port"} and _devices(given.launcher) == "1",
+        resume_stages=tuple(stage for stage, run in runs.items() if run.resume == "auto"),
+        overwrite_stages=tuple(stage for stage, run in runs.items() if run.overwrite),
+        max_restarts=given.max_restarts,
+    )
+
+
+@dataclasses.dataclass
+class _Given:
+    """The words of the command line by whom they are for; an option of a stage is (name, values)."""
+
+    launcher: dict[str, str]
+    stages: tuple[str, ...]
+    short: bool
+    max_restarts: int
+    shared: list[tuple[str, list[str]]]
+    own: dict[str, list[tuple[str, list[str]]]]
+
+    def words_of(self, stage: str) -> list[str]:
+        """The command line of one stage: shared options that it has, its own, and those of a short run."""
+        fields = _option_names(stage)
+        given = [option for option in self.shared if option[0] in fields] + self.own[stage]
+        names = {name for name, _ in given}
+        if self.short:
+            given += [(name, [value]) for name, value in STAGES[stage].short_run.items() if name not in names]
+        return [part for name, values in given for part in (f"--{name}", *values)]
+
+
+def _read(arguments: Sequence[str], user_dir: Path) -> _Given:
+    given = _Given({}, tuple(stage.name for stage in default_run()), False, 0, [], {stage: [] for stage in STAGES})
+    seen: set[str] = set()
     for name, values in read_options(arguments):
+        if name in seen:
+            raise ConfigError(f"--{name} is given twice; a list takes all its values after one --{name}")
+        seen.add(name)
         section, _, field_name = name.rpartition(".")
         values = _from_user_dir(field_name, values, user_dir)
         if name == "short":
-            short = True
+            given.short = bool(from_words(name, values, bool))
         elif name == "stages":
-            stages = _stages(values)
+            given.stages = _stages(values)
         elif name == "max_restarts":
-            max_restarts = _whole_number(name, _single(name, values), least=0)
+            given.max_restarts = _whole_number(name, _single(name, values), least=0)
         elif name in LAUNCHER_OPTIONS:
-            launcher[name] = _single(name, values)
-        elif section:
-            if section not in STAGES:
-                raise ConfigError(f"--{name}: `{section}` is not a stage; the stages are {', '.join(STAGES)}")
-            own[section].append((field_name, values))
+            given.launcher[name] = _single(name, values)
+        elif not section:
+            given.shared.append((name, values))
+        elif section in STAGES:
+            given.own[section].append((field_name, values))
         else:
-            shared.append((name, values))
+            raise ConfigError(f"--{name}: `{section}` is not a stage; the stages are {', '.join(STAGES)}")
+    return given
+
+
+def _check_names(given: _Given) -> None:
+    """ConfigError for an option that no stage has, or none of those that run."""
     fields = {name: _option_names(name) for name in STAGES}
-    for name, _ in shared:
-        _check_known(name, stages, fields)
-    for stage, options in own.items():
+    for name, _ in given.shared:
+        _check_known(name, given.stages, fields)
+    for stage, options in given.own.items():
         for name, _ in options:
             if name not in fields[stage]:
                 raise ConfigError(
                     f"--{stage}.{name}: stage {stage} has no field `{name}`{_nearest(name, fields[stage])}"
                 )
-    per_stage: dict[str, list[str]] = {}
-    for stage in stages:
-        given = [option for option in shared if option[0] in fields[stage]] + own[stage]
-        names = {name for name, _ in given}
-        if short:
-            given += [(name, [value]) for name, value in STAGES[stage].short_run.items() if name not in names]
-        per_stage[stage] = [part for name, values in given for part in (f"--{name}", *values)]
-    runs = {stage: _run_config(stage, values) for stage, values in per_stage.items()}
-    output_dir = _output_dir(runs)
-    if short and all("--output_dir" not in values for values in per_stage.values()):
-        output_dir = _make_trial(runs, per_stage)
-    _check_nothing_is_lost(runs)
-    return PipelineArguments(
-        stages,
-        output_dir,
-        _launcher_arguments(launcher),
-        per_stage,
-        resume_stages=tuple(stage for stage, run in runs.items() if run.resume == "auto"),
-        overwrite_stages=tuple(stage for stage, run in runs.items() if run.overwrite),
-        max_restarts=max_restarts,
-    )
 
 
 def all_fields(arguments: Sequence[str]) -> str:
     """Every field of every stage as this command line sets it, for reading."""
-    pipeline = sort_arguments(arguments, user_dir=Path.cwd())
+    pipeline = sort_arguments(arguments, user_dir=Path.cwd(), over_an_earlier_run=True)
     os.chdir(PROJECT)  # where the stages run, and what paths of a configuration file are taken from
     return field_help({name: stage_fields(name, pipeline.stage_arguments[name]) for name in pipeline.stages})
 
@@ -131,6 +162,7 @@ def bash_assignments(pipeline: PipelineArguments) -> str:
         f"OVERWRITE_STAGES=({' '.join(pipeline.overwrite_stages)})",
         f"OUTPUT_DIR={shlex.quote(pipeline.output_dir)}",
         f"MAX_RESTARTS={pipeline.max_restarts}",
+        f"SINGLE_PROCESS={'yes' if pipeline.single_process else ''}",
         f"LAUNCHER_ARGS=({shlex.join(pipeline.launcher_arguments)})",
     ]
     for name, stage in STAGES.items():  # one that does not run gets an empty list: bash's `set -u` wants every name
@@ -190,7 +222,7 @@ def _from_user_dir(name: str, values: Sequence[str], user_dir: Path) -> list[str
     kind = _paths().get(name)
     if kind == "written":
         return [str((user_dir / Path(value).expanduser()).absolute()) for value in values]
-    return [_existing(value, user_dir) for value in values] if kind == "read" else list(values)
+    return [_existing(name, value, user_dir) for value in values] if kind == "read" else list(values)
 
 
 def _paths() -> dict[str, str | None]:
@@ -204,15 +236,16 @@ def _paths() -> dict[str, str | None]:
     return {"config": "read", "hostfile": "read", **{item.name: facts_of(item).path for item in fields}}
 
 
-def _existing(value: str, user_dir: Path) -> str:
+def _existing(name: str, value: str, user_dir: Path) -> str:
     if value.startswith("{"):
         with contextlib.suppress(json.JSONDecodeError):
             source = json.loads(value)
             if isinstance(source.get("path"), str):
-                return json.dumps({**source, "path": _existing(source["path"], user_dir)}, ensure_ascii=False)
+                return json.dumps({**source, "path": _existing(name, source["path"], user_dir)}, ensure_ascii=False)
         return value
     path = user_dir / Path(value).expanduser()
-    return str(path.absolute()) if value and path.exists() else value
+    known = value == EMBEDDED_BASE or (name == "template" and path.is_dir())  # a name, whatever lies here beside it
+    return str(path.absolute()) if value and path.exists() and not known else value
 
 
 def _run_config(stage: str, values: Sequence[str]) -> RunConfig:
@@ -275,11 +308,18 @@ def _launcher_arguments(options: Mapping[str, str]) -> list[str]:
     if "hostfile" in options and not Path(options["hostfile"]).is_file():
         raise ConfigError(f"--hostfile {options['hostfile']}: no such file (see training_scripts/hostfile.example)")
     chosen = dict(options)
-    if "num_devices" not in chosen and "hostfile" not in chosen and os.environ.get("DS_ACCELERATOR") == "cpu":
-        chosen["num_devices"] = "1"  # DeepSpeed would start one process per NUMA node
+    devices = _devices(options)
+    if devices is not None:
+        chosen["num_devices"] = devices
     if "hostfile" not in chosen:
         chosen.setdefault("master_port", str(free_port()))
     return [part for name, value in chosen.items() for part in (LAUNCHER_OPTIONS[name], value)]
+
+
+def _devices(options: Mapping[str, str]) -> str | None:
+    """`--num_devices`; without it 1 on a CPU, where DeepSpeed would start one process per NUMA node."""
+    on_a_cpu = "hostfile" not in options and os.environ.get("DS_ACCELERATOR") == "cpu"
+    return options.get("num_devices", "1" if on_a_cpu else None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -293,6 +333,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `--help-all | head`
+        leave_broken_pipe()
     return 0
 
 

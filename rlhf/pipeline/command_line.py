@@ -23,5 +23,10 @@ def check_command_line(stage: str) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(EXIT_USER) from None
     except BrokenPipeError:  # `--help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave_broken_pipe()
         raise SystemExit(0) from None
+
+
+def leave_broken_pipe() -> None:
+    """Let the process end quietly although nobody reads its output any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

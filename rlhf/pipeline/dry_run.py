@@ -22,15 +22,15 @@ class DryRun:
 
     `devices`: processes of the run that is checked. `bases`: stage of the same run -> what its model will be trained
     from, which stands for it in later stages. `report_dir`: where the list of skipped rows is written, and beside it
-    what the stages share. `data`: the data sets by the name of their report; `sizes`: those of the models that
-    train, by role.
+    what the stages share. `data`: the data sets by the name of their report; `trained`: the models
+    that train, by role.
     """
 
     devices: int
     bases: Mapping[str, str]
     report_dir: Path
     data: dict[str, StageData] = field(default_factory=dict)
-    sizes: dict[str, ModelSize] = field(default_factory=dict)
+    trained: dict[str, str] = field(default_factory=dict)
 
 
 class DryRunEndError(Exception):

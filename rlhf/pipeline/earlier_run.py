@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
+from collections.abc import Collection
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
-from rlhf.config import ConfigError, RunConfig
+from rlhf.config import ConfigError, RunConfig, facts_of
+from rlhf.pipeline.stages import StageConfig
 
 RESULT = "result.json"
 """Written last by a stage: where it lies, the stage is finished."""
@@ -30,6 +35,41 @@ def finished_refusal(directory: Path, run: RunConfig) -> ConfigError | None:
         f"{directory} holds a finished run, of {ended:%Y-%m-%d %H:%M} ({there}): remove it and start anew with "
         "--overwrite, keep it and skip the stage with --resume auto, or choose another --output_dir"
     )
+
+
+def read_result(directory: Path) -> dict[str, Any]:
+    """`result.json` of a finished stage; {} where there is none, or a broken one."""
+    return read_json(directory / RESULT)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The json object of a file; {} where there is none, or a broken one."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content
+
+
+def check_inputs_stay(config: StageConfig, files: Collection[Path], removed: Path) -> None:
+    """ConfigError for a model, a data set or one of the configuration's `files` in the directory to be `removed`."""
+    named = [("config", path) for path in files]
+    for part in config.parts():
+        for item in dataclasses.fields(part):
+            value = getattr(part, item.name)
+            if facts_of(item).path == "read" and value:
+                named += [(item.name, _path_of(each)) for each in (value if isinstance(value, list) else [value])]
+    for name, path in named:
+        if path.expanduser().resolve().is_relative_to(removed.resolve()):
+            raise ConfigError(
+                f"--{name} {path} lies in {removed}, which this run overwrites: copy it elsewhere, or choose another "
+                "--output_dir"
+            )
+
+
+def _path_of(value: str) -> Path:
+    """The path of a model, of a file, or of a data set that may be a mapping."""
+    return Path(json.loads(value)["path"] if value.lstrip().startswith("{") else value)
 
 
 def remove_earlier_run(directory: Path) -> None:

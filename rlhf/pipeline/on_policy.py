@@ -13,7 +13,7 @@ from rlhf.distributed.log import logger
 from rlhf.engine import RLHFEngine
 from rlhf.generation.backend import make_backend
 from rlhf.generation.token_sampling import Sampling
-from rlhf.models.architecture import ModelSize, check_trainable, check_weights_there, model_size
+from rlhf.models.architecture import check_trainable, check_weights_there
 from rlhf.models.directories import check_causal_directory, check_scalar_directory
 from rlhf.models.inner_model import eos_token_ids
 from rlhf.models.loading import check_vocabulary, load_tokenizer
@@ -59,7 +59,7 @@ class OnPolicyModels:
         if ESTIMATORS[ppo.advantage].needs_critic:
             shared = reward if reward and same_tokenizer(reward_tokenizer, tokenizer) else actor
             critic = ppo.critic_model or shared
-            check_weights_there(critic)
+            check_trainable(critic, stage.config.model, what="critic_model")
         stage.check_positions(actor, "actor_model")
         if critic is not None:
             stage.check_positions(critic, "critic_model")
@@ -72,18 +72,17 @@ class OnPolicyModels:
         paths = {"actor": self.actor, "reward": self.reward, "critic": self.critic}
         return {name: None if path is None else model_fingerprint(path) for name, path in paths.items()}
 
-    def trained_sizes(self, stage: StageRun[PPOStageConfig]) -> dict[str, ModelSize]:
-        """The sizes of the models that train and are saved, by role."""
-        paths = {"actor": self.actor, "critic": self.critic}
+    def trained(self, stage: StageRun[PPOStageConfig]) -> dict[str, str]:
+        """The models that train and are saved, by role."""
+        roles = {"actor": self.actor, "critic": self.critic}
         if stage.config.ppo.ema_decay > 0:
-            paths["averaged actor"] = self.actor
-        return {role: model_size(path, stage.config.model) for role, path in paths.items() if path is not None}
+            roles["averaged actor"] = self.actor
+        return {role: path for role, path in roles.items() if path is not None}
 
     def build(self, stage: StageRun[PPOStageConfig], *, optimizer_steps: tuple[int, int]) -> RLHFEngine:
         """The engines of these models; `optimizer_steps` are those of the actor and of the critic in the whole run."""
         config = stage.config
-        if stage.dry_run is not None:
-            stage.end_dry_run(self.trained_sizes(stage), optimizer_steps[1])
+        stage.end_dry_run(self.trained(stage), self.tokenizer, optimizer_steps[1])
         if self.critic is not None:
             head = "a head of zeros" if config.ppo.zero_critic_head else "the head there"
             logger.info("critic: starts from %s with %s (critic_init)", self.critic, head)

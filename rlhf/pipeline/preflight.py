@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import logging
 import os
 import re
@@ -23,14 +22,15 @@ from typing import Any, TypeVar
 
 from rlhf.config import ConfigError, DataConfig, facts_of
 from rlhf.data.sources import read_rows
-from rlhf.data.spec import DatasetSpec
-from rlhf.distributed.exit_codes import EXIT_INTERRUPTED, EXIT_USER
+from rlhf.data.spec import DataError, DatasetSpec
+from rlhf.distributed.exit_codes import EXIT_USER
+from rlhf.distributed.failures import storage_failure
 from rlhf.distributed.log import logger, setup_logging
 from rlhf.pipeline.arguments import PipelineArguments, sort_arguments
 from rlhf.pipeline.dry_run import DryRun, DryRunEndError, Findings
-from rlhf.pipeline.earlier_run import RESULT
-from rlhf.pipeline.stage_run import USER_ERRORS, StageRun
-from rlhf.pipeline.stages import PROJECT, STAGES, StageConfig, parse_stage
+from rlhf.pipeline.earlier_run import check_inputs_stay, read_result
+from rlhf.pipeline.stage_run import StageRun
+from rlhf.pipeline.stages import PROJECT, STAGES, config_files, parse_stage
 
 Result = TypeVar("Result")
 REPORTS = ".check"
@@ -47,7 +47,9 @@ def check_all(pipeline: PipelineArguments) -> list[str]:
     if not configs:
         return ["every stage is finished"]
     for name, config in configs.items():
-        _for_stage(name, partial(_check_inputs_stay, config, Path(pipeline.output_dir), pipeline.overwrite_stages))
+        files = config_files(name, pipeline.stage_arguments[name])
+        for stage in pipeline.overwrite_stages:
+            _for_stage(name, partial(check_inputs_stay, config, files, Path(pipeline.output_dir) / stage))
         _for_stage(name, partial(_check_first_rows, config.data))
     devices, bases = _devices(pipeline.launcher_arguments), dict[str, str]()
     reports = Path(pipeline.output_dir) / REPORTS
@@ -71,67 +73,50 @@ def check_all(pipeline: PipelineArguments) -> list[str]:
 def _stages_to_run(pipeline: PipelineArguments) -> list[str]:
     """The stages but for those at the beginning that are finished and to be resumed, which `run_all.sh` skips."""
     stages = list(pipeline.stages)
-    while stages and stages[0] in pipeline.resume_stages and _is_finished(Path(pipeline.output_dir) / stages[0]):
+    while stages and stages[0] in pipeline.resume_stages and read_result(Path(pipeline.output_dir) / stages[0]):
         del stages[0]
     return stages
-
-
-def _is_finished(directory: Path) -> bool:
-    try:
-        return bool(json.loads((directory / RESULT).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return False
 
 
 def _devices(launcher_arguments: Sequence[str]) -> int:
     """Processes that the launcher will start."""
     options = dict(zip(launcher_arguments[::2], launcher_arguments[1::2], strict=True))
     here = int(options.get("--num_gpus", 0))
-    if "--hostfile" in options:
-        lines = Path(options["--hostfile"]).read_text(encoding="utf-8").splitlines()
-        slots = [int(number) for line in lines for number in re.findall(r"^[^#]*slots=(\d+)", line)]
-        slots = slots[: int(options.get("--num_nodes", len(slots)))]
-        return sum(min(here or count, count) for count in slots)
-    if here:
-        return here
     from deepspeed.accelerator import get_accelerator
 
-    return max(1, int(get_accelerator().device_count()))
+    accelerator = get_accelerator()
+    there = int(accelerator.device_count())
+    if "--hostfile" in options:
+        lines = Path(options["--hostfile"]).read_text(encoding="utf-8").splitlines()
+        hosts = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
+        wrong = [line for line in hosts if not re.search(r"\bslots=\d+", line)]
+        if wrong or not hosts:
+            raise ConfigError(
+                f"--hostfile {options['--hostfile']}: {wrong[0] if wrong else 'no line'!r} does not name a host and "
+                "its devices; a line is `HOST slots=NUMBER` (see training_scripts/hostfile.example)"
+            )
+        slots = [int(re.findall(r"\bslots=(\d+)", line)[0]) for line in hosts]
+        slots = slots[: int(options.get("--num_nodes", len(slots)))]
+        return sum(min(here or count, count) for count in slots)
+    if here > there and accelerator.device_name() != "cpu":
+        raise ConfigError(f"--num_devices {here}: this machine shows {there} ({accelerator.device_name()})")
+    return here or max(1, there)
 
 
 def _for_stage(name: str, check: Callable[[], Result]) -> Result:
     """What `check` returns; its error with the stage before it."""
     try:
         return check()
-    except USER_ERRORS as error:
-        raise type(error)(f"stage {name}: {error}") from error
+    except DataError as error:
+        raise DataError(f"stage {name}: {error}") from error
+    except ConfigError as error:
+        raise ConfigError(f"stage {name}: {error}") from error
 
 
 def _data_sets(config: DataConfig) -> list[DatasetSpec]:
     """Every data set that the configuration of a stage names."""
-    named = [getattr(config, item.name) for item in _read_paths(config)]
+    named = [getattr(config, item.name) for item in dataclasses.fields(config) if facts_of(item).path == "read"]
     return [DatasetSpec.parse(text) for texts in named if isinstance(texts, list) for text in texts]
-
-
-def _check_inputs_stay(config: StageConfig, output_dir: Path, overwritten: Sequence[str]) -> None:
-    """ConfigError for a model or data set in a directory that is removed before the stages run."""
-    given = {item.name: getattr(part, item.name) for part in config.parts() for item in _read_paths(part)}
-    named = {name: value if isinstance(value, list) else [value] for name, value in given.items() if value}
-    for stage in overwritten:
-        removed = (output_dir / stage).resolve()
-        for name, values in named.items():
-            for value in values:
-                path = Path(DatasetSpec.parse(value).path if name.endswith("_data") else value).expanduser().resolve()
-                if path.is_relative_to(removed):
-                    raise ConfigError(
-                        f"--{name} {path} lies in {removed}, which this run overwrites: copy it elsewhere, or choose "
-                        "another --output_dir"
-                    )
-
-
-def _read_paths(part: Any) -> list[Any]:
-    """The fields of a part of the configuration that name what is read."""
-    return [item for item in dataclasses.fields(part) if facts_of(item).path == "read"]
 
 
 def _check_first_rows(config: DataConfig) -> None:
@@ -223,11 +208,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         pipeline = sort_arguments(list(sys.argv[1:] if argv is None else argv), user_dir=Path.cwd())
         os.chdir(PROJECT)  # where the stages run, and what paths of a configuration file are taken from
         lines = check_all(pipeline)
-    except USER_ERRORS as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USER
-    except KeyboardInterrupt:
-        return EXIT_INTERRUPTED
+    except OSError as error:
+        refused = storage_failure(error)
+        if refused is None:
+            raise
+        print(f"error: {refused}", file=sys.stderr)
+        return EXIT_USER
     finally:
         logger.removeFilter(once)
     print("\n".join([*lines, f"nothing is wrong; checked in {time.monotonic() - started:.0f} s"]))

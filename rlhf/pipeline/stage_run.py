@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,13 +25,22 @@ from rlhf.distributed.place import is_main, world_size
 from rlhf.distributed.rank_watch import watched_ranks
 from rlhf.distributed.world import close_world, init_world, seed_everything
 from rlhf.engine import BatchPlan, check_engine, compute_dtype, training_engine, zero3_loading
-from rlhf.models.architecture import ModelSize, check_trainable, model_size
+from rlhf.models.architecture import check_trainable, check_vocabulary_size, model_size
+from rlhf.models.directories import check_causal_directory
 from rlhf.models.loading import check_vocabulary
 from rlhf.models.lora import apply_lora
 from rlhf.models.positions import check_positions
 from rlhf.pipeline.dry_run import DryRun, DryRunEndError, Findings, disk_use
-from rlhf.pipeline.earlier_run import RESULT, finished_refusal, remove_earlier_run, remove_summary
-from rlhf.pipeline.stages import STAGES, Stage, StageConfig, default_run, find_stage_model, parse_stage
+from rlhf.pipeline.earlier_run import (
+    RESULT,
+    check_inputs_stay,
+    finished_refusal,
+    read_json,
+    read_result,
+    remove_earlier_run,
+    remove_summary,
+)
+from rlhf.pipeline.stages import STAGES, Stage, StageConfig, config_files, default_run, find_stage_model, parse_stage
 from rlhf.report.summary import BASE_SECONDS
 from rlhf.training.data_order import planned_steps
 from rlhf.training.loop import RunContext
@@ -70,19 +78,21 @@ class StageRun(Generic[Config]):
         devices = world_size() if self.dry_run is None else self.dry_run.devices
         return BatchPlan(batch.global_batch_size, batch.micro_batch_size, devices, batch.micro_batch_tokens)
 
-    def base_model(self) -> str:
+    def base_model(self, *, with_head: bool = False) -> str:
         """The model to start from; the embedded one is trained on first use, which is announced and counted, and kept.
 
-        Raises ConfigError for one that cannot train as the configuration says, or has fewer positions than a prompt and
-        its response may have.
+        Raises ConfigError for one that cannot train as the configuration says, has fewer positions than a prompt and
+        its response may have, or, where it is to be used `with_head`, has no language-modelling head.
         """
         base_model = self.config.model.base_model
         if base_model == EMBEDDED_BASE:
             base_model = str(self._embedded_base())
         self.check_positions(base_model, "base_model")
+        if with_head:
+            check_causal_directory(base_model)
         check_trainable(base_model, self.config.model, what="base_model")
         if self.dry_run is not None:
-            self.dry_run.sizes["model"] = model_size(base_model, self.config.model)
+            self.dry_run.trained["model"] = base_model
         return base_model
 
     def _embedded_base(self) -> Path:
@@ -144,15 +154,18 @@ class StageRun(Generic[Config]):
         """Optimizer steps of an offline run over `data`."""
         return planned_steps(len(data.train), self.config.batch, self.plan.global_batch_size)
 
-    def end_dry_run(self, sizes: Mapping[str, ModelSize], total_steps: int) -> None:
-        """End a dry run, where this is one: the next thing is to load the weights of the models in `sizes`.
+    def end_dry_run(self, trained: Mapping[str, str], tokenizer: Any, total_steps: int) -> None:
+        """End a dry run, where this is one: the next thing is to load the weights of the models that train, by role.
 
-        Raises ConfigError for engines that could not be made, DryRunEndError otherwise.
+        Raises ConfigError for engines that could not be made and models that lack tokens, DryRunEndError otherwise.
         """
         if self.dry_run is None:
             return
         model, engine = self.config.model, self.config.engine
         check_engine(engine, self.config.optimizer, self.plan)
+        for role, path in trained.items():
+            check_vocabulary_size(path, tokenizer, what=role, trust_remote_code=model.trust_remote_code)
+        sizes = {role: model_size(path, model) for role, path in trained.items()}
         exported, states = disk_use(
             sizes,
             self.run,
@@ -165,7 +178,7 @@ class StageRun(Generic[Config]):
     def training_engine(self, load: Callable[[], nn.Module], tokenizer: Any, *, total_steps: int) -> Any:
         """The model that `load` gives, adapted where LoRA is on, in a training engine. A dry run ends here."""
         if self.dry_run is not None:
-            self.end_dry_run(self.dry_run.sizes, total_steps)
+            self.end_dry_run(self.dry_run.trained, tokenizer, total_steps)
         model_config, engine_config = self.config.model, self.config.engine
         with zero3_loading(engine_config, self.plan):
             model = load()
@@ -203,6 +216,8 @@ def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]
             run = StageRun(STAGES[name], config, Path(config.run.output_dir) / name)
             init_world()
             check_writable(run.directory)
+            if config.run.overwrite:
+                check_inputs_stay(config, config_files(name, argv), run.directory)
             with _locked(run.directory), watched_ranks(run.directory, config.run):
                 if _is_finished(run):
                     return _read_result(run)
@@ -212,7 +227,7 @@ def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]
                 if is_main():
                     save_config(run.directory / "config.yaml", config.parts())
                 result = {**result, "seconds": round(result["seconds"], 1), "seed": config.run.seed}
-                result |= _read_json(run.directory / PREPARATION)
+                result |= read_json(run.directory / PREPARATION)
                 write_json(run.directory / RESULT, result)
                 remove_states(run.directory / STATES, config.run, keep_permanent=True)
             return result
@@ -249,20 +264,10 @@ def _is_finished(run: StageRun[Any]) -> bool:
 
 
 def _read_result(run: StageRun[Any]) -> dict[str, Any]:
-    """`result.json` of an earlier run; {} where there is none, or a broken one."""
-    path = run.directory / RESULT
-    result = _read_json(path)
+    result = read_result(run.directory)
     if result:
-        logger.info("%s is finished, %s is there: nothing to do", run.directory.name, path)
+        logger.info("%s is finished, %s is there: nothing to do", run.directory.name, run.directory / RESULT)
     return result
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content
 
 
 def _clear_the_way(run: StageRun[Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -269,9 +270,15 @@ def parse_stage(name: str, argv: Sequence[str] | None = None) -> Any:
     return config
 
 
-def stage_fields(name: str, argv: Sequence[str]) -> FieldsInForce:
+def stage_fields(name: str, argv: Sequence[str] | None = None) -> FieldsInForce:
     """What a command line and its file give to stage `name`, for explaining it."""
-    return fields_in_force(name, STAGES[name].config_classes().values(), argv, **_sources())
+    words = sys.argv[1:] if argv is None else argv
+    return fields_in_force(name, STAGES[name].config_classes().values(), words, **_sources())
+
+
+def config_files(name: str, argv: Sequence[str] | None = None) -> set[Path]:
+    """The configuration files that a command line of stage `name` reads, those that they extend too."""
+    return set(stage_fields(name, argv).files)
 
 
 def _sources() -> dict[str, Any]:

@@ -318,13 +318,13 @@ def test_what_the_default_file_would_have_set_is_told(config_file, caplog):
     caplog.set_level("INFO", "rlhf")
     parse("--config", config_file("zero_stage: 1\n"), "--steps", "3", default_config=default)
     assert told(caplog)[1:] == [
-        "configuration: default.yaml is not read, hence learning_rate 1e-5 (there 0.001); "
+        "configuration of ppo: default.yaml is not read, hence learning_rate 1e-5 (there 0.001); "
         "`extends: default` in a file keeps them"
     ]
     caplog.clear()
     parse("--base_model", "gpt2", default_config=default)
     assert told(caplog) == [
-        "configuration: default.yaml is not read, hence steps 10 (there 77), learning_rate 1e-5 (there 0.001); "
+        "configuration of ppo: default.yaml is not read, hence steps 10 (there 77), learning_rate 1e-5 (there 0.001); "
         "it suits the embedded model"
     ]
     caplog.clear()
@@ -355,6 +355,8 @@ def test_held_out_data_goes_with_the_training_data_it_belongs_to(config_file, ca
     mine = config_file("extends: default\nsome_data: [c]\n", "mine.yaml")
     assert sets("--config", mine) == Sets(["c"], [])
     assert sets("--config", mine, "--some_eval_data", "d") == Sets(["c"], ["d"])
+    same = config_file("extends: default\nsome_data: x\n", "same.yaml")
+    assert sets("--config", same) == Sets(["x"], ["y"])  # the same data: what is held out of it stays
     extending = config_file("extends: default\n", "extending.yaml")
     assert sets("--config", extending) == Sets(["x"], ["y"])
     assert sets("--config", extending, "--some_data", "e") == Sets(["e"], [])

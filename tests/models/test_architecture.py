@@ -88,3 +88,28 @@ def test_a_configuration_that_cannot_be_read_is_named(tokenizer, tmp_path):
     (tmp_path / "broken" / "config.json").write_text(json.dumps({"model_type": "no-such-model"}))
     with pytest.raises(ConfigError, match="cannot read the model in .*broken"):
         check_trainable(tmp_path / "broken", ModelConfig(), what="base_model")
+
+
+def test_a_shard_that_is_missing_is_named(tokenizer, tmp_path):
+    path = save_tiny_model(tmp_path / "model", "gpt_neox", tokenizer)
+    index = {
+        "metadata": {},
+        "weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"},
+    }
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
+    with pytest.raises(ConfigError, match="lacks 1 of the 2 files that .*index.json names: model-00002-of-00002"):
+        check_weights_there(path)
+    (path / "model-00001-of-00002.safetensors").unlink()
+    with pytest.raises(ConfigError, match="has a configuration and no weights"):
+        check_weights_there(path)
+
+
+def test_an_encoder_is_no_causal_language_model(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    for is_decoder in (False, True):
+        config = transformers.BertConfig(**sizes, vocab_size=32, is_decoder=is_decoder)
+        transformers.BertLMHeadModel(config).save_pretrained(tmp_path / str(is_decoder))
+    with pytest.raises(ConfigError, match="is a bert model, which transformers does not load as a causal"):
+        check_trainable(tmp_path / "False", ModelConfig(), what="base_model")
+    check_trainable(tmp_path / "True", ModelConfig(), what="base_model")

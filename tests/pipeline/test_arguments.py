@@ -7,9 +7,9 @@ import subprocess
 import pytest
 
 from rlhf.config import ConfigError
-from rlhf.pipeline.arguments import bash_assignments, sort_arguments
+from rlhf.pipeline.arguments import all_fields, bash_assignments, sort_arguments
 from rlhf.pipeline.stages import STAGES
-from tests.support.results import write_results
+from tests.support.results import made_up_results, write_results
 
 
 def test_fields_go_to_the_stages_that_have_them(tmp_path):
@@ -115,6 +115,8 @@ def test_launcher_options_reach_the_launcher_only(tmp_path, monkeypatch):
         (["--stages", "sft", "--kl_coef", "1"], r"--kl_coef is a field of ppo, which this run \(sft\) leaves out"),
         (["--stages", "rm"], r"--stages rm: the stages are sft, reward, ppo"),
         (["stray"], r"cannot read .stray.; fields are given as `--name value`"),
+        (["--sft_data", "a", "--sft_data", "b"], r"--sft_data is given twice; a list takes all its values after one"),
+        (["--short", "maybe"], r"--short needs true or false, got 'maybe'"),
         (["--num_devices", "two"], r"--num_devices needs a whole number of at least 1, got 'two'"),
         (["--num_devices"], r"--num_devices needs one value"),
         (["--hostfile", "nowhere"], r"--hostfile nowhere: no such file"),
@@ -148,3 +150,35 @@ def test_assignments_survive_bash(tmp_path):
         "0",
         "step3_ppo/main.py",
     ]
+
+
+def test_one_process_on_this_machine_needs_no_launcher(tmp_path, monkeypatch):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("node-1 slots=1\n", encoding="utf-8")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    for words, alone in (
+        ([], True),
+        (["--num_devices", "1", "--master_port", "29512"], True),
+        (["--num_devices", "2"], False),
+        (["--num_devices", "1", "--master_port", "29512", "--hostfile", "hosts"], False),
+        (["--num_devices", "1", "--num_nodes", "2"], False),
+    ):
+        pipeline = sort_arguments(words, user_dir=tmp_path)
+        assert pipeline.single_process is alone, words
+        assert f"SINGLE_PROCESS={'yes' if alone else ''}\n" in bash_assignments(pipeline)
+    monkeypatch.delenv("DS_ACCELERATOR")
+    assert not sort_arguments([], user_dir=tmp_path).single_process  # every GPU there is
+
+
+def test_short_may_be_false_and_names_are_no_paths(tmp_path):
+    assert sort_arguments(["--short", "false"], user_dir=tmp_path).stage_arguments["sft"] == []
+    for name in ("default", "kullm"):
+        (tmp_path / name).mkdir()
+    words = ["--base_model", "default", "--template", "kullm"]
+    assert sort_arguments(words, user_dir=tmp_path).stage_arguments["sft"] == words
+
+
+def test_every_field_is_shown_although_a_run_lies_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_results(tmp_path / "out", made_up_results())
+    assert "--learning_rate sft 0.0005" in all_fields(["--output_dir", str(tmp_path / "out")])

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import transformers
 
-from rlhf.config import RunConfig
+from rlhf.config import ConfigError, RunConfig
 from rlhf.distributed.log import logger
 from rlhf.models.architecture import ModelSize
 from rlhf.pipeline import preflight
@@ -153,6 +155,9 @@ def test_the_number_of_processes_is_that_of_the_launcher(tmp_path):
     assert preflight._devices(["--hostfile", str(hosts)]) == 12
     assert preflight._devices(["--hostfile", str(hosts), "--num_nodes", "1"]) == 8
     assert preflight._devices(["--hostfile", str(hosts), "--num_gpus", "2"]) == 4
+    hosts.write_text("a slots=8\nb\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"--hostfile .*hosts: 'b' does not name a host and its devices"):
+        preflight._devices(["--hostfile", str(hosts)])
 
 
 def test_what_an_overwritten_run_would_remove_is_not_its_input(check, tmp_path, tokenizer):
@@ -165,3 +170,50 @@ def test_what_an_overwritten_run_would_remove_is_not_its_input(check, tmp_path, 
     status, _, err = check("--overwrite", "--sft_data", '{"path": "out/sft/mine.jsonl", "weight": 2}')
     assert status == 2 and "stage sft: --sft_data" in err
     assert check("--sft_data", "out/sft/mine.jsonl")[0] == 0  # nothing is removed
+
+
+def test_a_configuration_that_an_overwritten_run_would_remove_is_not_its_input(check, tmp_path):
+    (tmp_path / "out" / "sft").mkdir(parents=True)
+    (tmp_path / "out" / "sft" / "config.yaml").write_text("base_model: default\n")
+    status, _, err = check("--config", "out/sft/config.yaml", "--overwrite")
+    assert status == 2 and "--config" in err and "which this run overwrites" in err
+    (tmp_path / "mine.yaml").write_text("extends: out/sft/config.yaml\n")
+    status, _, err = check("--config", "mine.yaml", "--overwrite")
+    assert status == 2 and "out/sft/config.yaml lies in" in err
+
+
+def test_columns_that_offer_no_choice_are_a_sentence_too(check, tmp_path):
+    (tmp_path / "cols.csv").write_text("foo,bar\n1,2\n3,4\n")
+    status, _, err = check("--prompt_data", "cols.csv")
+    assert status == 2 and err.startswith("error: stage ppo: ") and "the file's columns: foo, bar" in err
+
+
+def test_models_that_lack_tokens_or_look_ahead_are_found(check, tmp_path, tokenizer):
+    save_tiny_model(tmp_path / "small", "gpt_neox", tokenizer, max_position_embeddings=512)
+    status, _, err = check("--ppo.critic_model", "small")
+    assert status == 2 and "stage ppo: critic " in err and "has an embedding of 96 rows" in err
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = transformers.BertForMaskedLM(transformers.BertConfig(**sizes, vocab_size=5000))
+    bert.save_pretrained(tmp_path / "bert")
+    for field in ("base_model", "critic_model"):
+        status, _, err = check(f"--{field}", "bert", "--stages", "sft,reward,ppo")
+        assert status == 2 and f"{field} {tmp_path / 'bert'} is a bert model" in err
+
+
+def test_a_reward_model_is_no_base_of_sft(check, tmp_path, tokenizer):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.GPTNeoXConfig(**sizes, num_labels=1, vocab_size=96, max_position_embeddings=512)
+    transformers.GPTNeoXForSequenceClassification(config).save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    status, _, err = check("--stages", "sft", "--base_model", "rm")
+    assert status == 2 and "stage sft: " in err and "is a reward model or critic" in err
+
+
+def test_a_disk_that_refuses_the_tokens_is_told_in_one_sentence(check, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", "cache/tokens")
+
+    monkeypatch.setattr("rlhf.data.token_cache.replaced_file", refuse, raising=False)
+    monkeypatch.setattr("rlhf.data.token_cache.replaced_directory", refuse, raising=False)
+    status, _, err = check()
+    assert status == 2 and err.startswith("error: ") and "No space left on device" in err and err.count("\n") == 1
