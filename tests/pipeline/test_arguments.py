@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from rlhf.config import ConfigError
-from rlhf.pipeline.arguments import bash_assignments, sort_arguments
+from rlhf.pipeline.arguments import bash_assignments, main, sort_arguments
 from rlhf.pipeline.stages import STAGES
 from tests.support.results import write_results
 
@@ -148,3 +148,11 @@ def test_assignments_survive_bash(tmp_path):
         "0",
         "step3_ppo/main.py",
     ]
+
+
+def test_the_words_behind_the_scripts_name_are_the_arguments(monkeypatch, capsys):
+    words = ["--zero_stage", "1", "--output_dir", "there", "--master_port", "29511"]
+    assert main(words) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["arguments.py", *words])
+    assert main() == 0 and capsys.readouterr().out == expected
