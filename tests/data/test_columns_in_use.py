@@ -236,3 +236,11 @@ def test_data_that_is_read_whole_warns_of_nothing(tmp_path: Path, caplog: pytest
             )  # fmt: skip
             assert data.train and data.summary
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("names", [("History", "history"), ("history", "History")])
+def test_of_two_columns_of_one_name_the_one_with_something_in_it_is_read(names):
+    empty, filled = names
+    row = {"instruction": "물음", "output": "답", empty: [], filled: [["앞", "뒤"]]}
+    (record,) = records_of("response", row)
+    assert record.prompt == "### 질문: 앞\n\n### 답변:뒤\n\n### 질문: 물음\n\n### 답변:"

@@ -202,6 +202,13 @@ def test_disks_that_others_may_write_to(monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user and give files away")
+def test_root_sees_that_nobody_holds_the_lock_of_another_user(lock):
+    lock.touch()
+    os.chown(lock, 12345, 12345)
+    assert holder_of(lock) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user and give files away")
 def test_the_lock_of_another_user_is_left_alone():
     look = (
         "import os, sys; from pathlib import Path\n"

@@ -52,6 +52,16 @@ def test_a_watch_ends_with_its_block_and_gives_the_handlers_back(tmp_path):
     assert RankBoard(tmp_path / ".ranks").read(0).finished
 
 
+def test_a_watch_looks_by_itself_until_it_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(rank_watch, "LOOK_SECONDS", 0.02)
+    board = RankBoard(tmp_path / ".ranks")
+    with rank_watch.watched_ranks(tmp_path, RunConfig(), "cpu"):
+        first, until = board.read(0).pulse, time.monotonic() + 20
+        while board.read(0).pulse < first + 3 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert board.read(0).pulse >= first + 3
+
+
 def test_a_signal_is_told_once_and_nothing_is_told_without_one(watch, caplog):
     def told():
         watch._look()

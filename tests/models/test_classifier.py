@@ -387,6 +387,13 @@ def test_a_special_token_that_is_there_pads(tokenizer):
     assert changed.pad_token == "<|finetune_right_pad_id|>" and len(changed) == len(known)
 
 
+def test_a_token_that_was_added_for_padding_pads_though_nobody_says_that_it_is_special(tokenizer):
+    known = make_tokenizer()
+    known.add_tokens(["<pad>"])
+    changed = with_own_padding(known, ROWS)
+    assert changed.pad_token == "<pad>" and len(changed) == len(known)
+
+
 def test_without_any_room_rows_are_scored_one_by_one(tokenizer, tmp_path):
     base = save_tiny_model(tmp_path / "base", "llama", tokenizer, vocab_size=TOKENS)
     export_scalar_model(trained_reward(base), tokenizer, tmp_path / "reward")

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 
 from rlhf.config import ConfigError
-from rlhf.pipeline.arguments import all_fields, bash_assignments, sort_arguments
+from rlhf.pipeline.arguments import all_fields, bash_assignments, main, sort_arguments
 from rlhf.pipeline.stages import STAGES
 from tests.support.results import made_up_results, write_results
 
@@ -182,3 +182,11 @@ def test_every_field_is_shown_although_a_run_lies_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_results(tmp_path / "out", made_up_results())
     assert "--learning_rate sft 0.0005" in all_fields(["--output_dir", str(tmp_path / "out")])
+
+
+def test_the_words_behind_the_scripts_name_are_the_arguments(monkeypatch, capsys):
+    words = ["--zero_stage", "1", "--output_dir", "there", "--master_port", "29511"]
+    assert main(words) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["arguments.py", *words])
+    assert main() == 0 and capsys.readouterr().out == expected
