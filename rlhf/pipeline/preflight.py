@@ -81,26 +81,31 @@ def _stages_to_run(pipeline: PipelineArguments) -> list[str]:
 def _devices(launcher_arguments: Sequence[str]) -> int:
     """Processes that the launcher will start."""
     options = dict(zip(launcher_arguments[::2], launcher_arguments[1::2], strict=True))
-    here = int(options.get("--num_gpus", 0))
+    wanted = int(options.get("--num_gpus", 0))
+    if "--hostfile" in options:
+        slots = _slots(Path(options["--hostfile"]))
+        return sum(min(wanted or count, count) for count in slots[: int(options.get("--num_nodes", len(slots)))])
     from deepspeed.accelerator import get_accelerator
 
     accelerator = get_accelerator()
     there = int(accelerator.device_count())
-    if "--hostfile" in options:
-        lines = Path(options["--hostfile"]).read_text(encoding="utf-8").splitlines()
-        hosts = [line.split("#")[0].strip() for line in lines if line.split("#")[0].strip()]
-        wrong = [line for line in hosts if not re.search(r"\bslots=\d+", line)]
-        if wrong or not hosts:
-            raise ConfigError(
-                f"--hostfile {options['--hostfile']}: {wrong[0] if wrong else 'no line'!r} does not name a host and "
-                "its devices; a line is `HOST slots=NUMBER` (see training_scripts/hostfile.example)"
-            )
-        slots = [int(re.findall(r"\bslots=(\d+)", line)[0]) for line in hosts]
-        slots = slots[: int(options.get("--num_nodes", len(slots)))]
-        return sum(min(here or count, count) for count in slots)
-    if here > there and accelerator.device_name() != "cpu":
-        raise ConfigError(f"--num_devices {here}: this machine shows {there} ({accelerator.device_name()})")
-    return here or max(1, there)
+    if wanted > there and accelerator.device_name() != "cpu":
+        raise ConfigError(f"--num_devices {wanted}: this machine shows {there} ({accelerator.device_name()})")
+    return wanted or max(1, there)
+
+
+def _slots(hostfile: Path) -> list[int]:
+    """The devices of each host that a hostfile names; ConfigError for a line that does not say how many."""
+    lines = [line.split("#")[0].strip() for line in hostfile.read_text(encoding="utf-8").splitlines()]
+    hosts = {line: re.search(r"\bslots=(\d+)", line) for line in lines if line}
+    slots = [int(found[1]) for found in hosts.values() if found]
+    if not slots or len(slots) < len(hosts):
+        wrong = next((line for line, found in hosts.items() if not found), "it is empty")
+        raise ConfigError(
+            f"--hostfile {hostfile}: {wrong!r} does not name a host and its devices; a line is `HOST slots=NUMBER` (see "
+            "training_scripts/hostfile.example)"
+        )
+    return slots
 
 
 def _for_stage(name: str, check: Callable[[], Result]) -> Result:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -147,6 +148,25 @@ def test_a_bug_shows_its_traceback_whole_and_the_launcher_adds_nothing(fake_proj
     assert "main.py" in lines[start + 1] and lines[-2] == "KeyError: 'a bug'"
     assert lines[-1].startswith("error: stage sft (step1_sft/main.py) failed with status 1; its messages are above")
     assert "launch.py" not in done.stdout + done.stderr
+
+
+def test_a_signal_during_the_check_ends_it_and_changes_nothing(fake_project, tmp_path):
+    project, environment = fake_project
+    (tmp_path / "out" / "sft").mkdir(parents=True)
+    (tmp_path / "out" / "sft" / "result.json").write_text('{"seconds": 1}', encoding="utf-8")
+    process = subprocess.Popen(
+        ["bash", str(project / "training_scripts" / "run_all.sh"), "--output_dir", "out", "--overwrite"],
+        env=environment, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    said = []
+    for line in process.stdout:
+        said.append(line)
+        if "checking every stage" in line:
+            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
+    assert process.wait(timeout=30) == 0
+    assert said[-1] == "run_all.sh: stopped by SIGINT before anything was changed\n", said
+    assert (tmp_path / "out" / "sft" / "result.json").exists()
 
 
 # ----------------------------------------------------------------------------------------------- the environment
