@@ -102,8 +102,8 @@ def _slots(hostfile: Path) -> list[int]:
     if not slots or len(slots) < len(hosts):
         wrong = next((line for line, found in hosts.items() if not found), "it is empty")
         raise ConfigError(
-            f"--hostfile {hostfile}: {wrong!r} does not name a host and its devices; a line is `HOST slots=NUMBER` (see "
-            "training_scripts/hostfile.example)"
+            f"--hostfile {hostfile}: {wrong!r} does not name a host and its devices; a line is `HOST slots=NUMBER` "
+            "(see training_scripts/hostfile.example)"
         )
     return slots
 
