@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
-from rlhf.data.column_options import ColumnChoice, ColumnsError, choices_of
-from rlhf.data.headers import column_spelt, columns_named
+from rlhf.data.column_options import PLACEHOLDERS, ColumnChoice, ColumnsError, choices_of, holds_labels
+from rlhf.data.headers import column_spelt, columns_named, is_label, is_part, numbers_rows
 from rlhf.data.printed_lists import parse_printed
 from rlhf.data.rendered import holds_transcript
 from rlhf.data.row_values import content_of, is_missing
@@ -32,7 +32,8 @@ class RowFormat:
     """One way to lay out a row. `fields`: our name -> the header it needs; `optional`: headers it may have.
 
     `unless`: headers beside which the format is not certain, and not read. `rivals`: our name -> headers that could be
-    it as well, so that a file with both has two readings.
+    it as well, so that a file with both has two readings. `bare`: the headers say little, so that beside a label, a
+    passage or an option the format is not read (`_doubts`).
     """
 
     name: str
@@ -41,6 +42,7 @@ class RowFormat:
     optional: Mapping[str, Sequence[str]] = field(default_factory=dict)
     unless: Sequence[str] = ()
     rivals: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    bare: bool = False
     weak: bool = False
     """Used only when no other format fits."""
 
@@ -50,38 +52,56 @@ _PROMPT = {"input": ("input",), **_SYSTEM, "history": ("history",)}  # `history`
 _INSTRUCTION = {**_PROMPT, "input": ("input", "context")}  # `context`: Dolly
 _QUESTION: dict[str, Sequence[str]] = {"input": ("input", "context"), **_SYSTEM, "history": ("history",)}
 _PROMPTS = ("prompt", "instruction", "query", "messages", "conversations")
-_PARTS = ("text", "sentence", "passage", "paragraph", "choices", "options", "1", "b", "b.", "보기", "선택지")
-"""Headers of reading comprehension and multiple choice: the question alone cannot be answered there."""
+_TWO_PROMPTS = {"prompt": ("question",)}
 ROW_FORMATS = {
     row_format.name: row_format
     for row_format in (
         # instruction data: KULLM, Alpaca, KoAlpaca v1.1 (`output`); Law-Polyglot (`response`); KULLM's evaluation set
-        RowFormat("alpaca", {"prompt": "instruction", "response": "output"}, RESPONSE, _INSTRUCTION),
-        RowFormat("alpaca_response", {"prompt": "instruction", "response": "response"}, RESPONSE, _INSTRUCTION),
+        RowFormat(
+            "alpaca", {"prompt": "instruction", "response": "output"}, RESPONSE, _INSTRUCTION, rivals=_TWO_PROMPTS
+        ),
+        RowFormat(
+            "alpaca_response",
+            {"prompt": "instruction", "response": "response"},
+            RESPONSE,
+            _INSTRUCTION,
+            rivals=_TWO_PROMPTS,
+        ),
         RowFormat(
             "instances",
             {"prompt": "instruction", "instances": "instances"},
             RESPONSE,
             {**_SYSTEM, "history": ("history",)},
         ),
-        RowFormat("completion", {"prompt": "prompt", "response": "completion"}, RESPONSE, _PROMPT),  # KoChatGPT SFT
-        RowFormat("response", {"prompt": "prompt", "response": "response"}, RESPONSE, _PROMPT),
+        RowFormat("completion", {"prompt": "prompt", "response": "completion"}, RESPONSE, _PROMPT, rivals=_TWO_PROMPTS),
+        RowFormat("response", {"prompt": "prompt", "response": "response"}, RESPONSE, _PROMPT, rivals=_TWO_PROMPTS),
+        RowFormat(
+            "prompt_answer",
+            {"prompt": "prompt", "response": "answer"},
+            RESPONSE,
+            _PROMPT,
+            unless=("response", "output", "completion", "messages", "conversations"),
+            rivals=_TWO_PROMPTS,
+            bare=True,
+        ),
         # 질문/답변, 질의/응답, `question,answer` (LawBot), Q/A (a songys chatbot); 입력/출력
         RowFormat(
             "question_answer",
             {"prompt": "question", "response": "answer"},
             RESPONSE,
             _QUESTION,
-            unless=(*_PROMPTS, *_PARTS, "label"),
+            unless=_PROMPTS,
             rivals={"response": ("response", "output", "completion")},
+            bare=True,
         ),
         RowFormat(
             "input_output",
             {"prompt": "input", "response": "output"},
             RESPONSE,
             _SYSTEM,
-            unless=(*_PROMPTS, *_PARTS, "question", "label"),
+            unless=(*_PROMPTS, "question"),
             rivals={"response": ("response", "answer", "completion")},
+            bare=True,
         ),  # fmt: skip
         RowFormat("text", {"text": "text"}, RESPONSE, weak=True),  # prompt and answer in one rendered text
         # conversations: `messages` of {role, content}, ShareGPT's `conversations` of {from, value}
@@ -135,9 +155,9 @@ ROW_FORMATS = {
         RowFormat("scores", {"prompt": "prompt", "responses": "responses", "scores": "scores"}, RANKED, _PROMPT),
         RowFormat("ranks", {"prompt": "prompt", "responses": "responses", "ranks": "ranks"}, RANKED, _PROMPT),
         # prompts alone
-        RowFormat("prompts", {"prompt": "prompt"}, ("prompt",), _PROMPT),
-        RowFormat("instructions", {"prompt": "instruction"}, ("prompt",), _INSTRUCTION),
-        RowFormat("questions", {"prompt": "question"}, ("prompt",), _QUESTION, unless=(*_PROMPTS, *_PARTS)),
+        RowFormat("prompts", {"prompt": "prompt"}, ("prompt",), _PROMPT, rivals=_TWO_PROMPTS),
+        RowFormat("instructions", {"prompt": "instruction"}, ("prompt",), _INSTRUCTION, rivals=_TWO_PROMPTS),
+        RowFormat("questions", {"prompt": "question"}, ("prompt",), _QUESTION, unless=_PROMPTS, bare=True),
     )
 }
 
@@ -190,27 +210,37 @@ def layout_of(rows: Sequence[Row], kind: str, spec: DatasetSpec) -> Layout:
     unknown = sorted(set(spec.columns) - set(NAMES))
     if unknown:
         raise DataError(f"{where}: `columns` maps unknown names {', '.join(unknown)}; valid: {', '.join(NAMES)}")
+    left_open = [name for name, column in spec.columns.items() if column == PLACEHOLDERS.get(name)]
+    if left_open:
+        raise DataError(
+            f"{where}: `columns` still has the placeholder {spec.columns[left_open[0]]!r} for `{left_open[0]}`; put "
+            f"the name of a column there; the file's columns: {', '.join(there)}"
+        )
     mapped, response_columns = _mapped(spec, rows, there, kind, where)
     row_format = spec.format if spec.format not in (None, *FILE_FORMATS) else None
     if any(name in CONTENT for name in mapped) or response_columns:
         if row_format is not None:
             raise DataError(f"{where}: give `columns` or the row format `{row_format}`, not both")
-        layout = _layout_of_mapping(mapped, response_columns, rows, there, kind, where)
+        layout = _layout_of_mapping(mapped, response_columns, rows, there, kind, where, spec)
         return replace(layout, ignored=_ignored(layout, there, kind, spec))
     if row_format is not None:
         candidates = _named_format(row_format, there, kind, where)
     else:
         candidates = _candidates(rows, there, kind)
     if len(candidates) != 1:
-        raise _choice_error(candidates, rows, there, kind, where, mapped)
+        raise _choice_error(candidates, rows, there, kind, where, mapped, spec)
     (reading,) = candidates
     chosen = ROW_FORMATS[reading.format]
     columns = {**reading.columns, **_optional(chosen.optional, there, rows)}
     if chosen.name == "completions":
-        completions = [name for name in there if re.fullmatch(r"completion_\d+", name)]
-        response_columns = tuple(sorted(completions, key=lambda name: int(name.rpartition("_")[2])))
+        response_columns = _completions(there)
     layout = Layout(chosen.name, {**columns, **mapped}, response_columns)
     return replace(layout, ignored=_ignored(layout, there, kind, spec))
+
+
+def _completions(there: Sequence[str]) -> tuple[str, ...]:
+    found = [name for name in there if re.fullmatch(r"completion_\d+", name)]
+    return tuple(sorted(found, key=lambda name: int(name.rpartition("_")[2])))
 
 
 def _optional(optional: Mapping[str, Sequence[str]], there: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
@@ -263,7 +293,7 @@ def _mapped(
         raise ColumnsError(
             f"{where}: `columns` names {', '.join(map(repr, missing))}, which the file does not have; "
             f"its columns: {', '.join(there) or 'none'}",
-            choices_of(rows, there, kind, _beside(mapped)),
+            _choices(rows, there, kind, _beside(mapped), spec),
         )
     return mapped, response_columns
 
@@ -280,6 +310,7 @@ def _layout_of_mapping(
     there: Sequence[str],
     kind: str,
     where: str,
+    spec: DatasetSpec,
 ) -> Layout:
     """The shape with the most mapped names (for prompts: the first with one); others count under their own name."""
     known = {name: spelt for name in CONTENT if (spelt := column_spelt(name, there)) is not None} | dict(mapped)
@@ -291,7 +322,7 @@ def _layout_of_mapping(
         raise ColumnsError(
             f"{where}: `columns` gives {', '.join(sorted(given))}; needed: "
             f"{' or '.join(' + '.join(shape) for shape in _SHAPES[kind])}; the file's columns: {', '.join(there)}",
-            choices_of(rows, there, kind, _beside(mapped)),
+            _choices(rows, there, kind, _beside(mapped), spec),
         )
     shape = max(shapes, key=lambda names: len(given.intersection(names[:1] if kind == "prompt" else names)))
     names: tuple[str, ...] = shape
@@ -343,6 +374,7 @@ def _candidates(rows: Sequence[Row], there: Sequence[str], kind: str) -> list[La
         for item in ROW_FORMATS.values()
         if kind in item.kinds and not any(columns_named(header, there) for header in item.unless)
         for reading in _readings(item, there)
+        if not _doubts(reading, rows, there, kind)
     ]
     if not _holds_transcripts(rows):
         fitting = [reading for reading in fitting if reading.format != "transcripts"]
@@ -360,6 +392,27 @@ def _candidates(rows: Sequence[Row], there: Sequence[str], kind: str) -> list[La
         }
         widest = list(distinct.values())[::-1]
     return widest
+
+
+def _doubts(reading: Layout, rows: Sequence[Row], there: Sequence[str], kind: str) -> list[str]:
+    """The columns beside which a reading is not certain: labels of the answers, and parts of the question.
+
+    Beside the headers of instruction data, which say what they are, only a column counts whose header says that it is
+    a label and whose values are labels.
+    """
+    item = ROW_FORMATS[reading.format]
+    optional = {
+        column for headers in item.optional.values() for name in headers for column in columns_named(name, there)
+    }
+    others = [column for column in there if column not in (*reading.columns.values(), *optional, "category")]
+    found = [column for column in others if item.bare and is_part(column)]
+    if kind == "response" and set(item.fields) == {"prompt", "response"}:
+        if item.bare:
+            found += [column for column in others if is_label(column)]
+            found += [column for column in others if not numbers_rows(column) and holds_labels(rows, column)]
+        else:
+            found += [column for column in others if is_label(column) and holds_labels(rows, column)]
+    return list(dict.fromkeys(found))
 
 
 def _holds_transcripts(rows: Iterable[Row]) -> bool:
@@ -387,6 +440,7 @@ def _choice_error(
     kind: str,
     where: str,
     mapped: Mapping[str, str],
+    spec: DatasetSpec,
 ) -> ColumnsError:
     columns = f"the file's columns: {', '.join(there) or 'none'}"
     if candidates:
@@ -394,22 +448,61 @@ def _choice_error(
             f"`{reading.format}` ({', '.join(f'{name} = {column}' for name, column in reading.columns.items())})"
             for reading in candidates
         )
-        choices = [_choice(reading, rows, there, mapped) for reading in candidates]
+        choices = [_choice(reading, rows, there, kind, mapped, spec) for reading in candidates]
         return ColumnsError(f"{where}: ambiguous, it could be {readings}; {columns}", choices)
     others = [item.name for item in ROW_FORMATS.values() if kind not in item.kinds and _readings(item, there)]
     also = f" (as {', '.join(sorted(others))} it could give records of another kind)" if others else ""
     for column in _unmarked_texts(rows, there):
         also += f" (`{column}` has no answer marker, such as ### 답변:, ### Response:, Assistant:, to split it at)"
-    return ColumnsError(
-        f"{where}: no known format has these columns{also}; {columns}", choices_of(rows, there, kind, mapped)
-    )
+    doubts = {
+        column: None
+        for item in ROW_FORMATS.values()
+        if kind in item.kinds
+        for reading in _readings(item, there)
+        for column in _doubts(reading, rows, there, kind)
+    }
+    if doubts:
+        also += (
+            f" (beside {', '.join(f'`{column}`' for column in doubts)} the rest may not be all that counts: a column "
+            "that tells good answers from bad, or a part of the question)"
+        )
+    choices = _choices(rows, there, kind, mapped, spec)
+    return ColumnsError(f"{where}: no known format has these columns{also}; {columns}", choices)
 
 
-def _choice(reading: Layout, rows: Sequence[Row], there: Sequence[str], mapped: Mapping[str, str]) -> ColumnChoice:
-    if not set(reading.columns) <= set(NAMES):
-        return ColumnChoice({}, format=reading.format)
+def _choice(
+    reading: Layout,
+    rows: Sequence[Row],
+    there: Sequence[str],
+    kind: str,
+    mapped: Mapping[str, str],
+    spec: DatasetSpec,
+) -> ColumnChoice:
     optional = _optional(ROW_FORMATS[reading.format].optional, there, rows)
-    return ColumnChoice({**mapped, **reading.columns, **optional})
+    optional = {name: column for name, column in optional.items() if column not in reading.columns.values()}
+    unread = _ignored(Layout(reading.format, {**mapped, **reading.columns, **optional}), there, kind, spec)
+    if set(reading.columns) <= set(NAMES):
+        return ColumnChoice({**mapped, **reading.columns, **optional}, unread=unread)
+    if reading.format != "completions":
+        return ColumnChoice({}, format=reading.format, unread=unread)
+    completions = _completions(there)
+    columns = {
+        "prompt": reading.columns["prompt"],
+        "responses": ", ".join(completions),
+        "ranks": reading.columns["ranks"],
+    }
+    unread = tuple(column for column in unread if column not in completions)
+    return ColumnChoice({**mapped, **columns, **optional}, format=reading.format, unread=unread)
+
+
+def _choices(
+    rows: Sequence[Row], there: Sequence[str], kind: str, kept: Mapping[str, str], spec: DatasetSpec
+) -> list[ColumnChoice]:
+    """`choices_of` with the columns beside the prompt, and what stays unread."""
+    choices = choices_of(rows, there, kind, kept, _optional(_INSTRUCTION, there, rows))
+    return [
+        replace(choice, unread=_ignored(Layout("columns", choice.columns), there, kind, spec)) for choice in choices
+    ]
 
 
 def category_of(value: Any) -> str:
