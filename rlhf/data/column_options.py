@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, permutations, product
 from typing import Any
 
-from rlhf.data.headers import guessed_roles, is_part, numbers_rows, passage_among
+from rlhf.data.headers import guessed_roles, numbers_rows, parts_among, passage_among
 from rlhf.data.json_text import parse_json
 from rlhf.data.row_values import BadRow, is_missing, read_label
 from rlhf.data.spec import FILE_FORMATS, DataError, Row
@@ -104,29 +104,38 @@ def choices_of(
     texts = [column for column in there if _holds_text(rows, column) and column not in kept.values()]
     roles = guessed_roles(texts)
     guesses = {name: _best(roles, name) for name in ("prompt", "response", "chosen", "rejected")}
+    instead = {column: role for column, role in roles.items() if column not in beside.values()}
+    guesses["prompt"] = _best(instead, "prompt") or guesses["prompt"]
     may_label = [column for column in there if not (column in roles or column in kept.values() or numbers_rows(column))]
     label = next((column for column in may_label if holds_labels(rows, column)), None)
     answers = _answers(guesses, label, kind)
     used = {label, *guesses["prompt"], *(column for answer in answers for column in answer.values())}
-    free = [column for column in texts if column not in used and not is_part(column)]
+    free = [column for column in texts if column not in {*used, *parts_among(there)}]
     left = iter(sorted(free, key=lambda column: column in beside.values()))
     prompts = guesses["prompt"] or list(islice(left, 1))
-    if not answers:
-        answers = [{"response": column} for column in islice(left, 1)]
-    may_be_input = [column for column in texts if column not in beside.values()]
-    choices = []
-    for prompt, answer in product(prompts, answers):
-        columns = {"prompt": prompt, **answer}
-        others = {name: column for name, column in beside.items() if column not in columns.values()}
-        passage = passage_among(column for column in may_be_input if column not in columns.values())
-        looks = [name for name, column in columns.items() if column != PLACEHOLDERS.get(name)]
-        if passage is not None and "input" not in {**others, **kept}:
-            others["input"] = passage
-            looks.append("input")
-        filled = tuple(name for name in looks if name in ("prompt", "response") and not guesses[name])
-        guessed = tuple(name for name in looks if name not in filled)
-        choices.append(ColumnChoice({**others, **kept, **columns}, guessed=guessed, filled=filled))
-    return choices
+    answers = answers or [{"response": column} for column in islice(left, 1)]
+    found = [{"prompt": prompt, **answer} for prompt, answer in product(prompts, answers)]
+    known = {name for name in guesses if guesses[name]}
+    enough = [columns for columns in found if len(columns) <= len({*texts, label} - {None})]
+    return [_choice_of(columns, known, {**beside, **kept}, texts) for columns in enough]
+
+
+def _choice_of(
+    columns: Mapping[str, str], known: Collection[str], beside: Mapping[str, str], texts: Sequence[str]
+) -> ColumnChoice:
+    """The choice of `columns`, with what else becomes part of the prompt: `beside`, or a passage among `texts`.
+
+    `known`: the names that some header tells.
+    """
+    others = {name: column for name, column in beside.items() if column not in columns.values()}
+    looks = [name for name, column in columns.items() if column != PLACEHOLDERS.get(name)]
+    passage = passage_among(column for column in texts if column not in (*columns.values(), *beside.values()))
+    if passage is not None and "input" not in others:
+        others["input"] = passage
+        looks.append("input")
+    filled = tuple(name for name in looks if name in ("prompt", "response") and name not in known)
+    guessed = tuple(name for name in looks if name not in filled)
+    return ColumnChoice({**others, **columns}, guessed=guessed, filled=filled)
 
 
 def _answers(guesses: Mapping[str, Sequence[str]], label: str | None, kind: str) -> list[dict[str, str]]:

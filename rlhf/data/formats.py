@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any
 
 from rlhf.data.column_options import PLACEHOLDERS, ColumnChoice, ColumnsError, choices_of, holds_labels
-from rlhf.data.headers import column_spelt, columns_named, is_label, is_part, numbers_rows
+from rlhf.data.headers import column_spelt, columns_named, is_label, numbers_rows, parts_among
 from rlhf.data.printed_lists import parse_printed
 from rlhf.data.rendered import holds_transcript
 from rlhf.data.row_values import content_of, is_missing
@@ -405,7 +405,7 @@ def _doubts(reading: Layout, rows: Sequence[Row], there: Sequence[str], kind: st
         column for headers in item.optional.values() for name in headers for column in columns_named(name, there)
     }
     others = [column for column in there if column not in (*reading.columns.values(), *optional, "category")]
-    found = [column for column in others if item.bare and is_part(column)]
+    found = parts_among(others) if item.bare else []
     if kind == "response" and set(item.fields) == {"prompt", "response"}:
         if item.bare:
             found += [column for column in others if is_label(column)]

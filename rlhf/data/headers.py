@@ -54,9 +54,13 @@ def is_label(header: str) -> bool:
     return _LABEL.fullmatch(canonical(header).rstrip(" ?")) is not None
 
 
-def is_part(header: str) -> bool:
-    """Whether a header says that the column holds a passage or an option that belongs to the question."""
-    return _PART.fullmatch(canonical(header)) is not None
+def parts_among(headers: Collection[str]) -> list[str]:
+    """The columns whose header says that they hold a passage or an option of the question; A is one beside B."""
+    spelt = {header: canonical(header) for header in headers}
+    lettered = {"b", "b."} & set(spelt.values())
+    return [
+        header for header, said in spelt.items() if _PART.fullmatch(said) or (lettered and said in ("a", "a.", "(a)"))
+    ]
 
 
 def numbers_rows(header: str) -> bool:

@@ -102,8 +102,8 @@ def test_two_columns_for_one_thing_are_both_named(headers: tuple[str, ...]) -> N
 
 GUARDS = (
     "label", "라벨", "레이블", "acceptable?", "is_correct", "correct", "정답 여부", "순위", "rank", "상태", "정답",
-    "오답", "option_a", "Option B", "choice1", "choices", "choice_text", "보기", "보기1", "보기 4", "선택지1", "B", "(2)",
-    "text",
+    "오답", "option_a", "Option B", "choice1", "choices", "choice_text", "보기", "보기1", "보기 4", "선택지1", "B",
+    "(2)", "text",
 )  # fmt: skip
 
 
@@ -159,6 +159,17 @@ def test_which_answer_is_better_is_never_made_up(headers: str, tmp_path: Path) -
         loaded("comparison", [json.dumps(half)], tmp_path)
 
 
+def test_a_pair_of_too_few_columns_gets_no_option(tmp_path: Path) -> None:
+    assert options_of("comparison", "질문,답변", tmp_path)[0] == []
+
+
+def test_a_letter_of_an_option_is_no_answer(tmp_path: Path) -> None:
+    for headers in ("Q,A,B,C,D", "question,A,B,C,D"):
+        assert options_of("response", headers, tmp_path)[0] == []
+    with pytest.raises(DataError, match="beside `A`, `B`, `C`"):
+        layout("response", "question", "answer", "A", "B", "C")
+
+
 def test_two_answers_are_offered_both_ways_round(tmp_path: Path) -> None:
     options, error = options_of("comparison", "번호,종류,질의,사람 답변,모델 답변", tmp_path)
     assert [(option["columns"]["chosen"], option["columns"]["rejected"]) for option in options] == [
@@ -178,6 +189,7 @@ def test_two_answers_are_offered_both_ways_round(tmp_path: Path) -> None:
             None,
         ),
         ("질의 내용,분야,답변", {"prompt": "질의 내용", "response": "답변"}, "`분야`"),
+        ("상담 질의,input,답변 내용", {"prompt": "상담 질의", "response": "답변 내용", "input": "input"}, None),
         ("question,A,B,C,D,answer", {"prompt": "question", "response": "answer"}, "`A`, `B`, `C`, `D`"),
     ],
 )
