@@ -101,6 +101,7 @@ def choices_of(
     else. None where the file has fewer columns of text than are needed. A better and a worse answer are never taken
     from the order of the columns: a placeholder stands for them (`PLACEHOLDERS`).
     """
+    beside = {name: column for name, column in beside.items() if column not in kept.values()}
     texts = [column for column in there if _holds_text(rows, column) and column not in kept.values()]
     roles = guessed_roles(texts)
     guesses = {name: _best(roles, name) for name in ("prompt", "response", "chosen", "rejected")}

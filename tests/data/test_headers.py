@@ -135,7 +135,7 @@ def test_a_column_of_two_labels_is_not_passed_over() -> None:
     assert found("라벨", (True, False), "prompt", "response").format == "labelled_response"
 
 
-def options_of(kind: str, headers: str, tmp_path: Path, **keys: str) -> tuple[list[dict], str]:
+def options_of(kind: str, headers: str, tmp_path: Path, **keys: object) -> tuple[list[dict], str]:
     """The data sets that the error of a file with these headers offers, and the error."""
     (tmp_path / "a.csv").write_text(f"{headers}\n{','.join(f'글{i}' for i in range(headers.count(',') + 1))}\n")
     text = json.dumps({"path": str(tmp_path / "a.csv"), **keys})
@@ -197,6 +197,11 @@ def test_the_option_reads_what_belongs_to_the_prompt(headers: str, columns: dict
     (option,), error = options_of("response", headers, tmp_path)
     assert option["columns"] == columns
     assert (f"not read: {unread})" in error) if unread else ("not read" not in error)
+
+
+def test_the_option_reads_no_column_twice(tmp_path: Path) -> None:
+    (option,), _ = options_of("response", "질의 내용,지문,기관 답변", tmp_path, columns={"system": "지문"})
+    assert option["columns"] == {"system": "지문", "prompt": "질의 내용", "response": "기관 답변"}
 
 
 def test_the_option_keeps_the_file_format(tmp_path: Path) -> None:
