@@ -4,37 +4,56 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import islice, permutations, product
 from typing import Any
 
-from rlhf.data.headers import guessed_role
+from rlhf.data.headers import guessed_roles, numbers_rows, parts_among, passage_among
 from rlhf.data.json_text import parse_json
 from rlhf.data.row_values import BadRow, is_missing, read_label
 from rlhf.data.spec import FILE_FORMATS, DataError, Row
 
 MOST_CHOICES = 4
 """Ways to name the columns of one file that an error offers at most."""
+PLACEHOLDERS = {"chosen": "<column of the better answer>", "rejected": "<column of the worse answer>"}
+"""What an option names where no header says which column is the better answer: reading with it is refused."""
 
 
 @dataclass(frozen=True)
 class ColumnChoice:
-    """One way to read a file: our name -> its column, or a row format. `guessed`, `filled`: names that need a look."""
+    """One way to read a file: our name -> its column, or a row format, with its columns where `columns` can say them.
+
+    `guessed`, `filled`: names that need a look. `unread`: the file's columns that nothing is read from.
+    """
 
     columns: Mapping[str, str]
     format: str | None = None
     guessed: tuple[str, ...] = ()
     filled: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
 
-    def keys(self) -> dict[str, Any]:
-        """The keys of a data set that say it."""
-        return {"format": self.format} if self.format else {"columns": dict(self.columns)}
+    def keys(self, file_format: str | None = None) -> dict[str, Any]:
+        """The keys of a data set that say it, beside the file format that it was given."""
+        if self.format and not (file_format and self.columns):
+            return {"format": self.format}
+        return {"columns": dict(self.columns)}
 
     def caution(self) -> str:
         """What a reader should know of the choice before using it, or ""."""
-        notes = ((self.guessed, "guessed from the headers"), (self.filled, "only filled in: put the right column"))
-        return "; ".join(f"{', '.join(f'`{name}`' for name in names)} {what}" for names, what in notes if names)
+        open_names = tuple(name for name in PLACEHOLDERS if self.columns.get(name) == PLACEHOLDERS[name])
+        notes = [
+            f"{', '.join(f'`{name}`' for name in names)} {what}"
+            for names, what in (
+                (self.guessed, "guessed from the headers"),
+                (self.filled, "only filled in: put the right column"),
+                (open_names, "to be put in: no header says which answer is better"),
+            )
+            if names
+        ]
+        if self.unread:
+            notes.append(f"not read: {', '.join(f'`{column}`' for column in self.unread)}")
+        return "; ".join(notes)
 
 
 class ColumnsError(DataError):
@@ -54,9 +73,17 @@ class ColumnsError(DataError):
         lines = [f"{self.reason}; say which is which with {'one of these' if several else 'this'}:"]
         for choice in self.choices:
             given = _keys_of(texts[place])
-            if given.get("format") not in FILE_FORMATS:
+            file_format = given.get("format") if given.get("format") in FILE_FORMATS else None
+            keys = choice.keys(file_format)
+            if file_format and "format" in keys:
+                lines.append(
+                    f'  as `{choice.format}`, by "format": "{choice.format}" in place of "{file_format}": first '
+                    f"give the file the suffix .{file_format}, since `columns` cannot say this format"
+                )
+                continue
+            if not file_format:
                 given.pop("format", None)
-            entries = [*texts[:place], json_text({**given, **choice.keys()}), *texts[place + 1 :]]
+            entries = [*texts[:place], json_text({**given, **keys}), *texts[place + 1 :]]
             lines.append(f"  --{field} {' '.join(map(shlex.quote, entries))}")
             in_file = [parse_json(text) if text.lstrip().startswith("{") else text for text in entries]
             lines.append(f"  in a configuration file  {field}: {json_text(in_file)}")
@@ -65,34 +92,74 @@ class ColumnsError(DataError):
         return DataError("\n".join(lines))
 
 
-def choices_of(rows: Sequence[Row], there: Sequence[str], kind: str, kept: Mapping[str, str]) -> list[ColumnChoice]:
+def choices_of(
+    rows: Sequence[Row], there: Sequence[str], kind: str, kept: Mapping[str, str], beside: Mapping[str, str]
+) -> list[ColumnChoice]:
     """Ways to name the columns of a file as records of `kind`, by its headers, and by its order where they say nothing.
 
-    `kept`: what the data set maps besides. None where the file has fewer columns of text than are needed.
+    `kept`: what the data set maps besides. `beside`: the columns that become part of the prompt where they are nothing
+    else. None where the file has fewer columns of text than are needed. A better and a worse answer are never taken
+    from the order of the columns: a placeholder stands for them (`PLACEHOLDERS`).
     """
+    beside = {name: column for name, column in beside.items() if column not in kept.values()}
     texts = [column for column in there if _holds_text(rows, column) and column not in kept.values()]
-    roles = {column: role for column in texts if (role := guessed_role(column)) is not None}
+    roles = guessed_roles(texts)
     guesses = {name: _best(roles, name) for name in ("prompt", "response", "chosen", "rejected")}
-    names = _needed(kind)
-    label = next((column for column in there if _holds_labels(rows, column)), None) if "chosen" in names else None
-    if label and len(guesses["response"]) == 1 and not guesses["chosen"] + guesses["rejected"]:
-        names, guesses = (*names[:1], "response", "label"), {**guesses, "label": [label]}
-    free = iter([column for column in texts if not any(column in guesses[name] for name in names)])
-    options: list[list[str]] = []
-    for name in names:
-        options.append(guesses[name] or list(islice(free, 1)))
-        if not options[-1]:
-            return []
-    guessed = tuple(name for name in names if guesses[name])
-    filled = tuple(name for name in names if not guesses[name])
-    found = [dict(zip(names, columns, strict=True)) for columns in product(*options)]
-    return [ColumnChoice({**kept, **columns}, guessed=guessed, filled=filled) for columns in found]
+    instead = {column: role for column, role in roles.items() if column not in beside.values()}
+    guesses["prompt"] = _best(instead, "prompt") or guesses["prompt"]
+    may_label = [column for column in there if not (column in roles or column in kept.values() or numbers_rows(column))]
+    label = next((column for column in may_label if holds_labels(rows, column)), None)
+    answers = _answers(guesses, label, kind)
+    used = {label, *guesses["prompt"], *(column for answer in answers for column in answer.values())}
+    free = [column for column in texts if column not in {*used, *parts_among(there)}]
+    left = iter(sorted(free, key=lambda column: column in beside.values()))
+    prompts = guesses["prompt"] or list(islice(left, 1))
+    answers = answers or [{"response": column} for column in islice(left, 1)]
+    found = [{"prompt": prompt, **answer} for prompt, answer in product(prompts, answers)]
+    known = {name for name in guesses if guesses[name]}
+    enough = [columns for columns in found if len(columns) <= len({*texts, label} - {None})]
+    return [_choice_of(columns, known, {**beside, **kept}, texts) for columns in enough]
 
 
-def _needed(kind: str) -> tuple[str, ...]:
+def _choice_of(
+    columns: Mapping[str, str], known: Collection[str], beside: Mapping[str, str], texts: Sequence[str]
+) -> ColumnChoice:
+    """The choice of `columns`, with what else becomes part of the prompt: `beside`, or a passage among `texts`.
+
+    `known`: the names that some header tells.
+    """
+    others = {name: column for name, column in beside.items() if column not in columns.values()}
+    looks = [name for name, column in columns.items() if column != PLACEHOLDERS.get(name)]
+    passage = passage_among(column for column in texts if column not in (*columns.values(), *beside.values()))
+    if passage is not None and "input" not in others:
+        others["input"] = passage
+        looks.append("input")
+    filled = tuple(name for name in looks if name in ("prompt", "response") and name not in known)
+    guessed = tuple(name for name in looks if name not in filled)
+    return ColumnChoice({**others, **columns}, guessed=guessed, filled=filled)
+
+
+def _answers(guesses: Mapping[str, Sequence[str]], label: str | None, kind: str) -> list[dict[str, str]]:
+    """The columns of the answers, as the headers tell: none for prompts (one empty choice), [] where they tell none."""
     if kind == "prompt":
-        return ("prompt",)
-    return ("prompt", "response") if kind == "response" else ("prompt", "chosen", "rejected")
+        return [{}]
+    plain = [{"response": column} for column in guesses["response"]]
+    labelled = [{**answer, "label": label} for answer in plain if label is not None]
+    if kind == "response":
+        return labelled + plain
+    if len(labelled) == 1 and not guesses["chosen"] and not guesses["rejected"]:
+        return labelled
+    return _pairs(guesses)
+
+
+def _pairs(guesses: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
+    """The columns of a better and a worse answer, both ways round where two answers say no more than that."""
+    better, worse, answers = guesses["chosen"], guesses["rejected"], guesses["response"]
+    if not better and not worse and len(answers) == 2:
+        return [{"chosen": one, "rejected": other} for one, other in permutations(answers)]
+    better = better or (answers if worse and len(answers) == 1 else [PLACEHOLDERS["chosen"]])
+    worse = worse or (answers if guesses["chosen"] and len(answers) == 1 else [PLACEHOLDERS["rejected"]])
+    return [{"chosen": one, "rejected": other} for one, other in product(better, worse)]
 
 
 def _best(roles: Mapping[str, tuple[str, bool]], name: str) -> list[str]:
@@ -108,7 +175,8 @@ def _holds_text(rows: Sequence[Row], column: str) -> bool:
     return 2 * len(texts) > len(values) and not all(str(text).strip().isdigit() for text in texts)
 
 
-def _holds_labels(rows: Sequence[Row], column: str) -> bool:
+def holds_labels(rows: Sequence[Row], column: str) -> bool:
+    """Whether every row says true or false there (`row_values.read_label`), and both occur."""
     try:
         return len({read_label(row.values.get(column), column) for row in rows}) == 2
     except BadRow:
@@ -121,10 +189,10 @@ def _keys_of(text: str) -> dict[str, Any]:
 
 
 def json_text(value: Any) -> str:
-    """`value` as JSON on one line, in letters where they can be written."""
+    """`value` as JSON on one line, in letters where they can be written and seen."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
         return json.dumps(value)
-    return text
+    return "".join(letter if letter.isprintable() or letter > "\uffff" else f"\\u{ord(letter):04x}" for letter in text)

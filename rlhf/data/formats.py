@@ -1,6 +1,6 @@
-"""Which column of a file means what: the recognised row formats, and the choice between them.
+"""Which column of a file means what: the choice between the recognised row formats (`rlhf.data.row_formats`).
 
-A format is a set of headers, each with its spellings (`rlhf.data.headers`). The columns of a file decide, together
+The columns of a file decide, together
 with the kind of record that is wanted; where two readings remain, or none, the error lists them and shows the `columns`
 that settle it.
 """
@@ -9,137 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from rlhf.data.column_options import ColumnChoice, ColumnsError, choices_of
-from rlhf.data.headers import column_spelt, columns_named
+from rlhf.data.column_options import PLACEHOLDERS, ColumnChoice, ColumnsError, choices_of, holds_labels
+from rlhf.data.headers import column_spelt, columns_named, is_label, numbers_rows, parts_among
 from rlhf.data.printed_lists import parse_printed
 from rlhf.data.rendered import holds_transcript
+from rlhf.data.row_formats import ROW_FORMATS, RowFormat
 from rlhf.data.row_values import content_of, is_missing
 from rlhf.data.sources import FILE_FORMATS, DataError, DatasetSpec, Row
 
 KINDS = ("prompt", "response", "preference", "ranked", "comparison")
-PREFERENCE = ("prompt", "preference", "ranked", "comparison")
-RANKED = ("prompt", "ranked", "comparison")
-RESPONSE = ("prompt", "response")
-LABELLED = ("prompt", "response", "preference", "comparison")
-
-
-@dataclass(frozen=True)
-class RowFormat:
-    """One way to lay out a row. `fields`: our name -> the header it needs; `optional`: headers it may have.
-
-    `unless`: headers beside which the format is not certain, and not read. `rivals`: our name -> headers that could be
-    it as well, so that a file with both has two readings.
-    """
-
-    name: str
-    fields: Mapping[str, str]
-    kinds: Sequence[str]
-    optional: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    unless: Sequence[str] = ()
-    rivals: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    weak: bool = False
-    """Used only when no other format fits."""
-
-
-_SYSTEM = {"system": ("system", "system_prompt")}
-_PROMPT = {"input": ("input",), **_SYSTEM, "history": ("history",)}  # `history`: LLaMA-Factory's earlier turns
-_INSTRUCTION = {**_PROMPT, "input": ("input", "context")}  # `context`: Dolly
-_QUESTION: dict[str, Sequence[str]] = {"input": ("input", "context"), **_SYSTEM, "history": ("history",)}
-_PROMPTS = ("prompt", "instruction", "query", "messages", "conversations")
-_PARTS = ("text", "sentence", "passage", "paragraph", "choices", "options", "1", "b", "b.", "보기", "선택지")
-"""Headers of reading comprehension and multiple choice: the question alone cannot be answered there."""
-ROW_FORMATS = {
-    row_format.name: row_format
-    for row_format in (
-        # instruction data: KULLM, Alpaca, KoAlpaca v1.1 (`output`); Law-Polyglot (`response`); KULLM's evaluation set
-        RowFormat("alpaca", {"prompt": "instruction", "response": "output"}, RESPONSE, _INSTRUCTION),
-        RowFormat("alpaca_response", {"prompt": "instruction", "response": "response"}, RESPONSE, _INSTRUCTION),
-        RowFormat(
-            "instances",
-            {"prompt": "instruction", "instances": "instances"},
-            RESPONSE,
-            {**_SYSTEM, "history": ("history",)},
-        ),
-        RowFormat("completion", {"prompt": "prompt", "response": "completion"}, RESPONSE, _PROMPT),  # KoChatGPT SFT
-        RowFormat("response", {"prompt": "prompt", "response": "response"}, RESPONSE, _PROMPT),
-        # 질문/답변, 질의/응답, `question,answer` (LawBot), Q/A (a songys chatbot); 입력/출력
-        RowFormat(
-            "question_answer",
-            {"prompt": "question", "response": "answer"},
-            RESPONSE,
-            _QUESTION,
-            unless=(*_PROMPTS, *_PARTS, "label"),
-            rivals={"response": ("response", "output", "completion")},
-        ),
-        RowFormat(
-            "input_output",
-            {"prompt": "input", "response": "output"},
-            RESPONSE,
-            _SYSTEM,
-            unless=(*_PROMPTS, *_PARTS, "question", "label"),
-            rivals={"response": ("response", "answer", "completion")},
-        ),  # fmt: skip
-        RowFormat("text", {"text": "text"}, RESPONSE, weak=True),  # prompt and answer in one rendered text
-        # conversations: `messages` of {role, content}, ShareGPT's `conversations` of {from, value}
-        RowFormat("messages", {"messages": "messages"}, RESPONSE, _SYSTEM),
-        RowFormat("sharegpt", {"messages": "conversations"}, RESPONSE, _SYSTEM),
-        # pairs: KULLM-RLHF, DeepSpeed-Chat, TRL; LLaMA-Factory; hh-rlhf transcripts; G-Eval sums
-        RowFormat("preference", {"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}, PREFERENCE, _PROMPT),
-        RowFormat(
-            "alpaca_preference",
-            {"prompt": "instruction", "chosen": "chosen", "rejected": "rejected"},
-            PREFERENCE,
-            _INSTRUCTION,
-        ),
-        RowFormat(  # orca_dpo_pairs and its translations
-            "question_preference",
-            {"prompt": "question", "chosen": "chosen", "rejected": "rejected"},
-            PREFERENCE,
-            _QUESTION,
-            unless=_PROMPTS,
-        ),
-        RowFormat(
-            "sharegpt_preference",
-            {"prompt": "conversations", "chosen": "chosen", "rejected": "rejected"},
-            PREFERENCE,
-            _SYSTEM,
-        ),
-        RowFormat("message_pairs", {"chosen": "chosen_messages", "rejected": "rejected_messages"}, PREFERENCE, _SYSTEM),
-        RowFormat("transcripts", {"chosen": "chosen", "rejected": "rejected"}, PREFERENCE, _SYSTEM),
-        RowFormat(
-            "scored_pair",
-            {"prompt": "prompt", "response1": "response1", "sum1": "sum1", "response2": "response2", "sum2": "sum2"},
-            PREFERENCE,
-            {"scores1": ("scores1",), "scores2": ("scores2",), **_PROMPT},
-        ),
-        # labelled responses (KTO): pairs are made of the rows of one prompt
-        RowFormat("labelled", {"prompt": "prompt", "response": "completion", "label": "label"}, LABELLED, _PROMPT),
-        RowFormat(
-            "labelled_response", {"prompt": "prompt", "response": "response", "label": "label"}, LABELLED, _PROMPT
-        ),
-        RowFormat("labelled_messages", {"messages": "messages", "label": "label"}, LABELLED, _SYSTEM),
-        RowFormat("labelled_sharegpt", {"messages": "conversations", "label": "label"}, LABELLED, _SYSTEM),
-        # rankings: KoChatGPT's reward model data; RRHF scores (higher is better); ranks (0 is best)
-        RowFormat(
-            "completions",
-            {"prompt": "prompt", "completion_0": "completion_0", "completion_1": "completion_1", "ranks": "ranking"},
-            RANKED,
-            _PROMPT,
-        ),
-        RowFormat("rrhf", {"prompt": "query", "responses": "responses", "scores": "scores"}, RANKED, _PROMPT),
-        RowFormat("rrhf_ranks", {"prompt": "query", "responses": "responses", "ranks": "ranks"}, RANKED, _PROMPT),
-        RowFormat("scores", {"prompt": "prompt", "responses": "responses", "scores": "scores"}, RANKED, _PROMPT),
-        RowFormat("ranks", {"prompt": "prompt", "responses": "responses", "ranks": "ranks"}, RANKED, _PROMPT),
-        # prompts alone
-        RowFormat("prompts", {"prompt": "prompt"}, ("prompt",), _PROMPT),
-        RowFormat("instructions", {"prompt": "instruction"}, ("prompt",), _INSTRUCTION),
-        RowFormat("questions", {"prompt": "question"}, ("prompt",), _QUESTION, unless=(*_PROMPTS, *_PARTS)),
-    )
-}
 
 _SHAPES = {
     "prompt": (("prompt",), ("messages",), ("text",), ("chosen", "rejected")),
@@ -190,27 +72,37 @@ def layout_of(rows: Sequence[Row], kind: str, spec: DatasetSpec) -> Layout:
     unknown = sorted(set(spec.columns) - set(NAMES))
     if unknown:
         raise DataError(f"{where}: `columns` maps unknown names {', '.join(unknown)}; valid: {', '.join(NAMES)}")
+    left_open = [name for name, column in spec.columns.items() if column == PLACEHOLDERS.get(name)]
+    if left_open:
+        raise DataError(
+            f"{where}: `columns` still has the placeholder {spec.columns[left_open[0]]!r} for `{left_open[0]}`; put "
+            f"the name of a column there; the file's columns: {', '.join(there)}"
+        )
     mapped, response_columns = _mapped(spec, rows, there, kind, where)
     row_format = spec.format if spec.format not in (None, *FILE_FORMATS) else None
     if any(name in CONTENT for name in mapped) or response_columns:
         if row_format is not None:
             raise DataError(f"{where}: give `columns` or the row format `{row_format}`, not both")
-        layout = _layout_of_mapping(mapped, response_columns, rows, there, kind, where)
+        layout = _layout_of_mapping(mapped, response_columns, rows, there, kind, where, spec)
         return replace(layout, ignored=_ignored(layout, there, kind, spec))
     if row_format is not None:
         candidates = _named_format(row_format, there, kind, where)
     else:
         candidates = _candidates(rows, there, kind)
     if len(candidates) != 1:
-        raise _choice_error(candidates, rows, there, kind, where, mapped)
+        raise _choice_error(candidates, rows, there, kind, where, mapped, spec)
     (reading,) = candidates
     chosen = ROW_FORMATS[reading.format]
     columns = {**reading.columns, **_optional(chosen.optional, there, rows)}
     if chosen.name == "completions":
-        completions = [name for name in there if re.fullmatch(r"completion_\d+", name)]
-        response_columns = tuple(sorted(completions, key=lambda name: int(name.rpartition("_")[2])))
+        response_columns = _completions(there)
     layout = Layout(chosen.name, {**columns, **mapped}, response_columns)
     return replace(layout, ignored=_ignored(layout, there, kind, spec))
+
+
+def _completions(there: Sequence[str]) -> tuple[str, ...]:
+    found = [name for name in there if re.fullmatch(r"completion_\d+", name)]
+    return tuple(sorted(found, key=lambda name: int(name.rpartition("_")[2])))
 
 
 def _optional(optional: Mapping[str, Sequence[str]], there: Sequence[str], rows: Sequence[Row]) -> dict[str, str]:
@@ -263,7 +155,7 @@ def _mapped(
         raise ColumnsError(
             f"{where}: `columns` names {', '.join(map(repr, missing))}, which the file does not have; "
             f"its columns: {', '.join(there) or 'none'}",
-            choices_of(rows, there, kind, _beside(mapped)),
+            _choices(rows, there, kind, _beside(mapped), spec),
         )
     return mapped, response_columns
 
@@ -280,6 +172,7 @@ def _layout_of_mapping(
     there: Sequence[str],
     kind: str,
     where: str,
+    spec: DatasetSpec,
 ) -> Layout:
     """The shape with the most mapped names (for prompts: the first with one); others count under their own name."""
     known = {name: spelt for name in CONTENT if (spelt := column_spelt(name, there)) is not None} | dict(mapped)
@@ -291,7 +184,7 @@ def _layout_of_mapping(
         raise ColumnsError(
             f"{where}: `columns` gives {', '.join(sorted(given))}; needed: "
             f"{' or '.join(' + '.join(shape) for shape in _SHAPES[kind])}; the file's columns: {', '.join(there)}",
-            choices_of(rows, there, kind, _beside(mapped)),
+            _choices(rows, there, kind, _beside(mapped), spec),
         )
     shape = max(shapes, key=lambda names: len(given.intersection(names[:1] if kind == "prompt" else names)))
     names: tuple[str, ...] = shape
@@ -343,6 +236,7 @@ def _candidates(rows: Sequence[Row], there: Sequence[str], kind: str) -> list[La
         for item in ROW_FORMATS.values()
         if kind in item.kinds and not any(columns_named(header, there) for header in item.unless)
         for reading in _readings(item, there)
+        if not _doubts(reading, rows, there, kind)
     ]
     if not _holds_transcripts(rows):
         fitting = [reading for reading in fitting if reading.format != "transcripts"]
@@ -360,6 +254,27 @@ def _candidates(rows: Sequence[Row], there: Sequence[str], kind: str) -> list[La
         }
         widest = list(distinct.values())[::-1]
     return widest
+
+
+def _doubts(reading: Layout, rows: Sequence[Row], there: Sequence[str], kind: str) -> list[str]:
+    """The columns beside which a reading is not certain: labels of the answers, and parts of the question.
+
+    Beside the headers of instruction data, which say what they are, only a column counts whose header says that it is
+    a label and whose values are labels.
+    """
+    item = ROW_FORMATS[reading.format]
+    optional = {
+        column for headers in item.optional.values() for name in headers for column in columns_named(name, there)
+    }
+    others = [column for column in there if column not in (*reading.columns.values(), *optional, "category")]
+    found = parts_among(others) if item.bare else []
+    if kind == "response" and set(item.fields) == {"prompt", "response"}:
+        if item.bare:
+            found += [column for column in others if is_label(column)]
+            found += [column for column in others if not numbers_rows(column) and holds_labels(rows, column)]
+        else:
+            found += [column for column in others if is_label(column) and holds_labels(rows, column)]
+    return list(dict.fromkeys(found))
 
 
 def _holds_transcripts(rows: Iterable[Row]) -> bool:
@@ -387,6 +302,7 @@ def _choice_error(
     kind: str,
     where: str,
     mapped: Mapping[str, str],
+    spec: DatasetSpec,
 ) -> ColumnsError:
     columns = f"the file's columns: {', '.join(there) or 'none'}"
     if candidates:
@@ -394,22 +310,61 @@ def _choice_error(
             f"`{reading.format}` ({', '.join(f'{name} = {column}' for name, column in reading.columns.items())})"
             for reading in candidates
         )
-        choices = [_choice(reading, rows, there, mapped) for reading in candidates]
+        choices = [_choice(reading, rows, there, kind, mapped, spec) for reading in candidates]
         return ColumnsError(f"{where}: ambiguous, it could be {readings}; {columns}", choices)
     others = [item.name for item in ROW_FORMATS.values() if kind not in item.kinds and _readings(item, there)]
     also = f" (as {', '.join(sorted(others))} it could give records of another kind)" if others else ""
     for column in _unmarked_texts(rows, there):
         also += f" (`{column}` has no answer marker, such as ### 답변:, ### Response:, Assistant:, to split it at)"
-    return ColumnsError(
-        f"{where}: no known format has these columns{also}; {columns}", choices_of(rows, there, kind, mapped)
-    )
+    doubts = {
+        column: None
+        for item in ROW_FORMATS.values()
+        if kind in item.kinds
+        for reading in _readings(item, there)
+        for column in _doubts(reading, rows, there, kind)
+    }
+    if doubts:
+        also += (
+            f" (beside {', '.join(f'`{column}`' for column in doubts)} the rest may not be all that counts: a column "
+            "that tells good answers from bad, or a part of the question)"
+        )
+    choices = _choices(rows, there, kind, mapped, spec)
+    return ColumnsError(f"{where}: no known format has these columns{also}; {columns}", choices)
 
 
-def _choice(reading: Layout, rows: Sequence[Row], there: Sequence[str], mapped: Mapping[str, str]) -> ColumnChoice:
-    if not set(reading.columns) <= set(NAMES):
-        return ColumnChoice({}, format=reading.format)
+def _choice(
+    reading: Layout,
+    rows: Sequence[Row],
+    there: Sequence[str],
+    kind: str,
+    mapped: Mapping[str, str],
+    spec: DatasetSpec,
+) -> ColumnChoice:
     optional = _optional(ROW_FORMATS[reading.format].optional, there, rows)
-    return ColumnChoice({**mapped, **reading.columns, **optional})
+    optional = {name: column for name, column in optional.items() if column not in reading.columns.values()}
+    unread = _ignored(Layout(reading.format, {**mapped, **reading.columns, **optional}), there, kind, spec)
+    if set(reading.columns) <= set(NAMES):
+        return ColumnChoice({**mapped, **reading.columns, **optional}, unread=unread)
+    if reading.format != "completions":
+        return ColumnChoice({}, format=reading.format, unread=unread)
+    completions = _completions(there)
+    columns = {
+        "prompt": reading.columns["prompt"],
+        "responses": ", ".join(completions),
+        "ranks": reading.columns["ranks"],
+    }
+    unread = tuple(column for column in unread if column not in completions)
+    return ColumnChoice({**mapped, **columns, **optional}, format=reading.format, unread=unread)
+
+
+def _choices(
+    rows: Sequence[Row], there: Sequence[str], kind: str, kept: Mapping[str, str], spec: DatasetSpec
+) -> list[ColumnChoice]:
+    """`choices_of` with the columns beside the prompt, and what stays unread."""
+    choices = choices_of(rows, there, kind, kept, _optional(ROW_FORMATS["alpaca"].optional, there, rows))
+    return [
+        replace(choice, unread=_ignored(Layout("columns", choice.columns), there, kind, spec)) for choice in choices
+    ]
 
 
 def category_of(value: Any) -> str:

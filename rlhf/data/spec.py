@@ -62,7 +62,7 @@ class DatasetSpec:
     `path`: a file, a directory, a hub name `org/name`, or `sample:NAME`; `${NAME}` in it is an environment variable.
     `columns`: our name -> the file's column.
     `format`: a file format (`FILE_FORMATS`) where the suffix does not tell, or a row format
-    (`rlhf.data.formats.ROW_FORMATS`) where the fields do not tell. `weight`: see `mixture.blend`. `split`: of a hub
+    (`rlhf.data.row_formats.ROW_FORMATS`) where the fields do not tell. `weight`: see `mixture.blend`. `split`: of a hub
     data set or a saved DatasetDict (None: `train`), or of a directory whose files or folders are named for splits.
     `subset`: the configuration of a hub data set that has several, or the folder of a local directory. `category`: of
     every row. `delimiter`: of a text table, one character.

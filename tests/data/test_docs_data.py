@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.data.formats import NAMES, ROW_FORMATS, layout_of
+from rlhf.data.formats import NAMES, layout_of
 from rlhf.data.records import rows_to_records
 from rlhf.data.rendered import MARKUPS, markup_of
+from rlhf.data.row_formats import ROW_FORMATS
 from rlhf.data.sources import read_rows
 from rlhf.data.spec import DatasetSpec
 from rlhf.data.templates import TEXT_TEMPLATES, load_template

@@ -48,6 +48,9 @@ def layout(kind: str, *headers: str):
         (("명령어", "응답"), "alpaca_response"),
         (("Instruction", "Output"), "alpaca"),
         (("프롬프트", "응답"), "response"),
+        (("프롬프트", "답변"), "response"),
+        (("prompt", "answer"), "prompt_answer"),
+        (("Ｑｕｅｓｔｉｏｎ", "an\u200bswer\ufeff"), "question_answer"),
         (("입력", "출력"), "input_output"),
         ((unicodedata.normalize("NFD", "질문"), unicodedata.normalize("NFD", "답변 ")), "question_answer"),
         (("\u3000질문", "답변\t"), "question_answer"),
@@ -84,6 +87,9 @@ def test_the_input_of_a_korean_instruction_is_read() -> None:
         ("질문", "답변", "출력"),
         ("프롬프트", "응답", "답변"),
         ("Prompt", "prompt", "response"),
+        ("instruction", "질문", "답변"),
+        ("prompt", "질문", "답변"),
+        ("prompt", "question", "answer"),
     ],
 )
 def test_two_columns_for_one_thing_are_both_named(headers: tuple[str, ...]) -> None:
@@ -92,6 +98,129 @@ def test_two_columns_for_one_thing_are_both_named(headers: tuple[str, ...]) -> N
     for header in headers:
         assert f"= {header}" in str(caught.value)
     assert layout("prompt", "질문", "답변", "응답").columns["prompt"] == "질문"  # whichever answers it
+
+
+GUARDS = (
+    "label", "라벨", "레이블", "acceptable?", "is_correct", "correct", "정답 여부", "순위", "rank", "상태", "정답",
+    "오답", "option_a", "Option B", "choice1", "choices", "choice_text", "보기", "보기1", "보기 4", "선택지1", "B",
+    "(2)", "text",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("guard", GUARDS)
+def test_labels_and_options_beside_a_question_are_not_passed_over(guard: str) -> None:
+    answer = "답" if guard == "정답" else "답변"
+    with pytest.raises(DataError, match="no known format") as caught:
+        layout("response", "질문", answer, guard)
+    assert f"beside `{guard}`" in str(caught.value)
+    with pytest.raises(DataError, match=f"`{re.escape(guard)}`"):
+        layout("response", "prompt", "answer", guard)
+
+
+def test_a_column_of_two_labels_is_not_passed_over() -> None:
+    def found(header: str, values: tuple[object, ...], prompt: str = "질문", response: str = "답변"):
+        rows = [Row({prompt: "글", response: "예", header: value}, "a.csv", 2) for value in values]
+        return layout_of(rows, "response", DatasetSpec("a.csv"))
+
+    for header, values in (("점수", (1, 0, 1)), ("score", ("0", "1", "0")), ("검수", (True, False, True))):
+        with pytest.raises(DataError, match=f"beside `{header}`"):
+            found(header, values)
+    for header, values in (("점수", (1, 3, 0)), ("점수", (1, 1, 1)), ("번호", (0, 1)), ("검수", ("완료", "대기"))):
+        assert found(header, values).ignored == (header,)
+    for pair in (("instruction", "output"), ("prompt", "completion"), ("prompt", "response")):
+        with pytest.raises(DataError, match="beside `is_correct`"):
+            found("is_correct", (True, False), *pair)
+        assert found("is_english", (True, False), *pair).ignored == ("is_english",)
+        assert found("status", ("done", "done"), *pair).ignored == ("status",)
+    assert found("라벨", (True, False), "prompt", "response").format == "labelled_response"
+
+
+def options_of(kind: str, headers: str, tmp_path: Path, **keys: object) -> tuple[list[dict], str]:
+    """The data sets that the error of a file with these headers offers, and the error."""
+    (tmp_path / "a.csv").write_text(f"{headers}\n{','.join(f'글{i}' for i in range(headers.count(',') + 1))}\n")
+    text = json.dumps({"path": str(tmp_path / "a.csv"), **keys})
+    with pytest.raises(DataError) as caught:
+        loaded(kind, [text], tmp_path)
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    pasted = [shlex.split(line)[1] for line in lines if line.startswith(f"--{STAGES[kind][1]} ")]
+    return [json.loads(text) for text in pasted], str(caught.value)
+
+
+@pytest.mark.parametrize("headers", ["가,나,다", "번호,종류,질문", "제목,질문,답변", "질문,답변1,답변2,답변3"])
+def test_which_answer_is_better_is_never_made_up(headers: str, tmp_path: Path) -> None:
+    (option,), error = options_of("comparison", headers, tmp_path)
+    assert option["columns"]["chosen"] == "<column of the better answer>"
+    assert option["columns"]["rejected"] == "<column of the worse answer>"
+    assert "`chosen`, `rejected` to be put in" in error
+    with pytest.raises(DataError, match="placeholder '<column of the better answer>' for `chosen`"):
+        loaded("comparison", [json.dumps(option)], tmp_path)
+    half = {**option, "columns": {**option["columns"], "chosen": headers.split(",")[1]}}
+    with pytest.raises(DataError, match="placeholder '<column of the worse answer>' for `rejected`"):
+        loaded("comparison", [json.dumps(half)], tmp_path)
+
+
+def test_a_pair_of_too_few_columns_gets_no_option(tmp_path: Path) -> None:
+    assert options_of("comparison", "질문,답변", tmp_path)[0] == []
+
+
+def test_a_letter_of_an_option_is_no_answer(tmp_path: Path) -> None:
+    for headers in ("Q,A,B,C,D", "question,A,B,C,D"):
+        assert options_of("response", headers, tmp_path)[0] == []
+    with pytest.raises(DataError, match="beside `A`, `B`, `C`"):
+        layout("response", "question", "answer", "A", "B", "C")
+
+
+def test_two_answers_are_offered_both_ways_round(tmp_path: Path) -> None:
+    options, error = options_of("comparison", "번호,종류,질의,사람 답변,모델 답변", tmp_path)
+    assert [(option["columns"]["chosen"], option["columns"]["rejected"]) for option in options] == [
+        ("사람 답변", "모델 답변"), ("모델 답변", "사람 답변")
+    ]  # fmt: skip
+    assert "not read: `번호`, `종류`" in error
+
+
+@pytest.mark.parametrize(
+    ("headers", "columns", "unread"),
+    [
+        ("질문,지문,답변,text", {"prompt": "질문", "response": "답변", "input": "지문"}, "`text`"),
+        ("Text,Question,Answer", {"prompt": "Question", "response": "Answer", "input": "Text"}, None),
+        (
+            "id,system_prompt,question,response",
+            {"prompt": "question", "response": "response", "system": "system_prompt"},
+            None,
+        ),
+        ("질의 내용,분야,답변", {"prompt": "질의 내용", "response": "답변"}, "`분야`"),
+        ("상담 질의,input,답변 내용", {"prompt": "상담 질의", "response": "답변 내용", "input": "input"}, None),
+        ("question,A,B,C,D,answer", {"prompt": "question", "response": "answer"}, "`A`, `B`, `C`, `D`"),
+    ],
+)
+def test_the_option_reads_what_belongs_to_the_prompt(headers: str, columns: dict, unread: str | None, tmp_path) -> None:
+    (option,), error = options_of("response", headers, tmp_path)
+    assert option["columns"] == columns
+    assert (f"not read: {unread})" in error) if unread else ("not read" not in error)
+
+
+def test_the_option_reads_no_column_twice(tmp_path: Path) -> None:
+    (option,), _ = options_of("response", "질의 내용,지문,기관 답변", tmp_path, columns={"system": "지문"})
+    assert option["columns"] == {"system": "지문", "prompt": "질의 내용", "response": "기관 답변"}
+
+
+def test_the_option_keeps_the_file_format(tmp_path: Path) -> None:
+    headers = "prompt,completion_0,completion_1,ranking,chosen,rejected"
+    options, _ = options_of("comparison", headers, tmp_path, format="csv")
+    assert {"prompt": "prompt", "responses": "completion_0, completion_1", "ranks": "ranking"} in [
+        option["columns"] for option in options
+    ]
+    assert [option["format"] for option in options] == ["csv"] * 2
+    headers = "prompt,response1,sum1,response2,sum2,chosen,rejected"
+    (option,), error = options_of("comparison", headers, tmp_path, format="csv")
+    assert option["format"] == "csv" and option["columns"]["chosen"] == "chosen"
+    assert 'by "format": "scored_pair" in place of "csv": first give the file the suffix .csv' in error
+
+
+def test_invisible_characters_of_a_header_are_written_out(tmp_path: Path) -> None:
+    (option,), error = options_of("response", "\u200b상담 질의,기관\u3000답변", tmp_path)
+    assert option["columns"] == {"prompt": "\u200b상담 질의", "response": "기관\u3000답변"}
+    assert r'"\u200b상담 질의"' in error and r'"기관\u3000답변"' in error
 
 
 @pytest.mark.parametrize(
@@ -126,6 +255,8 @@ def test_columns_may_be_spelt_otherwise() -> None:
         ("model_answer", "response"),
         ("질문에 대한 답변 (검수)", "response"),
         ("비선호 답변", "response"),
+        ("답변 A", "response"),
+        ("model a", None),
         ("비선호", "rejected"),
         ("선호", "chosen"),
         ("data", None),
@@ -147,7 +278,12 @@ CASES = {
     "comma": ("response", "질의,\"상담례, 결정례 기반 답변\"\n소음?,신고하세요\n", 1),
     "prompt": ("prompt", "번호,민원\n1,소음이 심해요\n2,물이 새요\n", 1),
     "pair": ("comparison", "질의 내용,선호,비선호\n소음?,신고하세요,몰라요\n누수?,고치세요,참으세요\n", 1),
-    "pair filled": ("comparison", "가,나,다\n소음?,신고하세요,몰라요\n", 1),
+    "two answers to compare": ("comparison", "질문,답변1,답변2,종류\n소음?,신고하세요,몰라요,생활\n", 2),
+    "labels for sft": ("response", "질문,답변,is_correct\n소음?,신고하세요,1\n소음?,참으세요,0\n", 2),
+    "passage": ("response", "질문,지문,답변,text\n누가?,김 씨가 왔다.,김 씨,가\n언제?,어제 왔다.,어제,나\n", 1),
+    "invisible": ("response", "\u200b상담 질의\u3000내용,기관\ufeff답변\n소음?,신고하세요\n", 1),
+    "two letters": ("response", "질문,답변 A,답변 B\n소음?,신고하세요,몰라요\n", 2),
+    "two prompts": ("response", "instruction,질문,답변\n답해 줘,소음?,신고하세요\n", 2),
     "labels": ("comparison", "질의 내용,모델 응답,적절\n소음?,신고하세요,1\n소음?,참으세요,0\n", 1),
 }  # fmt: skip
 
@@ -185,7 +321,7 @@ def test_the_printed_option_is_pasted_and_reads_the_file(name: str, place: int, 
         pasted = parse_stage(stage, [*shlex.split(option), "--output_dir", str(tmp_path)])
         specs = [[DatasetSpec.parse(text) for text in getattr(config.data, field)] for config in (from_file, pasted)]
         assert specs[0] == specs[1]
-    marked = {"filled", "pair filled", "prompt", "quotes"}
+    marked = {"filled", "prompt", "quotes"}
     assert ("only filled in" in str(caught.value)) == (name in marked)
 
 
