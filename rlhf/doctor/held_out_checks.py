@@ -5,24 +5,27 @@ from __future__ import annotations
 import math
 
 from rlhf.doctor.findings import Finding, Severity, finding
-from rlhf.doctor.history import History, Line, best_evaluation, series
+from rlhf.doctor.history import History, Line, best_evaluation
 from rlhf.doctor.limits import FALL_ERRORS, FALL_ERRORS_FEW, FEW_ROWS
 from rlhf.numerics.intervals import Z95, wilson_interval
 
 
 def too_few_held_out(history: History) -> list[Finding]:
-    """None, or fewer than FEW_ROWS."""
-    points = series(history, "eval_rows")
-    if not points or points[-1][1] >= FEW_ROWS:
+    """None, or fewer than FEW_ROWS (of rows that hold unlike many pairs: that tell as much)."""
+    lines = [line for line in history if "eval_rows" in line]
+    if not lines or _effective(lines[-1]) >= FEW_ROWS:
         return []
-    step, rows = points[-1]
+    since, step, rows = int(lines[0]["step"]), int(lines[-1]["step"]), _effective(lines[-1])
     if rows == 0:
         message = "nothing is held out: whether anything was learnt cannot be said"
     else:
-        message = f"{rows:.0f} held out: a mean over so many is known to +-{Z95 / math.sqrt(rows):.2g} of their SD"
-        lines = [line for line in history if "eval_accuracy_low" in line]
-        message += f"; {_accuracy(best_evaluation(lines) or lines[-1])}" if lines else ""
-    return [finding("too_few_held_out", "warning", points[0][0], step, message, FEW_ROWS / max(rows, 0.5))]
+        held_out = f"{lines[-1]['eval_rows']:.0f} held out"
+        if rows < 0.95 * lines[-1]["eval_rows"]:
+            held_out += f", which tell as much as {rows:.1f}: few of them have most of the pairs"
+        message = f"{held_out}: a mean over so many is known to +-{Z95 / math.sqrt(rows):.2g} of their SD"
+        known = [line for line in history if "eval_accuracy_low" in line]
+        message += f"; {_accuracy(best_evaluation(known) or known[-1])}" if known else ""
+    return [finding("too_few_held_out", "warning", since, step, message, FEW_ROWS / max(rows, 0.5))]
 
 
 def reward_model_at_chance(history: History) -> list[Finding]:
@@ -32,7 +35,7 @@ def reward_model_at_chance(history: History) -> list[Finding]:
     if line is None or "eval_accuracy_low" not in line:
         return []
     accuracy = line["eval_accuracy"]
-    if line["eval_accuracy_low"] > 0.5 or (accuracy > 0.5 and line["eval_rows"] < FEW_ROWS):
+    if line["eval_accuracy_low"] > 0.5 or (accuracy > 0.5 and _effective(line) < FEW_ROWS):
         return []
     step = int(line["step"])
     return [finding("reward_model_at_chance", "critical", step, step, _accuracy(line), 1 + max(0.0, 0.5 - accuracy))]
@@ -44,7 +47,7 @@ def reward_model_is_shortcut(history: History) -> list[Finding]:
     if line is None or "eval_over_shortcut" not in line:
         return []
     over, low, high = (line[f"eval_over_shortcut{end}"] for end in ("", "_low", "_high"))
-    shortcut_low = wilson_interval(line["eval_shortcut_accuracy"], line["eval_rows"])[0]
+    shortcut_low = wilson_interval(line["eval_shortcut_accuracy"], _effective(line))[0]
     if shortcut_low <= 0.5 or low > 0 or (over > 0 and line["eval_rows"] < FEW_ROWS):
         return []
     longer = "longer" if line["eval_length_baseline_accuracy"] >= 0.5 else "shorter"
@@ -84,6 +87,11 @@ def _fall(start: Line | None, line: Line) -> str:
     if "eval_reward" in line and "eval_reward" in start:
         told += f" (less penalties, as optimised: {line['eval_reward'] - start['eval_reward']:+.3f})"
     return told
+
+
+def _effective(line: Line) -> float:
+    """The rows of an evaluation, those that hold more pairs than others counted down; an earlier release did not."""
+    return line.get("eval_effective_rows", line["eval_rows"])
 
 
 def _accuracy(line: Line) -> str:

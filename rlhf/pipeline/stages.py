@@ -106,7 +106,8 @@ class Stage:
     `label`: its name in the summary table; `title`: what `run_all.sh` calls it. `short_run`: what `--short` sets.
     `takes`: configuration field -> the stage whose saved model it is where it is unset. `unit`: what its metrics are
     numbered by. `figures`: its lines in the summary; `result_keys`: further entries of its `result.json` that
-    `summary.json` holds, `optional_result_keys` such ones that results of an earlier release lack. `checks`: the doctor's; `curves`: metrics that the doctor shows as first -> last value.
+    `summary.json` holds, `optional_result_keys` such ones that results of an earlier release lack. `checks`: the
+    doctor's; `curves`: metrics that the doctor shows as first -> last value.
     `logged`: the figures of an evaluation that its line in the log shows, five at most; `metrics.jsonl` has all.
     `in_default_run`: `run_all.sh` runs it unasked, `stage_split` has a share for it, and the summary shows it.
     """

@@ -117,8 +117,8 @@ def _check_version(saved: SavedState) -> None:
     if saved.content.get("identity_version") != IDENTITY_VERSION:
         raise ConfigError(
             f"the training state in {saved.path} was saved by an earlier release of this library, which told models, "
-            "data and settings apart in another way or kept less in a state: finish the run with that release, or start anew with "
-            "--resume never"
+            "data and settings apart in another way or kept less in a state: finish the run with that release, or "
+            "start anew with --resume never"
         )
 
 

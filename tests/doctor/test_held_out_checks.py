@@ -145,6 +145,13 @@ def test_pairs_of_one_prompt_are_one_row(tmp_path, capsys):
     assert found("reward", reward_run(evaluation(0, (70, 90), (45, 90)))) == {}
 
 
+def test_prompts_that_few_of_hold_most_of_the_pairs_are_few():
+    line = {**evaluation(0, (107, 112), (56, 112)), "eval_rows": 35.0, "eval_effective_rows": 6.4}
+    one = found("reward", reward_run(line))["too_few_held_out"]
+    assert "35 held out, which tell as much as 6.4" in one.message
+    assert "too_few_held_out" not in found("reward", reward_run({**line, "eval_effective_rows": 30.0}))
+
+
 def test_it_is_the_kept_model_that_is_judged():
     """The evaluation with the lowest loss, wherever it stands; never the model before training."""
     good, coin = evaluation(0, (107, 112), (56, 112), loss=0.2), evaluation(0, (56, 112), (56, 112), loss=0.69)

@@ -143,7 +143,9 @@ def test_a_run_of_an_earlier_release_is_summarised_without_counts_and_intervals(
     assert main([str(tmp_path)]) == 0
     table = capsys.readouterr().out.splitlines()
     accuracy = next(line for line in table if "held-out accuracy" in line)
-    assert accuracy.split()[1:] == "held-out accuracy 0.850 choosing the longer response: 0.500".split()
+    assert accuracy.split()[1:] == [
+        *("held-out", "accuracy", "0.850"), *("choosing", "the", "longer", "response:", "0.500"),
+    ]  # fmt: skip
     assert next(line for line in table if line.split()[:1] == ["law"]).split() == ["law", "0.800"]
     score = next(line for line in table if "held-out score" in line)
     assert score.endswith("+1.200 = +2.40 standard deviations of the SFT model's scores")
