@@ -14,6 +14,7 @@ import yaml
 
 from rlhf.doctor.checks import Check, unchecked
 from rlhf.doctor.findings import Finding, finding
+from rlhf.doctor.held_out_checks import shortcut_notes
 from rlhf.doctor.history import series
 from rlhf.doctor.monitor import HEALTH_FILE, HealthWatch
 from rlhf.doctor.run_state import METRICS_FILE, RunState, begun, run_state
@@ -143,6 +144,7 @@ def _diagnose_stage(directory: Path, stage: StageView, state: RunState) -> Stage
     findings = watch.findings()
     findings += _stops(directory / HEALTH_FILE, notes)
     findings += _incomplete(state, int(history[-1]["step"]) if history else 0)
+    notes += shortcut_notes(history)
     missing = unchecked(stage.checks, history) if history else {}
     if missing:
         shown = ", ".join(f"{name} (no {', '.join(names)})" for name, names in missing.items())

@@ -28,8 +28,10 @@ def wilson_interval(share: float, count: float) -> Interval:
 
 
 def effective_number(weights: torch.Tensor) -> float:
-    """How many groups of one size tell as much as groups of these sizes do: Kish's (sum w)^2 / sum w^2 (Survey
-    Sampling, 1965, section 11.2). A few large ones among many small ones count as little more than the few. `weights` [n] > 0.
+    """How many groups of one size tell as much as groups of these sizes do: Kish's (sum w)^2 / sum w^2.
+
+    Survey Sampling, 1965, section 11.2. A few large ones among many small ones count as little more than the few.
+    `weights` [n], positive.
     """
     values = weights.double()
     return float(values.sum() ** 2 / (values**2).sum())
