@@ -188,7 +188,7 @@ remove_earlier_run() {
     for stage in "${OVERWRITE_STAGES[@]}"; do
         directory="$OUTPUT_DIR/$stage"
         [ -n "$(ls -A -I .lock "$directory" 2>/dev/null)" ] || continue
-        if [ -e "$directory/.lock" ] && command -v flock >/dev/null && ! flock -n "$directory/.lock" true; then
+        if [ -e "$directory/.lock" ] && command -v flock >/dev/null && ! flock -w 1 "$directory/.lock" true; then
             say "error: $directory is in use by another run; wait until it ends, or choose another --output_dir"
             exit 2
         fi
@@ -205,11 +205,16 @@ remove_earlier_run() {
 
 mkdir -p "$OUTPUT_DIR"
 if command -v flock >/dev/null; then
-    exec 9>"$OUTPUT_DIR/.pipeline.lock"
-    flock -n 9 || {
+    pipeline_lock="$OUTPUT_DIR/.pipeline.lock"
+    exec 9<>"$pipeline_lock"
+    flock -w 1 9 || {  # the doctor looks by a lock of an instant
         say "error: $OUTPUT_DIR is in use by another run_all.sh; wait until it ends, or choose another --output_dir"
         exit 2
     }
+    # As rlhf/checkpoint/run_lock.py reads it, where a disk keeps locks to each machine; empty after an end that is told.
+    printf '{"host": "%s", "pid": %d, "started": "%s", "command": "run_all.sh", "birth": null}' \
+        "$(uname -n)" "$$" "$(date -u +%FT%T+00:00)" >"$pipeline_lock"
+    trap '{ : >"$pipeline_lock"; } 2>/dev/null || true' EXIT
 fi
 
 check_all() {

@@ -15,7 +15,7 @@ from rlhf.config import ConfigError
 from rlhf.data.collate import collate_rankings
 from rlhf.data.stage_data import StageData
 from rlhf.distributed.collectives import all_gather_rows
-from rlhf.numerics.intervals import paired_interval, wilson_interval
+from rlhf.numerics.intervals import effective_number, paired_interval, wilson_interval
 from rlhf.numerics.statistics import score_last
 from rlhf.training.offline import OfflineTrainer
 from rlhf.types import RankedBatch, TokenizedRanking
@@ -125,18 +125,21 @@ def certainty(correct: torch.Tensor, by_length: torch.Tensor, prompts: torch.Ten
     `correct`, `by_length` [pairs] are what the model and choosing the longer response get (0, 0.5 or 1), `prompts`
     [pairs] the prompt of each. The shortcut is the better of choosing the longer and choosing the shorter response: a
     baseline of 0.3 is as good as one of 0.7. `over_shortcut` is the mean difference on the same pairs, which is known
-    better than either accuracy. See `wilson_interval` and `paired_interval`.
+    better than either accuracy. `effective_rows`: prompts of one pair each that would tell as much. See
+    `wilson_interval` and `paired_interval`.
     """
     _, prompt, pairs = prompts.unique(return_inverse=True, return_counts=True)
     shortcut = by_length if by_length.mean() >= 0.5 else 1 - by_length
     difference = correct - shortcut
     of_prompt = torch.zeros(len(pairs)).index_add(0, prompt, difference) / pairs
-    low, high = wilson_interval(float(correct.mean()), len(pairs))
+    effective = effective_number(pairs)
+    low, high = wilson_interval(float(correct.mean()), effective)
     over_low, over_high = paired_interval(of_prompt, pairs)
     return {
         "accuracy_low": low,
         "accuracy_high": high,
         "rows": float(len(pairs)),
+        "effective_rows": effective,
         "shortcut_accuracy": float(shortcut.mean()),
         "over_shortcut": float(difference.mean()),
         "over_shortcut_low": over_low,

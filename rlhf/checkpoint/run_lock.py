@@ -21,6 +21,8 @@ from rlhf.distributed.log import logger
 from rlhf.distributed.place import is_main
 from rlhf.distributed.processes import process_stat
 
+LOCK_PATIENCE = 1.0
+"""Seconds for which a lock is tried that nobody known to live holds: `is_held` takes one of an instant to look."""
 _WITHOUT_FLOCK = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
@@ -73,9 +75,7 @@ class RunLock:
     def _acquire(self, descriptor: int) -> None:
         by_content = False
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise self._held(_read(descriptor)) from None
+            self._flock(descriptor)
         except OSError as error:
             if error.errno not in _WITHOUT_FLOCK:
                 raise
@@ -91,6 +91,17 @@ class RunLock:
             time.sleep(0.2)  # of two that found it free at once the last to write has it
             if _read(descriptor) != mine:
                 raise self._held(_read(descriptor), by_content=True)
+
+    def _flock(self, descriptor: int) -> None:
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while True:
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                holder = _read(descriptor)
+                if (holder and _may_live(holder)) or time.monotonic() > deadline:
+                    raise self._held(holder) from None
+            time.sleep(0.01)
 
     def _held(self, holder: dict[str, Any], *, by_content: bool = False) -> ConfigError:
         if (holder.get("host"), holder.get("pid")) == (socket.gethostname(), os.getpid()):

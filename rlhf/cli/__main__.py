@@ -6,9 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rlhf.cli import doctor
+from rlhf.cli import doctor, summary
 
-SUBCOMMANDS = {"doctor": (doctor, "diagnose a run from its files")}
+SUBCOMMANDS = {
+    "doctor": (doctor, "diagnose a run from its files"),
+    "summary": (summary, "write summary.json of a finished run and print its table"),
+}
 """Name -> (module with `add_arguments` and `run`, one line of help)."""
 
 

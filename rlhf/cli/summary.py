@@ -1,7 +1,11 @@
-"""`python -m rlhf.cli.summary OUTPUT_DIR`: write `summary.json` of a finished run and print its table."""
+"""`rlhf summary OUTPUT_DIR`: write `summary.json` of a finished run and print its table.
+
+Also `python -m rlhf.cli.summary OUTPUT_DIR`.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -11,21 +15,33 @@ from rlhf.pipeline.stages import default_run
 from rlhf.report.summary import SummaryError, closing_table, write_summary
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the summary of the run directory in `argv` and print it; returns 1 when a result is missing."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m rlhf.cli.summary OUTPUT_DIR", file=sys.stderr)
-        return 2
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `rlhf summary`."""
+    parser.description = (
+        "Write summary.json of a finished run and print its table. Exit status: 0 written, 1 a stage's result is "
+        "missing or incomplete, 2 a wrong command line."
+    )
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", type=Path, help="output_dir of a run")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the summary and print it; the exit status."""
     stages = default_run()
     try:
-        path = write_summary(Path(arguments[0]), stages)
+        path = write_summary(arguments.output_dir, stages)
     except SummaryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(closing_table(json.loads(path.read_text(encoding="utf-8")), stages))
     print(f"written to {path}")
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command as a module of its own; its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m rlhf.cli.summary")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,8 @@ class Finding:
     since: int
     message: str
     badness: float = 1.0
+    advice: str = ""
+    """What to try in this very case; where it is empty, what always holds."""
 
     @property
     def title(self) -> str:
@@ -48,7 +50,7 @@ class Finding:
 
     @property
     def remedy(self) -> str:
-        return SICKNESSES[self.check].remedy
+        return self.advice or SICKNESSES[self.check].remedy
 
     def as_dict(self) -> dict[str, Any]:
         """Everything of it for a json line."""
@@ -63,11 +65,15 @@ class Finding:
         }
 
 
-def finding(check: str, severity: Severity, since: int, step: int, message: str, badness: float = 1.0) -> Finding:
+def finding(
+    check: str, severity: Severity, since: int, step: int, message: str, badness: float = 1.0, advice: str = ""
+) -> Finding:
     """A finding of a known check. Raises KeyError for a check that has no entry in SICKNESSES."""
     if check not in SICKNESSES:
         raise KeyError(f"check {check!r} is not one of {', '.join(SICKNESSES)}")
-    return Finding(check=check, severity=severity, step=step, since=since, message=message, badness=badness)
+    return Finding(
+        check=check, severity=severity, step=step, since=since, message=message, badness=badness, advice=advice
+    )
 
 
 SICKNESSES: Mapping[str, Sickness] = {
@@ -217,7 +223,7 @@ SICKNESSES: Mapping[str, Sickness] = {
     "run_incomplete": Sickness(
         "the stage has not come to its end",
         "Nothing runs any more and there is no result: the model is missing, or is that of an evaluation on the way.",
-        "the same command with --resume auto, which goes on from the last training state.",
+        "the same command with --resume auto (in place of --overwrite).",
     ),
     "advantages_equal": Sickness(
         "all advantages are equal",

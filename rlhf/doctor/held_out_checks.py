@@ -5,69 +5,98 @@ from __future__ import annotations
 import math
 
 from rlhf.doctor.findings import Finding, Severity, finding
-from rlhf.doctor.history import History, Line, best_evaluation, series
-from rlhf.doctor.limits import FALL_ERRORS, FALL_ERRORS_FEW, FEW_ROWS
+from rlhf.doctor.history import History, Line, best_evaluation
+from rlhf.doctor.limits import FALL_ERRORS, FALL_ERRORS_FEW, FALL_SPREADS, FEW_ROWS, JUDGED_FROM
 from rlhf.numerics.intervals import Z95, wilson_interval
 
 
 def too_few_held_out(history: History) -> list[Finding]:
-    """None, or fewer than FEW_ROWS."""
-    points = series(history, "eval_rows")
-    if not points or points[-1][1] >= FEW_ROWS:
+    """None, or fewer than FEW_ROWS (of rows that hold unlike many pairs: that tell as much)."""
+    lines = [line for line in history if "eval_rows" in line]
+    if not lines or _effective(lines[-1]) >= FEW_ROWS:
         return []
-    step, rows = points[-1]
+    since, step, rows = int(lines[0]["step"]), int(lines[-1]["step"]), _effective(lines[-1])
     if rows == 0:
         message = "nothing is held out: whether anything was learnt cannot be said"
     else:
-        message = f"{rows:.0f} held out: a mean over so many is known to +-{Z95 / math.sqrt(rows):.2g} of their SD"
-        lines = [line for line in history if "eval_accuracy_low" in line]
-        message += f"; {_accuracy(best_evaluation(lines) or lines[-1])}" if lines else ""
-    return [finding("too_few_held_out", "warning", points[0][0], step, message, FEW_ROWS / max(rows, 0.5))]
+        held_out = f"{lines[-1]['eval_rows']:.0f} held out"
+        if rows < 0.95 * lines[-1]["eval_rows"]:
+            held_out += f", which tell as much as {rows:.1f}: few of them have most of the pairs"
+        message = f"{held_out}: a mean over so many is known to +-{Z95 / math.sqrt(rows):.2g} of their SD"
+        known = [line for line in history if "eval_accuracy_low" in line]
+        message += f"; {_accuracy(best_evaluation(known) or known[-1])}" if known else ""
+    return [finding("too_few_held_out", "warning", since, step, message, FEW_ROWS / max(rows, 0.5))]
 
 
 def reward_model_at_chance(history: History) -> list[Finding]:
     """The 95% interval of the kept model's accuracy reaches down to a coin's; on few prompts the accuracy itself does,
     since their interval always will."""
-    line = best_evaluation(history)
+    line = _judged(history)
     if line is None or "eval_accuracy_low" not in line:
         return []
     accuracy = line["eval_accuracy"]
-    if line["eval_accuracy_low"] > 0.5 or (accuracy > 0.5 and line["eval_rows"] < FEW_ROWS):
+    if line["eval_accuracy_low"] > 0.5 or (accuracy > 0.5 and _effective(line) < FEW_ROWS):
         return []
     step = int(line["step"])
     return [finding("reward_model_at_chance", "critical", step, step, _accuracy(line), 1 + max(0.0, 0.5 - accuracy))]
 
 
 def reward_model_is_shortcut(history: History) -> list[Finding]:
-    """Choosing by length alone is better than a coin, and the kept model is not surely better than that."""
-    line = best_evaluation(history)
-    if line is None or "eval_over_shortcut" not in line:
+    """Choosing by length alone is better than a coin, and the kept model is not better than that."""
+    line = _judged(history)
+    if line is None or not _beside_shortcut(line) or line["eval_over_shortcut"] > 0:
         return []
+    severity: Severity = "critical" if line["eval_over_shortcut_high"] < 0 else "warning"
+    step, badness = int(line["step"]), 1 - line["eval_over_shortcut"]
+    return [finding("reward_model_is_shortcut", severity, step, step, _beside_shortcut(line), badness)]
+
+
+def shortcut_notes(history: History) -> list[str]:
+    """What is worth a note and no finding: better than length alone on the held-out pairs, which may be by chance."""
+    line = _judged(history)
+    told = "" if line is None else _beside_shortcut(line)
+    if line is None or not told or line["eval_over_shortcut"] <= 0 or line["eval_over_shortcut_low"] > 0:
+        return []
+    return [f"{told}: more held-out pairs would show whether that is chance"]
+
+
+def _judged(history: History) -> Line | None:
+    """The evaluation of the kept model; None early in a run (an earlier release did not record how early)."""
+    newest = next((line for line in reversed(history) if "eval_loss" in line), None)
+    if newest is None or newest.get("eval_progress", 1.0) < JUDGED_FROM:
+        return None
+    return best_evaluation(history)
+
+
+def _beside_shortcut(line: Line) -> str:
+    """The accuracy and that of choosing by length; empty where the latter is no better than a coin, or not known."""
+    if "eval_over_shortcut" not in line:
+        return ""
     over, low, high = (line[f"eval_over_shortcut{end}"] for end in ("", "_low", "_high"))
-    shortcut_low = wilson_interval(line["eval_shortcut_accuracy"], line["eval_rows"])[0]
-    if shortcut_low <= 0.5 or low > 0 or (over > 0 and line["eval_rows"] < FEW_ROWS):
-        return []
+    if wilson_interval(line["eval_shortcut_accuracy"], _effective(line))[0] <= 0.5:
+        return ""
     longer = "longer" if line["eval_length_baseline_accuracy"] >= 0.5 else "shorter"
-    message = (
+    return (
         f"{_accuracy(line)}; choosing the {longer} response {line['eval_shortcut_accuracy']:.3f}, so that the model is "
         f"{over:+.3f} beside it (95% interval {low:+.3f} to {high:+.3f})"
     )
-    severity: Severity = "critical" if high < 0 else "warning"
-    step = int(line["step"])
-    return [finding("reward_model_is_shortcut", severity, step, step, message, 1 - over)]
 
 
 def score_below_start(history: History) -> list[Finding]:
-    """The newest held-out score against that before training, prompt by prompt."""
+    """The newest held-out score against that before training, prompt by prompt: lower by more than its standard error,
+    and by enough to matter."""
     lines = [line for line in history if "eval_score_gain_error" in line]
     if not lines:
         return []
     line = lines[-1]
     gain, error, rows = line["eval_score_gain"], line["eval_score_gain_error"], line["eval_rows"]
-    if gain >= -error * (FALL_ERRORS if rows >= FEW_ROWS else FALL_ERRORS_FEW):
-        return []
     start = next((each for each in history if each["step"] == 0 and "eval_score" in each), None)
-    message = f"{_fall(start, line)} on {rows:.0f} prompts, standard error {error:.3g}"
+    spread = 0.0 if start is None else start["eval_score_std"]
+    errors = FALL_ERRORS if rows >= FEW_ROWS else FALL_ERRORS_FEW
+    if gain >= -errors * error or gain > -FALL_SPREADS * spread:
+        return []
+    in_spreads = f" = {error / spread:.2f} SD" if spread > 0 else ""
+    message = f"{_fall(start, line)} on {rows:.0f} prompts, standard error {error:.3g}{in_spreads}"
     step = int(line["step"])
     return [finding("score_below_start", "warning", step, step, message, -gain / max(error, 1e-9))]
 
@@ -84,6 +113,11 @@ def _fall(start: Line | None, line: Line) -> str:
     if "eval_reward" in line and "eval_reward" in start:
         told += f" (less penalties, as optimised: {line['eval_reward'] - start['eval_reward']:+.3f})"
     return told
+
+
+def _effective(line: Line) -> float:
+    """The rows of an evaluation, those that hold more pairs than others counted down; an earlier release did not."""
+    return line.get("eval_effective_rows", line["eval_rows"])
 
 
 def _accuracy(line: Line) -> str:

@@ -57,6 +57,11 @@ ADVANTAGES_EQUAL = 1e-4
 FEW_ROWS = 30
 """Held-out rows (rankings: prompts) below which a figure says little: the 95% interval of an accuracy of 0.75 on 30
 prompts is 0.30 wide, that of a mean 0.7 standard deviations of the rows."""
-FALL_ERRORS, FALL_ERRORS_FEW = 2.0, 3.0
-"""Standard errors by which a held-out score has fallen for sure, on FEW_ROWS prompts or more, and on fewer, whose error
-is itself uncertain (Student's t with 3 degrees of freedom: 3.2)."""
+JUDGED_FROM = 0.5
+"""Share of a run's steps from which a reward model is judged: a healthy one is no better than chance at first."""
+FALL_SPREADS = 0.1
+"""Standard deviations of the first held-out scores that a fall must have, so that it matters."""
+FALL_ERRORS, FALL_ERRORS_FEW = 1.0, 3.0
+"""Standard errors that it must have too, on FEW_ROWS prompts or more, and on fewer, whose error is itself uncertain
+(Student's t with 3 degrees of freedom: 3.2). One error is passed by chance 16 times in 100: PPO is to raise the score,
+and a run that did not is worth a look."""

@@ -14,9 +14,10 @@ import yaml
 
 from rlhf.doctor.checks import Check, unchecked
 from rlhf.doctor.findings import Finding, finding
+from rlhf.doctor.held_out_checks import shortcut_notes
 from rlhf.doctor.history import series
 from rlhf.doctor.monitor import HEALTH_FILE, HealthWatch
-from rlhf.doctor.run_state import METRICS_FILE, RunState, begun, run_state
+from rlhf.doctor.run_state import BEGUN, METRICS_FILE, RunState, begun, run_state
 
 SETTINGS = ("learning_rate", "critic_learning_rate", "kl_coef", "precision", "zero_stage", "lora_rank")
 CUT_RESPONSES = 0.05
@@ -80,7 +81,7 @@ class Diagnosis:
         verdict = "healthy" if self.healthy else f"{count} finding{'s' if count > 1 else ''}"
         if self.incomplete:
             verdict = f"incomplete, {verdict}"
-        elif any(stage.kind == "running" for stage in self.stages):
+        elif any(stage.kind in ("running", "waiting") for stage in self.stages):
             verdict += " so far: it is running"
         return "\n".join([*lines, "", f"diagnosis: {verdict}"])
 
@@ -95,9 +96,11 @@ def diagnose(run_dir: Path, stages: Sequence[StageView]) -> Diagnosis:
         return Diagnosis(run_dir, [_diagnose_stage(run_dir, stage, run_state(run_dir))])
     states = [run_state(run_dir / stage.name) for stage in stages]
     if all(state.kind == "not started" for state in states):
-        wanted = ", ".join(f"{stage.name}/{METRICS_FILE}" for stage in stages)
+        names = ", ".join(stage.name for stage in stages)
+        files = ", ".join((*BEGUN, "result.json"))
         raise NotARunError(
-            f"{run_dir} is not the directory of a run: none of {wanted} is there; name the output_dir of a run"
+            f"{run_dir} is not the directory of a run: under none of {names} there is one of {files} or a .lock that "
+            "names a process; name the output_dir of a run, or the directory of one stage"
         )
     return Diagnosis(
         run_dir,
@@ -143,6 +146,7 @@ def _diagnose_stage(directory: Path, stage: StageView, state: RunState) -> Stage
     findings = watch.findings()
     findings += _stops(directory / HEALTH_FILE, notes)
     findings += _incomplete(state, int(history[-1]["step"]) if history else 0)
+    notes += shortcut_notes(history)
     missing = unchecked(stage.checks, history) if history else {}
     if missing:
         shown = ", ".join(f"{name} (no {', '.join(names)})" for name, names in missing.items())
@@ -174,7 +178,7 @@ def _stage_of(directory: Path, stages: Sequence[StageView]) -> StageView:
 def _incomplete(state: RunState, step: int) -> list[Finding]:
     if state.kind != "incomplete":
         return []
-    return [finding("run_incomplete", "critical", step, step, state.reason)]
+    return [finding("run_incomplete", "critical", step, step, state.reason, advice=state.advice)]
 
 
 def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,8 @@ from rlhf.distributed.peers import GONE_MACHINE_SECONDS
 from rlhf.doctor.monitor import HEALTH_FILE
 
 METRICS_FILE = "metrics.jsonl"
-BEGUN = (METRICS_FILE, HEALTH_FILE, ".lock")
-"""What a stage's directory holds from its first seconds on: any of them."""
+BEGUN = (METRICS_FILE, HEALTH_FILE)
+"""What a stage's directory holds from its first step on: any of them. Before, its lock names it."""
 STAGES_FILE = ".pipeline.stages"
 """In the directory of a run: the stages that the last `run_all.sh` was asked for, a name a line."""
 PIPELINE_LOCK = ".pipeline.lock"
@@ -24,39 +25,51 @@ PIPELINE_LOCK = ".pipeline.lock"
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a stage is. `result` is its `result.json`, {} without one; `reason` says why it counts as incomplete."""
+    """How far a stage is. `result` is its `result.json`, {} without one; `reason` says why it counts as incomplete, and
+    `advice` what to do about that."""
 
-    kind: Literal["finished", "running", "incomplete", "not started"]
+    kind: Literal["finished", "running", "waiting", "incomplete", "not started"]
     result: Mapping[str, Any] = field(default_factory=dict)
     reason: str = ""
+    advice: str = ""
 
 
 def begun(directory: Path) -> bool:
-    """Whether a stage has written into `directory`."""
-    return any((directory / name).is_file() for name in BEGUN)
+    """Whether a stage has written into `directory`, or runs or died there before it did. An empty lock is what one
+    leaves that ended in good order: alone, of a run that was refused, or that another has removed."""
+    lock = directory / ".lock"
+    return any((directory / name).is_file() for name in BEGUN) or (lock.is_file() and lock.stat().st_size > 0)
 
 
 def run_state(directory: Path) -> RunState:
     """The state of the stage that has `directory` in that of its run.
 
     Finished: there is a `result.json` (one that is no JSON counts as none, as it does for --resume auto). Running: a
-    process that lives holds `.lock`, or a `run_all.sh` that was asked for this stage lives. Incomplete: neither, though
-    the stage was begun, or the last `run_all.sh` was asked for it. What nobody asked for is not started.
+    process that lives holds `.lock`. Waiting: it was begun, and a `run_all.sh` that was asked for it lives: before its
+    turn, or between restarts. Incomplete: neither, though the stage was begun, or the last `run_all.sh` was asked for
+    it. What nobody asked for, or will be begun yet, is not started.
     """
     directory = directory.resolve()  # its name tells which stage it is
     was_begun, asked_for = begun(directory), directory.name in _asked_for(directory.parent)
     # before the result, which is written while the locks are held
     runs = was_begun and _runs(directory)
-    pipeline_runs = asked_for and bool(is_held(directory.parent / PIPELINE_LOCK))
+    pipeline_runs = asked_for and _pipeline_runs(directory)
     result = _result(directory / "result.json")
     if result:
         return RunState("finished", result)
-    if runs or (was_begun and pipeline_runs):
+    if runs:
         return RunState("running")
+    if pipeline_runs:
+        return RunState("waiting" if was_begun else "not started")
     if was_begun:
-        return RunState("incomplete", reason=_how_it_ended(directory))
-    if asked_for and not pipeline_runs:
-        return RunState("incomplete", reason="never begun: run_all.sh was asked for it, and has ended before")
+        return RunState("incomplete", reason=_how_it_ended(directory), advice=_how_to_go_on(directory))
+    if asked_for:
+        return RunState(
+            "incomplete",
+            reason="never begun: run_all.sh was asked for it, and has ended before",
+            advice="the same run_all.sh command with --resume auto (in place of --overwrite): it skips the stages that "
+            "are finished, and begins this one.",
+        )
     return RunState("not started")
 
 
@@ -80,8 +93,32 @@ def _runs(directory: Path) -> bool:
     held = is_held(directory / ".lock")
     if held is not None:
         return held
-    ages = [time.time() - path.stat().st_mtime for path in (directory / ".ranks").glob("rank_*.json")]
+    return _fresh((directory / ".ranks").glob("rank_*.json"))
+
+
+def _pipeline_runs(directory: Path) -> bool:
+    """Whether a `run_all.sh` lives that is to run the stage: it holds its lock, or an earlier stage of it runs."""
+    run_dir, stages = directory.parent, _asked_for(directory.parent)
+    if any(_runs(run_dir / stage) for stage in stages[: stages.index(directory.name)]):
+        return True
+    held = is_held(run_dir / PIPELINE_LOCK)
+    # one of another machine, between two stages: the last has just left its result
+    return _fresh([run_dir / PIPELINE_LOCK, *run_dir.glob("*/result.json")]) if held is None else held
+
+
+def _fresh(paths: Iterable[Path]) -> bool:
+    """Whether one of the files was written as lately as a process that lives would have."""
+    ages = []
+    for path in paths:
+        with suppress(FileNotFoundError):  # removed since it was listed
+            ages.append(time.time() - path.stat().st_mtime)
     return min(ages, default=GONE_MACHINE_SECONDS) < GONE_MACHINE_SECONDS
+
+
+def _how_to_go_on(directory: Path) -> str:
+    if any(directory.glob("states/step-*")):
+        return "the same command with --resume auto (in place of --overwrite): it goes on from the last training state."
+    return "the same command with --resume auto (in place of --overwrite): no state was saved, so it begins at step 0."
 
 
 def _how_it_ended(directory: Path) -> str:

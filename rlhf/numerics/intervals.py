@@ -17,8 +17,8 @@ def wilson_interval(share: float, count: float) -> Interval:
     """The 95% score interval of a share measured on `count` independent rows (Wilson 1927, JASA 22, eq. 9).
 
     Unlike share +- 2 errors it is neither empty at 0 or 1 nor leaves [0, 1], also for few rows (Brown, Cai and
-    DasGupta 2001, Statistical Science 16). Of rows that come in dependent groups `count` is the number of groups:
-    wide rather than narrow. Raises ValueError without rows.
+    DasGupta 2001, Statistical Science 16). Of rows that come in dependent groups `count` is their
+    `effective_number`: wide rather than narrow. Raises ValueError without rows.
     """
     if count <= 0:
         raise ValueError(f"a share of {count} rows has no interval")
@@ -27,20 +27,31 @@ def wilson_interval(share: float, count: float) -> Interval:
     return max(0.0, center - half), min(1.0, center + half)
 
 
+def effective_number(weights: torch.Tensor) -> float:
+    """How many groups of one size tell as much as groups of these sizes do: Kish's (sum w)^2 / sum w^2.
+
+    Survey Sampling, 1965, section 11.2. A few large ones among many small ones count as little more than the few.
+    `weights` [n], positive.
+    """
+    values = weights.double()
+    return float(values.sum() ** 2 / (values**2).sum())
+
+
 def paired_interval(differences: torch.Tensor, weights: torch.Tensor) -> Interval:
     """The 95% interval of the mean difference of two shares measured on the same rows (Agresti and Min 2005,
     Statistics in Medicine 24, 729-740): Wald's, with half a row added to each of the four outcomes.
 
     `differences` [n] in [-1, 1], `weights` [n]: rows a group of dependent ones holds (all alike: the paper's interval).
+    Groups of unlike size count as `effective_number` of them.
     Raises ValueError without rows.
     """
-    count = differences.numel()
-    if count == 0:
+    if differences.numel() == 0:
         raise ValueError("a difference over no row has no interval")
-    values, shares = differences.double(), weights.double() / weights.double().mean()
+    values, count = differences.double(), effective_number(weights)
+    shares = weights.double() / weights.double().sum() * count
     mean = float((shares * values).sum()) / (count + 2)
     added = ((1 - mean) ** 2 + (1 + mean) ** 2) / 2 + mean**2
-    error = math.sqrt(float((shares**2 * (values - mean) ** 2).sum()) + added) / (count + 2)
+    error = math.sqrt(float((shares * (values - mean) ** 2).sum()) + added) / (count + 2)
     return max(-1.0, mean - Z95 * error), min(1.0, mean + Z95 * error)
 
 

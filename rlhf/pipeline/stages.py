@@ -107,7 +107,8 @@ class Stage:
     `label`: its name in the summary table; `title`: what `run_all.sh` calls it. `short_run`: what `--short` sets.
     `takes`: configuration field -> the stage whose saved model it is where it is unset. `unit`: what its metrics are
     numbered by. `figures`: its lines in the summary; `result_keys`: further entries of its `result.json` that
-    `summary.json` holds. `checks`: the doctor's; `curves`: metrics that the doctor shows as first -> last value.
+    `summary.json` holds, `optional_result_keys` such ones that results of an earlier release lack. `checks`: the
+    doctor's; `curves`: metrics that the doctor shows as first -> last value.
     `logged`: the figures of an evaluation that its line in the log shows, five at most; `metrics.jsonl` has all.
     `in_default_run`: `run_all.sh` runs it unasked, `stage_split` has a share for it, and the summary shows it.
     """
@@ -124,6 +125,7 @@ class Stage:
     logged: Sequence[str]
     takes: Mapping[str, str] = field(default_factory=dict)
     result_keys: Sequence[str] = ()
+    optional_result_keys: Sequence[str] = ()
     unit: str = "step"
     in_default_run: bool = True
 
@@ -143,13 +145,15 @@ def _certainty(result: Mapping[str, Any]) -> str:
     if longer is None:
         return "nothing was held out"
     rule = f"choosing the longer response: {longer:.3f}" if longer >= 0.5 else f"the shorter response: {1 - longer:.3f}"
+    if "accuracy_low" not in result:
+        return rule
     return f"of n pairs, 95% interval {result['accuracy_low']:.3f} to {result['accuracy_high']:.3f}; {rule}"
 
 
 def _gain(result: Mapping[str, Any]) -> str:
     """The gain of the score over n prompts, also in the spread of single scores at the start."""
     gain = (result["score_after"] or 0.0) - (result["score_before"] or 0.0)  # null where nothing was held out
-    spread, error = result["score_std_before"] or 0.0, result["score_gain_error"]
+    spread, error = result["score_std_before"] or 0.0, result.get("score_gain_error")
     if spread == 0:
         return f"{gain:+.3f}"
     known_to = "" if error is None else f" (standard error {error / spread:.2f}, n prompts)"
@@ -191,11 +195,11 @@ STAGES = {
                 Figure("mean margin", after="mean_margin", count="held_out_pairs"),
                 Figure("", each="accuracy_by_category", count="pairs_by_category"),
             ),
-            result_keys=(
+            result_keys=("length_baseline_accuracy",),
+            optional_result_keys=(
                 "held_out_prompts",
                 "accuracy_low",
                 "accuracy_high",
-                "length_baseline_accuracy",
                 "over_shortcut",
                 "over_shortcut_low",
                 "over_shortcut_high",
@@ -238,7 +242,8 @@ STAGES = {
                     count="held_out_prompts",
                 ),
             ),
-            result_keys=("score_std_before", "score_gain_error", "samples"),
+            result_keys=("score_std_before", "samples"),
+            optional_result_keys=("score_gain_error",),
             checks=ON_POLICY,
             curves=(
                 "eval_score",

@@ -22,8 +22,9 @@ class Line:
 class Figure:
     """A line of the summary: the entries of a stage's `result.json` before and after training, with a note.
 
-    `count` names the entry that says on how many rows they were measured. `each` names an entry that is a mapping,
-    which makes a line for each of its items; `count` is then a mapping with the same names.
+    `count` names the entry that says on how many rows they were measured, which the result of an earlier release may
+    lack. `each` names an entry that is a mapping, which makes a line for each of its items; `count` is then a mapping
+    with the same names.
     """
 
     label: str
@@ -35,11 +36,11 @@ class Figure:
 
     def needed_keys(self) -> list[str]:
         """The entries of `result.json` that the figure needs."""
-        return [key for key in (self.before, self.after, self.each, self.count) if key is not None]
+        return [key for key in (self.before, self.after, self.each) if key is not None]
 
     def lines(self, result: Mapping[str, Any]) -> Iterator[Line]:
         """The lines that the figure makes of a result."""
-        count = None if self.count is None else result[self.count]
+        count = None if self.count is None else result.get(self.count)
         if self.each is not None:
             for name, value in result[self.each].items():
                 yield Line(f"  {name}", after=value, count=None if count is None else count[name])

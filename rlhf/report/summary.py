@@ -36,6 +36,8 @@ class SummarisedStage(Protocol):
     def figures(self) -> Sequence[Figure]: ...
     @property
     def result_keys(self) -> Sequence[str]: ...
+    @property
+    def optional_result_keys(self) -> Sequence[str]: ...
 
 
 class SummaryError(ValueError):
@@ -45,18 +47,21 @@ class SummaryError(ValueError):
 def summarize(output_dir: Path, stages: Sequence[SummarisedStage]) -> dict[str, Any]:
     """Merge the results of `stages` under `output_dir`, all figures held-out ones.
 
-    Raises SummaryError when a stage's result is missing, is not JSON, lacks a figure, or comes from another seed.
+    What an earlier release did not measure is left out. Raises SummaryError when a stage's result is missing, is not
+    JSON, lacks a figure, or comes from another seed.
     """
     results = {stage.name: _read_result(output_dir, stage) for stage in stages}
     seeds = {name: result["seed"] for name, result in results.items()}
     if len(set(seeds.values())) > 1:
         raise SummaryError(
-            f"the stages under {output_dir} were run with different seeds: {seeds}; run them again alike"
+            f"the stages under {output_dir} were run with different seeds: {seeds}; run them again alike, with "
+            "--overwrite"
         )
     summary: dict[str, Any] = {}
     for stage in stages:
         keys = [key for key in _result_keys(stage) if key != SAMPLES]
-        summary[stage.name] = {key: results[stage.name][key] for key in keys}
+        optional = [key for key in _optional_keys(stage) if key in results[stage.name]]
+        summary[stage.name] = {key: results[stage.name][key] for key in (*keys, *optional)}
     samples = [sample for result in results.values() for sample in result.get(SAMPLES, [])]
     summary[SAMPLES] = [{key: sample[key] for key in SAMPLE_KEYS} for sample in samples]
     seconds = {name: float(result["seconds"]) for name, result in results.items()}
@@ -117,23 +122,30 @@ def _result_keys(stage: SummarisedStage) -> list[str]:
     return [*(key for figure in stage.figures for key in figure.needed_keys()), *stage.result_keys]
 
 
+def _optional_keys(stage: SummarisedStage) -> list[str]:
+    """What a result of an earlier release may lack; each once."""
+    counts = [figure.count for figure in stage.figures if figure.count is not None]
+    return list(dict.fromkeys([*counts, *stage.optional_result_keys]))
+
+
 def _read_result(output_dir: Path, stage: SummarisedStage) -> dict[str, Any]:
     path = output_dir / stage.name / "result.json"
-    how = f"run `deepspeed {stage.script} --output_dir {output_dir}`"
+    command = f"deepspeed {stage.script} --output_dir {output_dir}"
+    again = f"run `{command} --overwrite`, which makes it anew"
     if not path.is_file():
-        raise SummaryError(f"stage {stage.name} has left no result: {path} does not exist; {how}")
+        raise SummaryError(f"stage {stage.name} has left no result: {path} does not exist; run `{command}`")
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise SummaryError(f"{path} is not JSON ({error}); {how} again") from error
+        raise SummaryError(f"{path} is not JSON ({error}); {again}") from error
     needed = (*_result_keys(stage), "seconds", "seed")
     missing = [key for key in needed if not isinstance(result, dict) or key not in result]
     if missing:
-        raise SummaryError(f"{path} lacks {', '.join(missing)}; {how} again")
+        raise SummaryError(f"{path} lacks {', '.join(missing)}; {again}")
     for index, sample in enumerate(result.get(SAMPLES, [])):
         lacking = [key for key in SAMPLE_KEYS if key not in sample]
         if lacking:
-            raise SummaryError(f"{path}: sample {index} lacks {', '.join(lacking)}; {how} again")
+            raise SummaryError(f"{path}: sample {index} lacks {', '.join(lacking)}; {again}")
     return dict(result)
 
 

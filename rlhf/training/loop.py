@@ -92,8 +92,11 @@ class Loop(ABC):
         self.health.observe(step, metrics)
 
     def record_evaluation(self, step: int, metrics: dict[str, float]) -> None:
-        """Record an evaluation, and show the figures that matter in the log; `metrics.jsonl` has all of them."""
-        self.record(step, metrics)
+        """Record an evaluation, and show the figures that matter in the log; `metrics.jsonl` has all of them.
+
+        `eval_progress` is the share of the run's steps that are done: early on the doctor does not judge a model.
+        """
+        self.record(step, {**metrics, "eval_progress": step / self.total_steps})
         shown = {name: metrics[name] for name in self.logged or metrics if name in metrics}
         figures = "  ".join(f"{name}={value:.4f}" for name, value in shown.items())
         if figures:

@@ -22,8 +22,9 @@ from rlhf.distributed.place import is_main, rank, world_size
 from rlhf.distributed.world import init_world
 
 TENSORS = "loop.safetensors"
-IDENTITY_VERSION = 2
-"""Raised when models, data or settings are told apart in another way, so that an older state cannot be compared."""
+IDENTITY_VERSION = 3
+"""Raised when models, data or settings are told apart in another way, so that an older state cannot be compared, or
+when a state lacks what the end of a run needs."""
 SAVES_PER_RUN = 10
 """How often a run saves its state where `save_every_steps` is 0."""
 
@@ -116,8 +117,8 @@ def _check_version(saved: SavedState) -> None:
     if saved.content.get("identity_version") != IDENTITY_VERSION:
         raise ConfigError(
             f"the training state in {saved.path} was saved by an earlier release of this library, which told models, "
-            "data and settings apart in another way: finish the run with that release, or start anew with "
-            "--resume never"
+            "data and settings apart in another way or kept less in a state: finish the run with that release, or "
+            "start anew with --resume never"
         )
 
 

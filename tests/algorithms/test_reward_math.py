@@ -19,7 +19,7 @@ from rlhf.algorithms.reward import (
     ranking_metrics,
 )
 from rlhf.config import ConfigError
-from rlhf.numerics.intervals import paired_interval, wilson_interval
+from rlhf.numerics.intervals import effective_number, paired_interval, wilson_interval
 from rlhf.types import TokenizedRanking, TokenizedResponse
 
 GROUPS = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3])
@@ -194,11 +194,25 @@ def test_pairs_of_one_prompt_count_as_one_row():
     by_length = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.5, 0.0])  # choosing the shorter one: 0.75
     found = certainty(correct, by_length, torch.tensor([7, 7, 7, 7, 3, 3]))
     assert found["rows"] == 2 and found["shortcut_accuracy"] == 0.75
-    assert (found["accuracy_low"], found["accuracy_high"]) == wilson_interval(4.5 / 6, 2)
+    assert found["effective_rows"] == pytest.approx(36 / 20), "one prompt has two thirds of the pairs"
+    assert (found["accuracy_low"], found["accuracy_high"]) == pytest.approx(wilson_interval(4.5 / 6, 1.8))
     assert found["over_shortcut"] == pytest.approx(0.0)
     # by prompt: (1 + 1 + 0.5 + 0 - 3) / 4 and (1 + 1 - 1.5) / 2
     expected = paired_interval(torch.tensor([-0.125, 0.25]), torch.tensor([4.0, 2.0]))
     assert (found["over_shortcut_low"], found["over_shortcut_high"]) == pytest.approx(expected)
+
+
+def test_prompts_of_unlike_many_pairs_hold_the_truth_in_their_interval():
+    """30 prompts of one pair and 5 of 45 that are right or wrong together: 35 prompts that tell as much as 6."""
+    pairs = torch.tensor([1] * 30 + [45] * 5)
+    prompts, held = torch.arange(35).repeat_interleave(pairs), 0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(500):
+        right = (torch.rand(35, generator=generator) < 0.7).float()
+        found = certainty(right[prompts], torch.ones(len(prompts)), prompts)
+        held += found["accuracy_low"] <= 0.7 <= found["accuracy_high"]
+    assert effective_number(pairs) == pytest.approx(255**2 / (30 + 5 * 45**2))
+    assert held / 500 >= 0.9
 
 
 def test_rankings_of_one_prompt_share_a_number():

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
+import sys
+import time
 
 import pytest
 
@@ -56,6 +59,48 @@ def test_entering_twice(mechanism, tmp_path):
         assert len(os.listdir("/proc/self/fd")) == open_files
     with lock:
         pass
+
+
+LOOKING = """
+import fcntl, os, sys, time
+path = sys.argv[1]
+print(flush=True)
+while True:
+    descriptor = os.open(path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    time.sleep(0.02)
+    os.close(descriptor)
+    time.sleep(0.005)
+"""
+"""Somebody who looks who holds a lock nearly all the time."""
+
+
+@pytest.mark.parametrize("left", ["", "by a process that died"])
+def test_one_that_starts_is_not_refused_by_one_that_looks(left, tmp_path):
+    lock = tmp_path / ".lock"
+    lock.touch()
+    if left:
+        left_behind(tmp_path, birth="1")
+    looking = subprocess.Popen([sys.executable, "-c", LOOKING, str(lock)], stdout=subprocess.PIPE)
+    try:
+        looking.stdout.readline()
+        for _ in range(10):
+            time.sleep(0.03)
+            with RunLock(tmp_path):
+                pass
+    finally:
+        looking.kill()
+        looking.communicate()
+
+
+def test_a_lock_that_stays_taken_by_somebody_unnamed_is_refused_after_a_moment(tmp_path):
+    (tmp_path / ".lock").touch()
+    with (tmp_path / ".lock").open("r+") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        started = time.monotonic()
+        with pytest.raises(ConfigError, match="one that has not written its name yet"), RunLock(tmp_path):
+            pass
+    assert time.monotonic() - started < 5
 
 
 def test_only_rank_0_holds_it(tmp_path, monkeypatch):

@@ -385,7 +385,7 @@ def test_the_stages_are_those_it_is_given(tmp_path):
     assert "warm-up: not started" in text and "dpo: finished (last line at epoch 160" in text
     assert "margin 0 -> 9.69" in text and "accuracy" not in text
     assert "since epoch 50 (loss_diverges)" in text and "reward_model" not in text
-    with pytest.raises(NotARunError, match="none of warm-up/metrics.jsonl is there"):
+    with pytest.raises(NotARunError, match="under none of warm-up there is one of metrics.jsonl"):
         diagnose(tmp_path, stages[:1])
     with pytest.raises(NotARunError, match="none of the stages warm-up"):
         diagnose(tmp_path / "dpo", stages[:1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 import torch
@@ -107,13 +108,17 @@ def test_a_model_that_is_surely_worse_than_the_shortcut_is_critical():
     assert severities == ["warning", "critical"]
 
 
-def test_the_same_accuracies_are_compared_pair_by_pair():
-    """0.90 beside 0.83: right wherever length is and on eight pairs more it is better, else it may be chance."""
+def test_the_same_accuracies_are_compared_pair_by_pair(tmp_path, capsys):
+    """0.90 beside 0.83: right wherever length is and on eight pairs more it is better, else it may be chance, which is
+    worth a note."""
     nested = evaluation(0, (104, 116), (96, 116), both=True)
     apart = evaluation(0, (104, 116), (96, 116))
     assert nested["eval_accuracy"] == apart["eval_accuracy"] and nested["eval_over_shortcut"] > 0
-    assert "reward_model_is_shortcut" not in found("reward", reward_run(nested))
-    assert "reward_model_is_shortcut" in found("reward", reward_run(apart))
+    assert found("reward", reward_run(nested)) == found("reward", reward_run(apart)) == {}
+    status, text = diagnosis(tmp_path / "nested", "reward", reward_run(nested), capsys)
+    assert status == 0 and "choosing the longer" not in text
+    status, text = diagnosis(tmp_path / "apart", "reward", reward_run(apart), capsys)
+    assert status == 0 and "choosing the longer response 0.828, so that the model is +0.069 beside it" in text
 
 
 @pytest.mark.parametrize(
@@ -126,7 +131,9 @@ def test_the_same_accuracies_are_compared_pair_by_pair():
         ((66, 112), (56, 112), {"reward_model_at_chance"}),  # 0.589: the interval begins at 0.497
         ((67, 112), (56, 112), set()),  # 0.598: at 0.506
         ((20, 29), (15, 29), {"too_few_held_out"}),
-        ((23, 29), (22, 29), {"too_few_held_out"}),  # no better than length for sure, but as few rows never show
+        ((23, 29), (22, 29), {"too_few_held_out"}),  # better than length, which may be chance
+        ((83, 116), (82, 116), set()),
+        ((82, 116), (82, 116), {"reward_model_is_shortcut"}),
         ((21, 29), (22, 29), {"too_few_held_out", "reward_model_is_shortcut"}),
         ((14, 29), (15, 29), {"too_few_held_out", "reward_model_at_chance"}),
         ((30, 30), (15, 30), set()),
@@ -145,6 +152,13 @@ def test_pairs_of_one_prompt_are_one_row(tmp_path, capsys):
     assert found("reward", reward_run(evaluation(0, (70, 90), (45, 90)))) == {}
 
 
+def test_prompts_that_few_of_hold_most_of_the_pairs_are_few():
+    line = {**evaluation(0, (107, 112), (56, 112)), "eval_rows": 35.0, "eval_effective_rows": 6.4}
+    one = found("reward", reward_run(line))["too_few_held_out"]
+    assert "35 held out, which tell as much as 6.4" in one.message
+    assert "too_few_held_out" not in found("reward", reward_run({**line, "eval_effective_rows": 30.0}))
+
+
 def test_it_is_the_kept_model_that_is_judged():
     """The evaluation with the lowest loss, wherever it stands; never the model before training."""
     good, coin = evaluation(0, (107, 112), (56, 112), loss=0.2), evaluation(0, (56, 112), (56, 112), loss=0.69)
@@ -154,6 +168,16 @@ def test_it_is_the_kept_model_that_is_judged():
     assert one.since == 40
     lines = reward_run(*[coin] * 20, good, *[coin] * 60)
     assert best_evaluation(condensed(lines))["eval_accuracy"] == good["eval_accuracy"], "not forgotten in the middle"
+
+
+@pytest.mark.parametrize("line", [evaluation(0, (56, 112), (56, 112)), evaluation(0, (75, 116), (82, 116))])
+def test_a_reward_model_is_not_judged_before_half_of_its_steps(line):
+    """At chance, and below the shortcut: so is every healthy one at first."""
+    lines = reward_run(*[line] * 4)
+    lines = [{**one, "eval_progress": one["step"] / 80} if "eval_loss" in one else one for one in lines]
+    judged = {end: set(found("reward", [one for one in lines if one["step"] <= end])) for end in (20, 39, 40, 80)}
+    assert judged[20] == judged[39] == set()
+    assert judged[40] == judged[80] != set()
 
 
 def test_a_model_at_chance_on_the_way_leaves_no_trace_once_it_is_better(tmp_path, caplog):
@@ -224,6 +248,7 @@ def test_a_run_that_ends_below_its_start(tmp_path, capsys):
     status, text = diagnosis(tmp_path, "ppo", ppo_run(-0.38, score_std=2.0, reward=0.4), capsys)
     assert status == 1
     assert "the held-out score is below its start, since iteration 8 (score_below_start)" in text
+    assert re.search(r"standard error 0\.04\d+ = 0\.02 SD", text)
     assert "-0.380 = -0.19 SD of the first scores (less penalties, as optimised: +0.400) on 52 prompts" in text
 
 
@@ -232,8 +257,12 @@ def test_a_run_that_ends_below_its_start(tmp_path, capsys):
     [
         ({"gain": -0.19}, {"score_below_start"}),
         ({"gain": 0.19}, set()),
-        ({"gain": -0.05}, set()),  # 0.3 / sqrt(52) = 0.042 is its standard error
-        ({"gain": -0.19, "spread": 1.0}, set()),
+        ({"gain": -0.09}, set()),  # two standard errors of 0.3 / sqrt(52) = 0.042, and too small to matter
+        ({"gain": -0.19, "spread": 0.87}, {"score_below_start"}),  # 0.12
+        ({"gain": -0.38, "spread": 1.74, "score_std": 2.0}, {"score_below_start"}),
+        ({"gain": -0.11, "spread": 0.87}, set()),
+        ({"gain": -0.22, "spread": 1.74, "score_std": 2.0}, set()),
+        ({"gain": -0.19, "spread": 1.74}, set()),
         ({"gain": -0.2, "prompts": 4}, {"too_few_held_out"}),  # 0.09, which is itself known badly
         ({"gain": -2.0, "prompts": 4}, {"too_few_held_out", "score_below_start"}),
     ],

@@ -66,11 +66,16 @@ def test_how_it_ended_is_told(tmp_path):
     assert "stopped in good order by SIGTERM at step 7" in run_state(directory).reason
 
 
-def test_a_stage_that_was_begun_has_left_a_lock_or_a_line(tmp_path):
+def test_a_stage_that_was_begun_has_left_a_lock_with_its_name_or_a_line(tmp_path, capsys):
     """Killed while it read its data: no metrics yet."""
     (tmp_path / "sft").mkdir()
     assert run_state(tmp_path / "sft").kind == "not started"
     (tmp_path / "sft" / ".lock").write_text("")
+    assert run_state(tmp_path / "sft").kind == "not started", "refused, or removed by --overwrite"
+    assert main(["doctor", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "metrics.jsonl, health.jsonl, result.json or a .lock that names a process" in message
+    left_behind(tmp_path / "sft", birth="1")
     assert run_state(tmp_path / "sft").kind == "incomplete"
     assert main(["doctor", str(tmp_path)]) == 3 and main(["doctor", str(tmp_path / "sft")]) == 3
 
@@ -155,10 +160,56 @@ def test_between_two_stages_of_a_run_all_that_lives(tmp_path, capsys):
     with (tmp_path / ".pipeline.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found, text = status(tmp_path, capsys)
-        assert found == 0 and "reward: running" in text and "ppo: not started" in text
+        assert text.endswith("so far: it is running")
+        assert found == 0 and "reward: waiting" in text and "ppo: not started" in text
         asked_for(tmp_path, "ppo")
         assert run_state(tmp_path / "reward").kind == "incomplete", "what lives was not asked for it"
     assert status(tmp_path, capsys)[0] == 3
+
+
+def test_while_an_earlier_stage_runs_elsewhere_nothing_is_missed(tmp_path, capsys):
+    """The lock of run_all.sh is another machine's, which is not seen held from here."""
+    left_behind(begin(tmp_path / "sft"), host="elsewhere", pid=5)
+    begin(tmp_path / "reward")  # of an earlier run, which was interrupted
+    asked_for(tmp_path, "sft", "reward", "ppo")
+    show_life(tmp_path / "sft", 1)
+    found, text = status(tmp_path, capsys)
+    assert found == 0 and "sft: running" in text and "reward: waiting" in text and "ppo: not started" in text
+    assert status(tmp_path / "reward", capsys)[0] == 0
+    show_life(tmp_path / "sft", GONE_MACHINE_SECONDS + 5)
+    found, text = status(tmp_path, capsys)
+    assert found == 3 and text.count("(run_incomplete)") == 3
+
+
+def test_a_later_stage_that_runs_does_not_excuse_an_earlier_one(tmp_path):
+    begin(tmp_path / "sft")
+    asked_for(tmp_path, "sft", "reward")
+    with RunLock(begin(tmp_path / "reward")):
+        assert run_state(tmp_path / "sft").kind == "incomplete"
+
+
+def test_between_two_stages_of_a_run_all_on_another_machine(tmp_path):
+    begin(tmp_path / "sft", result='{"seed": 1}')
+    asked_for(tmp_path, "sft", "reward")
+    lock = tmp_path / ".pipeline.lock"
+    left_behind(tmp_path, host="elsewhere", pid=5)
+    (tmp_path / ".lock").rename(lock)
+    assert is_held(lock) is None and run_state(tmp_path / "reward").kind == "not started"
+    long_ago = time.time() - GONE_MACHINE_SECONDS - 5
+    os.utime(tmp_path / "sft" / "result.json", (long_ago, long_ago))
+    os.utime(lock, (long_ago, long_ago))
+    assert run_state(tmp_path / "reward").kind == "incomplete"
+
+
+def test_what_to_do_is_told_by_case(tmp_path, capsys):
+    asked_for(tmp_path, "sft", "reward")
+    directory = begin(tmp_path / "sft")
+    text = status(tmp_path, capsys)[1]
+    assert "--resume auto (in place of --overwrite): no state was saved, so it begins at step 0" in text
+    assert "skips the stages that are finished, and begins this one" in text and "last training state." not in text
+    (directory / "states" / "step-00000040").mkdir(parents=True)
+    text = status(tmp_path, capsys)[1]
+    assert "--resume auto (in place of --overwrite): it goes on from the last training state." in text
 
 
 def test_incomplete_goes_before_findings_which_are_told_all_the_same(tmp_path, capsys):

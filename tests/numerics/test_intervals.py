@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf.numerics.intervals import Z95, paired_interval, standard_error, wilson_interval
+from rlhf.numerics.intervals import Z95, effective_number, paired_interval, standard_error, wilson_interval
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 1), (2, 2), (1, 4), (75, 116), (106.5, 112), (20, 40), (400, 1000)])
@@ -59,6 +59,21 @@ def test_they_hold_the_truth_about_95_times_in_100(prompts):
         low, high = paired_interval(right - rule, pairs)
         held["paired"] += low <= 0.2 <= high
     assert all(0.92 <= count / 600 <= 0.995 for count in held.values()), held
+
+
+def test_a_few_large_groups_among_small_ones_hold_the_truth():
+    generator, pairs, held = torch.Generator().manual_seed(1), torch.tensor([1] * 30 + [45] * 5), 0
+    for _ in range(600):
+        right = (torch.rand(35, generator=generator) < 0.7).float()
+        rule = torch.where(torch.rand(35, generator=generator) < 0.5, right, 1 - right)  # right for 0.5 of them
+        low, high = paired_interval(right - rule, pairs)
+        held += low <= 0.2 <= high
+    assert 0.92 <= held / 600 <= 0.99
+
+
+def test_the_effective_number_by_hand():
+    assert effective_number(torch.tensor([3, 3, 3])) == pytest.approx(3)
+    assert effective_number(torch.tensor([4, 2])) == pytest.approx(36 / 20)
 
 
 def test_standard_error_by_hand():

@@ -123,6 +123,36 @@ def test_a_long_prompt_and_a_long_response_show_their_beginning(tmp_path):
     assert response.endswith("...") and all(summary._columns(line) <= 60 for line in (prompt, response))
 
 
+NEWER = {
+    "sft": ("held_out_rows",),
+    "reward": (
+        *("held_out_pairs", "held_out_prompts", "pairs_by_category", "accuracy_low", "accuracy_high"),
+        *("over_shortcut", "over_shortcut_low", "over_shortcut_high"),
+    ),
+    "ppo": ("held_out_prompts", "score_gain_error"),
+}
+"""What results of an earlier release lack."""
+
+
+def test_a_run_of_an_earlier_release_is_summarised_without_counts_and_intervals(tmp_path, capsys):
+    results = made_up_results()
+    for stage, names in NEWER.items():
+        for name in names:
+            results = without(results, stage, name)
+    write_results(tmp_path, results)
+    assert main([str(tmp_path)]) == 0
+    table = capsys.readouterr().out.splitlines()
+    accuracy = next(line for line in table if "held-out accuracy" in line)
+    assert accuracy.split()[1:] == [
+        *("held-out", "accuracy", "0.850"), *("choosing", "the", "longer", "response:", "0.500"),
+    ]  # fmt: skip
+    assert next(line for line in table if line.split()[:1] == ["law"]).split() == ["law", "0.800"]
+    score = next(line for line in table if "held-out score" in line)
+    assert score.endswith("+1.200 = +2.40 standard deviations of the SFT model's scores")
+    written = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert not any(name in written[stage] for stage, names in NEWER.items() for name in names)
+
+
 def without(results, stage, key):
     return {**results, stage: {name: value for name, value in results[stage].items() if name != key}}
 
@@ -131,13 +161,19 @@ def without(results, stage, key):
     ("results", "message"),
     [
         ({key: made_up_results()[key] for key in ("sft", "ppo")}, r"stage reward has left no result: .*step2_reward"),
-        (without(made_up_results(), "ppo", "kl_per_token"), r"ppo/result.json lacks kl_per_token"),
+        (
+            without(made_up_results(), "ppo", "kl_per_token"),
+            r"ppo/result.json lacks kl_per_token; run `.*step3_ppo.* --overwrite`",
+        ),
         (without(made_up_results(), "sft", "seed"), r"sft/result.json lacks seed"),
         (without(made_up_results(), "ppo", "samples"), r"lacks samples"),
-        ({**made_up_results(), "sft": {**made_up_results()["sft"], "seed": 4}}, r"different seeds: .*'sft': 4"),
+        (
+            {**made_up_results(), "sft": {**made_up_results()["sft"], "seed": 4}},
+            r"different seeds: .*'sft': 4.*--overwrite",
+        ),
         (
             {**made_up_results(), "ppo": {**made_up_results()["ppo"], "samples": [{"prompt": ""}]}},
-            r"sample 0 lacks sft",
+            r"sample 0 lacks sft.*--overwrite",
         ),
     ],
 )
@@ -153,5 +189,5 @@ def test_a_missing_or_incomplete_result_is_named(tmp_path, results, message, cap
 def test_a_result_that_is_not_json_is_named(tmp_path):
     write_results(tmp_path, made_up_results())
     (tmp_path / "reward" / "result.json").write_text("{", encoding="utf-8")
-    with pytest.raises(summary.SummaryError, match=r"reward/result.json is not JSON"):
+    with pytest.raises(summary.SummaryError, match=r"reward/result.json is not JSON.*--overwrite"):
         summary.summarize(tmp_path, ROWS)

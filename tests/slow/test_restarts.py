@@ -271,6 +271,18 @@ def test_nothing_starts_over_an_unfinished_later_stage(pipeline):
     assert pipeline.calls == ["reward auto", "ppo auto"]
 
 
+def test_one_that_looks_who_holds_the_directory_does_not_stop_a_pipeline(pipeline):
+    pipeline.output.mkdir()
+    look = 'touch "$0"; while :; do flock --shared "$0" sleep 0.3; done'
+    looking = subprocess.Popen(["bash", "-c", look, str(pipeline.output / ".pipeline.lock")], start_new_session=True)
+    try:
+        assert pipeline.run("--stages", "sft").returncode == 0
+        assert (pipeline.output / ".pipeline.lock").read_text() == "", "nobody's, after an end that is told"
+    finally:
+        os.killpg(looking.pid, signal.SIGKILL)
+        looking.wait()
+
+
 def test_two_pipelines_do_not_share_a_directory(pipeline):
     pipeline.output.mkdir()
     with (pipeline.output / ".pipeline.lock").open("w") as lock:

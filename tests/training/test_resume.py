@@ -117,6 +117,15 @@ def test_the_state_of_another_run_or_release_is_refused(tmp_path, monkeypatch):
         states(tmp_path, resume="auto").restore(Counter())
 
 
+def test_a_state_without_the_first_scores_by_prompt_is_refused_at_the_start(tmp_path, monkeypatch):
+    """Version 2 kept no scores by prompt and no rendered prompts, which the end of a run needs."""
+    with monkeypatch.context() as patch:
+        patch.setattr(rlhf.training.resume, "IDENTITY_VERSION", 2)
+        saved(tmp_path, 1)
+    with pytest.raises(ConfigError, match="step-00000001 was saved by an earlier release.*kept less in a state"):
+        states(tmp_path, resume="auto").restore(Counter())
+
+
 @pytest.mark.parametrize(
     ("run", "total", "due"),
     [

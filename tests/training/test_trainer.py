@@ -244,6 +244,8 @@ def test_sft_learns_logs_and_keeps_the_best_model(tiny_models, tmp_path):
     evaluations = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
     assert [step for step, _ in evaluations] == [0, 2, 4, 6]
     assert {line["eval_rows"] for line in lines if "eval_loss" in line} == {8.0}
+    progress = [(line["step"], line["eval_progress"]) for line in lines if "eval_loss" in line]
+    assert progress == [(step, step / progress[-1][0]) for step, _ in progress], "0 at the start, 1 at the end"
     best_step, best = min(evaluations[1:], key=lambda item: item[1])
     assert outcome["after"]["eval_loss"] == best < before
     assert outcome["best_step"] == best_step and 1 <= len(exported) <= 3
