@@ -222,14 +222,15 @@ check_all() {
     local process
     (cd "$user_dir" && exec setsid "$RLHF_PYTHON" -m rlhf.pipeline.preflight "$@") 9>&- &
     process=$!
-    while alive "$process"; do
-        if [ -n "$stop_signal" ]; then
-            kill -KILL "$process" 2>/dev/null || true
-            say "stopped by $stop_signal before anything was changed"
-            exit 0
-        fi
+    while [ -z "$stop_signal" ] && alive "$process"; do
         sleep 0.2 || true
     done
+    if [ -n "$stop_signal" ]; then
+        kill -KILL "$process" 2>/dev/null || true
+        wait "$process" 2>/dev/null || true  # or bash would tell of it
+        say "stopped by $stop_signal before anything was changed"
+        exit 0
+    fi
     wait "$process" || exit "$?"
 }
 

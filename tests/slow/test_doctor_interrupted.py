@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.cli.__main__ import main
 from tests.slow.chaos.kill_and_resume import write_data
-from tests.support.launch import ROOT
+from tests.support.launch import LAUNCHER_VARIABLES, ROOT
 from tests.support.pipeline_worker import SMALL
 
 
@@ -28,6 +28,8 @@ def start(micro_base, tmp_path):
 
     def begin(*more: str) -> subprocess.Popen[bytes]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+        for name in LAUNCHER_VARIABLES:
+            environment.pop(name, None)
         with (tmp_path / "log").open("ab") as log:
             started.append(subprocess.Popen([*words, *more], stdout=log, stderr=log, env=environment, cwd=tmp_path))
         metrics = tmp_path / "run" / "sft" / "metrics.jsonl"

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.launch import LAUNCHER_VARIABLES
+
 ROOT = Path(__file__).parents[2]
-START = "from rlhf.distributed import init_world, close_world; init_world(); print('started'); close_world()"
+START = "from rlhf.distributed.world import init_world, close_world; init_world(); print('started'); close_world()"
 
 
 def start(extensions: Path) -> subprocess.Popen[str]:
@@ -24,7 +26,7 @@ def start(extensions: Path) -> subprocess.Popen[str]:
         "PYTHONPATH": str(ROOT),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in LAUNCHER_VARIABLES:
         environment.pop(name, None)
     return subprocess.Popen(
         [sys.executable, "-c", START],

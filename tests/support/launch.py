@@ -12,6 +12,8 @@ from pathlib import Path
 from rlhf.distributed.place import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Set by tests that made a world of one in this process, and not for a process of their own."""
 
 
 def start_ranks(
@@ -36,8 +38,8 @@ def start_ranks(
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)  # set by tests that made a world of one in this process
+    for name in LAUNCHER_VARIABLES:
+        environment.pop(name, None)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(world)]
     command += ["--master_port", str(port or free_port()), str(path), *map(str, args)]
     return subprocess.Popen(
