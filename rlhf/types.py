@@ -6,7 +6,7 @@ V vocabulary, K candidates per prompt, G prompts of a ranked batch, N = sum of K
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -261,3 +261,7 @@ class RewardOutput:
     scores: torch.Tensor
     per_token: torch.Tensor | None = None
     parts: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+Measure = Callable[[Responses], Mapping[str, torch.Tensor]]
+"""Named numbers [B] of B responses that training never sees; nothing for responses it cannot say anything of."""

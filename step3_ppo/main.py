@@ -18,6 +18,7 @@ if __name__ == "__main__":
 from rlhf.algorithms.ppo import PPOTrainer, ppo_optimizer_steps
 from rlhf.checkpoint.atomic import write_json
 from rlhf.checkpoint.export import export_causal_lm, export_scalar_model
+from rlhf.evaluation.gold import gold_before_and_after
 from rlhf.pipeline.on_policy import OnPolicyModels, load_ptx
 from rlhf.pipeline.stage_run import StageRun, run_as_script, stage_main
 from rlhf.pipeline.stages import PPOStageConfig
@@ -69,6 +70,7 @@ def main(stage: StageRun[PPOStageConfig]) -> dict:
         "eos_rate_after": after.get("eos_rate"),
         "mean_response_tokens_before": before.get("response_tokens"),
         "mean_response_tokens_after": after.get("response_tokens"),
+        "gold": gold_before_and_after(before, after),
         "samples": samples,
         "seconds": outcome["seconds"],
         "health": outcome["health"],

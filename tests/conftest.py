@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from rlhf.models.tiny_base import TinyRecipe, build_tiny_base
+from tests.support.samples import sample_lines
 from tests.support.tiny_models import ARCHITECTURES, TOKENS, make_tokenizer, save_tiny_model
-
-SAMPLE = Path(__file__).parents[1] / "rlhf" / "data" / "sample"
 
 
 @pytest.fixture(scope="session")
@@ -50,5 +49,5 @@ def ragged() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 def micro_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A causal LM that has seen a little Korean, far smaller than the embedded base. Tests must not write into it."""
     recipe = TinyRecipe(vocabulary_size=400, hidden_size=32, layers=2, heads=2, intermediate_size=64, steps=40)
-    texts = (SAMPLE / "sft_train.jsonl").read_text(encoding="utf-8").splitlines()[:200]
+    texts = sample_lines("sft_train", 200)
     return build_tiny_base(texts, tmp_path_factory.mktemp("micro"), progress=False, recipe=recipe)

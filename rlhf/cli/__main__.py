@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rlhf.cli import doctor, summary
+from rlhf.cli import doctor, summary, world
 
 SUBCOMMANDS = {
     "doctor": (doctor, "diagnose a run from its files"),
     "summary": (summary, "write summary.json of a finished run and print its table"),
+    "world": (world, "write the data sets of the embedded world as files"),
 }
 """Name -> (module with `add_arguments` and `run`, one line of help)."""
 

@@ -1,19 +1,19 @@
-"""The texts that the embedded base model is pre-trained on, made from the training files of the embedded corpus."""
+"""The texts that the embedded base model is pre-trained on, written by the world's writer."""
 
 from __future__ import annotations
 
-from rlhf.data.sources import read_rows
-from rlhf.data.spec import DatasetSpec
+from rlhf.data.templates import load_template
+from rlhf.data.world.datasets import base_texts
+
+TEMPLATE = "kullm"
+TEMPLATE_TEXTS = 300
 
 
 def embedded_corpus() -> list[str]:
-    """Plain text for the base model: questions, and exchanges of two lines. Nothing held out is read.
+    """Plain text for the base model: exchanges of two lines, no combination of which is held out.
 
-    Good and bad answers occur alike, so the base can say both and has yet to learn which is wanted. The answers of
-    the SFT rows and the prompt template are left out: following instructions is what step 1 teaches.
+    Good and bad answers occur alike, so the base can say both and has yet to learn which is wanted. The words of the
+    default template stand there alone, so that the tokenizer knows them; following instructions is what step 1
+    teaches.
     """
-    texts = [row.values["instruction"] for row in read_rows(DatasetSpec("sample:sft_train"))]
-    for row in read_rows(DatasetSpec("sample:preference_train")):
-        texts += [f"{row.values['prompt']}\n{row.values[answer]}" for answer in ("chosen", "rejected")]
-        texts += [row.values["chosen"], row.values["rejected"]]
-    return texts + [row.values["prompt"] for row in read_rows(DatasetSpec("sample:prompts_train"))]
+    return [*base_texts(), *[load_template(TEMPLATE).render("") for _ in range(TEMPLATE_TEXTS)]]

@@ -18,10 +18,10 @@ from rlhf.data.json_text import JsonError, parse_elements, parse_json
 from rlhf.data.spec import FILE_FORMATS, DataError, DatasetSpec, Row, SkippedRow
 from rlhf.data.splits import files_of_split
 from rlhf.data.text_tables import SAVE_AS_UTF8, table_rows
+from rlhf.data.world.datasets import DATASETS, default_rows
 
 __all__ = ["FILE_FORMATS", "DataError", "DatasetSpec", "Row", "SkippedRow", "read_rows"]
 
-SAMPLE_DIRECTORY = Path(__file__).parent / "sample"
 DATA_SUFFIXES = {
     ".json": "json",
     ".jsonl": "json",
@@ -68,10 +68,10 @@ def read_rows(spec: DatasetSpec, on_bad_row: str = "error", skipped: list[Skippe
     if spec.path.startswith("sample:"):
         _refuse_parts(spec, "a sample data set")
         name = spec.path.removeprefix("sample:")
-        known = sorted(path.stem for path in SAMPLE_DIRECTORY.glob("*.jsonl"))
-        if name not in known:
-            raise DataError(f"no sample data set `{name}`; there are: {', '.join(known) or 'none'}")
-        yield from _read_file(SAMPLE_DIRECTORY / f"{name}.jsonl", spec.path, spec, problems)
+        if name not in DATASETS:
+            raise DataError(f"no sample data set `{name}`; there are: {', '.join(DATASETS)}")
+        for line, values in enumerate(default_rows(name), start=1):
+            yield Row(dict(values), spec.path, line)
         return
     try:
         path = Path(spec.path).expanduser()

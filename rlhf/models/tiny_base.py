@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.checkpoint.atomic import replaced_directory
+from rlhf.config import ConfigError
 from rlhf.distributed.collectives import rank_zero_first
 from rlhf.distributed.log import logger
 from rlhf.distributed.progress import Progress
@@ -35,21 +37,22 @@ USUAL_TIME = "one to three minutes on two cores"
 class TinyRecipe:
     """Every constant of the tiny base; a changed one makes another model under another name.
 
-    Sizes and steps are the best held-out loss for about a minute of two idle CPU cores: hidden 128 on 717k tokens
-    (2.58 nats a character) is ahead of hidden 192 on the 410k tokens it gets through in that time (2.62).
+    The matrices of the layers learn by Muon (Jordan et al. 2024), embeddings and vectors by AdamW. With AdamW alone
+    the same steps leave the model at words: 12% of its answers are on the topic after 1.4M tokens, with Muon 64%.
     """
 
-    version: int = 1
-    vocabulary_size: int = 3000
+    version: int = 2
+    vocabulary_size: int = 2000
     hidden_size: int = 128
     layers: int = 4
     heads: int = 4
     intermediate_size: int = 512
-    rotary_share: float = 0.25
+    rotary_share: float = 1.0
     max_positions: int = 512
     row_tokens: int = 128
-    rows_per_step: int = 4
-    steps: int = 1400
+    rows_per_step: int = 8
+    steps: int = 2800
+    matrix_learning_rate: float = 2e-2
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     weight_decay: float = 0.1
@@ -68,8 +71,9 @@ def build_tiny_base(
     """The directory of the tiny base trained on `texts`, in the Hugging Face layout; trained first if it is not there.
 
     The same texts, seed and recipe give the same bytes on one machine. Rank 0 trains, other ranks wait.
-    Raises ValueError when the texts make less than one row of tokens.
+    Raises ValueError when the texts make less than one row of tokens, ConfigError where torch is older than 2.9.
     """
+    _check_torch()
     recipe = recipe or TinyRecipe()
     path = tiny_base_path(texts, cache_dir, seed=seed, recipe=recipe)
 
@@ -87,6 +91,7 @@ def write_untrained_tiny_base(texts: Sequence[str], directory: Path) -> None:
 
     The tokenizer is that of the trained one, so what is tokenised for the one serves the other.
     """
+    _check_torch()
     tokenizer = _tokenizer(texts, TinyRecipe())
     GPTNeoXForCausalLM(_model_config(TinyRecipe(), tokenizer)).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
@@ -173,14 +178,9 @@ def _train(
     model: GPTNeoXForCausalLM, documents: Sequence[Sequence[int]], recipe: TinyRecipe, progress: bool
 ) -> list[float]:
     """Causal language modelling on packed rows; returns the loss of every step."""
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    others = [weight for weight in model.parameters() if weight.ndim <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}],
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.95),
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate_factor(step, recipe))
+    optimizers = _optimizers(model, recipe)
+    factor = partial(_learning_rate_factor, recipe=recipe)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
     rows = _packed_rows(documents, recipe)
     model.train()
     losses = []
@@ -188,14 +188,43 @@ def _train(
         for _ in range(recipe.steps):
             input_ids = torch.tensor([next(rows) for _ in range(recipe.rows_per_step)])
             loss = model(input_ids=input_ids, labels=input_ids).loss
-            optimizer.zero_grad()
+            model.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
-            optimizer.step()
-            schedule.step()
+            for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                optimizer.step()
+                schedule.step()
             losses.append(float(loss.detach()))
             shown.advance(loss=losses[-1])
     return losses
+
+
+def _optimizers(model: GPTNeoXForCausalLM, recipe: TinyRecipe) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for embeddings, head, norms and biases."""
+    layers = {id(weight) for weight in model.gpt_neox.layers.parameters() if weight.ndim == 2}
+    groups: dict[str, list[torch.nn.Parameter]] = {"layers": [], "embeddings": [], "vectors": []}
+    for weight in model.parameters():
+        groups["layers" if id(weight) in layers else "embeddings" if weight.ndim > 1 else "vectors"].append(weight)
+    return [
+        torch.optim.Muon(groups["layers"], lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(
+            [
+                {"params": groups["embeddings"], "weight_decay": recipe.weight_decay},
+                {"params": groups["vectors"], "weight_decay": 0.0},
+            ],
+            lr=recipe.learning_rate,
+            betas=(0.9, 0.95),
+        ),
+    ]
+
+
+def _check_torch() -> None:
+    """ConfigError where torch is too old to train the base."""
+    if not hasattr(torch.optim, "Muon"):
+        raise ConfigError(
+            f"the embedded base model is trained with torch.optim.Muon, which came with torch 2.9; this is torch "
+            f"{torch.__version__}: install a newer one, or name a model with base_model"
+        )
 
 
 def _packed_rows(documents: Sequence[Sequence[int]], recipe: TinyRecipe) -> Iterator[list[int]]:

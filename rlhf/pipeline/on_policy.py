@@ -11,6 +11,7 @@ from rlhf.checkpoint.fingerprint import model_fingerprint
 from rlhf.data import StageData
 from rlhf.distributed.log import logger
 from rlhf.engine import RLHFEngine
+from rlhf.evaluation.gold import measure_gold
 from rlhf.generation.backend import make_backend
 from rlhf.generation.token_sampling import Sampling
 from rlhf.models.architecture import check_trainable, check_weights_there
@@ -139,6 +140,7 @@ class OnPolicyModels:
             plan=stage.plan,
             scoring_tokens=config.batch.scoring_batch_tokens,
             old_logprobs=ppo.old_logprobs,
+            measure=measure_gold,
         )
 
 

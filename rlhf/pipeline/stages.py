@@ -28,7 +28,7 @@ from rlhf.config import (
 from rlhf.config.explain import FieldsInForce
 from rlhf.config.parsing import fields_in_force
 from rlhf.doctor.checks import OFFLINE, ON_POLICY, REWARD, Check
-from rlhf.report.figures import Figure
+from rlhf.report.figures import Figure, PartsFigure
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = PROJECT / "training_scripts" / "configs" / "default.yaml"
@@ -109,7 +109,8 @@ class Stage:
     numbered by. `figures`: its lines in the summary; `result_keys`: further entries of its `result.json` that
     `summary.json` holds, `optional_result_keys` such ones that results of an earlier release lack. `checks`: the
     doctor's; `curves`: metrics that the doctor shows as first -> last value.
-    `logged`: the figures of an evaluation that its line in the log shows, five at most; `metrics.jsonl` has all.
+    `logged`: the figures of an evaluation that its line in the log shows, the first five of them that there are;
+    `metrics.jsonl` has all.
     `in_default_run`: `run_all.sh` runs it unasked, `stage_split` has a share for it, and the summary shows it.
     """
 
@@ -119,7 +120,7 @@ class Stage:
     title: str
     config: type[StageConfig]
     short_run: Mapping[str, str]
-    figures: Sequence[Figure]
+    figures: Sequence[Figure | PartsFigure]
     checks: Sequence[Check]
     curves: Sequence[str]
     logged: Sequence[str]
@@ -158,6 +159,12 @@ def _gain(result: Mapping[str, Any]) -> str:
         return f"{gain:+.3f}"
     known_to = "" if error is None else f" (standard error {error / spread:.2f}, n prompts)"
     return f"{gain:+.3f} = {gain / spread:+.2f} standard deviations of the SFT model's scores{known_to}"
+
+
+def _wins(gold: Mapping[str, Any]) -> str:
+    """On how many prompts PPO beats SFT by gold, and whether its Korean is whole."""
+    formed = f"{gold['well_formed_before']:.0%} -> {gold['well_formed_after']:.0%}"
+    return f"better than SFT on {gold['win_rate']:.0%} of n prompts; well-formed responses {formed}"
 
 
 STAGES = {
@@ -218,6 +225,7 @@ STAGES = {
             short_run={"max_steps": "2"},
             unit="iteration",
             figures=(
+                PartsFigure("gold", entry="gold", note=_wins),
                 Figure(
                     "held-out score", before="score_before", after="score_after", count="held_out_prompts", note=_gain
                 ),
@@ -254,7 +262,14 @@ STAGES = {
                 "entropy_estimate",
                 "explained_variance",
             ),
-            logged=("eval_score", "eval_reward", "eval_kl_per_token", "eval_eos_rate", "eval_response_tokens"),
+            logged=(
+                "eval_gold",
+                "eval_score",
+                "eval_reward",
+                "eval_kl_per_token",
+                "eval_eos_rate",
+                "eval_response_tokens",
+            ),
         ),
     )
 }

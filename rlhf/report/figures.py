@@ -48,3 +48,29 @@ class Figure:
         before = None if self.before is None else result[self.before]
         after = None if self.after is None else result[self.after]
         yield Line(self.label, before, after, count, "" if self.note is None else self.note(result))
+
+
+@dataclass(frozen=True)
+class PartsFigure:
+    """A measure with its parts, of an entry {before, after, parts_before, parts_after, prompts} of the result.
+
+    No line where the entry is null or missing: it was not measured.
+    """
+
+    label: str
+    entry: str
+    note: Callable[[Mapping[str, Any]], str]
+    count: str | None = None
+
+    def needed_keys(self) -> list[str]:
+        """None: the entry may be missing."""
+        return []
+
+    def lines(self, result: Mapping[str, Any]) -> Iterator[Line]:
+        """A line for the measure, one for each part."""
+        found = result.get(self.entry)
+        if not found:
+            return
+        yield Line(self.label, found["before"], found["after"], found["prompts"], self.note(found))
+        for name, before in found["parts_before"].items():
+            yield Line(f"  {name.replace('_', ' ')}", before, found["parts_after"][name], found["prompts"])

@@ -14,13 +14,17 @@ from typing import Any, Protocol
 
 from rlhf.checkpoint.atomic import write_json
 from rlhf.doctor.findings import SICKNESSES
-from rlhf.report.figures import Figure
+from rlhf.report.figures import Figure, PartsFigure
 
 SAMPLES = "samples"
 BASE_SECONDS = "base_seconds"
 """In the result of the stage that had to train the embedded base model first: how long that took."""
+GOLD = "gold"
+"""What the world's judge says before and after: in the result of the stage that measured it, and of the summary."""
 SAMPLE_KEYS = ("prompt", "sft", "ppo", "score_sft", "score_ppo")
 """The fields of one sample: a prompt, both models' responses and their scores."""
+SAMPLE_GOLD = ("gold_sft", "gold_ppo")
+"""Where gold was measured: that of both responses."""
 
 
 class SummarisedStage(Protocol):
@@ -33,7 +37,7 @@ class SummarisedStage(Protocol):
     @property
     def script(self) -> str: ...
     @property
-    def figures(self) -> Sequence[Figure]: ...
+    def figures(self) -> Sequence[Figure | PartsFigure]: ...
     @property
     def result_keys(self) -> Sequence[str]: ...
     @property
@@ -63,7 +67,13 @@ def summarize(output_dir: Path, stages: Sequence[SummarisedStage]) -> dict[str, 
         optional = [key for key in _optional_keys(stage) if key in results[stage.name]]
         summary[stage.name] = {key: results[stage.name][key] for key in (*keys, *optional)}
     samples = [sample for result in results.values() for sample in result.get(SAMPLES, [])]
-    summary[SAMPLES] = [{key: sample[key] for key in SAMPLE_KEYS} for sample in samples]
+    summary[SAMPLES] = [
+        {key: sample[key] for key in (*SAMPLE_KEYS, *(key for key in SAMPLE_GOLD if key in sample))}
+        for sample in samples
+    ]
+    golds = [result[GOLD] for result in results.values() if result.get(GOLD)]
+    if golds:
+        summary[GOLD] = golds[-1]
     seconds = {name: float(result["seconds"]) for name, result in results.items()}
     base = sum(float(result.get(BASE_SECONDS, 0.0)) for result in results.values())
     seconds = {"base": base, **seconds} if base else seconds
@@ -85,8 +95,9 @@ def closing_table(
 ) -> str:
     """The figures of `summary` as lines of text, with the first `samples` samples cut to `width` columns."""
     rows = []
+    gold = {GOLD: summary.get(GOLD)}
     for stage in stages:
-        stage_lines = [line for figure in stage.figures for line in figure.lines(summary[stage.name])]
+        stage_lines = [line for figure in stage.figures for line in figure.lines({**summary[stage.name], **gold})]
         rows += [("" if index else stage.label, line) for index, line in enumerate(stage_lines)]
     label_columns = max(_columns(line.label) for _, line in rows)
     lines = [f"{'stage':<8}{_pad('figure', label_columns)}  {'before':>9} {'after':>9} {'n':>6}"]
@@ -97,8 +108,8 @@ def closing_table(
         lines += [
             "",
             f"prompt       {_cut(_one_line(sample['prompt']), width - 13)}",
-            _cut(f"SFT {sample['score_sft']:+8.2f} {_one_line(sample['sft'])}", width),
-            _cut(f"PPO {sample['score_ppo']:+8.2f} {_one_line(sample['ppo'])}", width),
+            _cut(f"SFT {_judged(sample, 'sft')} {_one_line(sample['sft'])}", width),
+            _cut(f"PPO {_judged(sample, 'ppo')} {_one_line(sample['ppo'])}", width),
         ]
     lines += ["", *_health_lines(summary["health"])]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
@@ -151,6 +162,12 @@ def _read_result(output_dir: Path, stage: SummarisedStage) -> dict[str, Any]:
 
 def _figure(value: float | None) -> str:
     return f"{'':>9}" if value is None else f"{value:>9.3f}"
+
+
+def _judged(sample: Mapping[str, Any], model: str) -> str:
+    """The score of a response, with its gold where that was measured."""
+    gold = sample.get(f"gold_{model}")
+    return f"{sample[f'score_{model}']:+8.2f}" + ("" if gold is None else f"  gold {gold:.2f} ")
 
 
 def _one_line(text: str) -> str:

@@ -19,6 +19,9 @@ from rlhf.doctor.monitor import HealthMonitor
 from rlhf.training.metrics import MeanMeter, MetricsWriter
 from rlhf.training.resume import TrainingStates
 
+SHOWN = 5
+"""Figures of an evaluation in a line of the log, where a stage names those that matter."""
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -97,8 +100,8 @@ class Loop(ABC):
         `eval_progress` is the share of the run's steps that are done: early on the doctor does not judge a model.
         """
         self.record(step, {**metrics, "eval_progress": step / self.total_steps})
-        shown = {name: metrics[name] for name in self.logged or metrics if name in metrics}
-        figures = "  ".join(f"{name}={value:.4f}" for name, value in shown.items())
+        there = [name for name in self.logged or metrics if name in metrics]
+        figures = "  ".join(f"{name}={metrics[name]:.4f}" for name in (there[:SHOWN] if self.logged else there))
         if figures:
             logger.info("%s %s %d: %s", self.stage, self.unit, step, figures)
 

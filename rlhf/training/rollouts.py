@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -24,7 +24,7 @@ from rlhf.numerics.statistics import correlation, last_true, masked_mean, repeat
 from rlhf.rewards.reward import Reward
 from rlhf.training.data_order import Plan
 from rlhf.training.scoring import response_logprobs, response_values
-from rlhf.types import Responses, Rollout, TensorBatch, TokenizedPrompt
+from rlhf.types import Measure, Responses, Rollout, TensorBatch, TokenizedPrompt
 
 OldLogprobs = Literal["auto", "sampled", "recomputed"]
 CAPTURED_IS_EXACT = 1e-4
@@ -75,6 +75,7 @@ class RolloutWorker:
     A scoring pass holds `scoring_tokens` tokens (0: by the training pass of `plan`, see FORWARD_ONLY).
     `old_logprobs` says where the log-probabilities of the sampling policy come from: the sampler, a forward pass of
     the actor, or (`auto`) the sampler once a rollout computed both ways has shown them equal to CAPTURED_IS_EXACT.
+    `measure` says more of the responses of an evaluation, by what training never sees.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class RolloutWorker:
         plan: Plan,
         scoring_tokens: int = 0,
         old_logprobs: OldLogprobs = "auto",
+        measure: Measure | None = None,
     ) -> None:
         if not backend.captures_logprobs and old_logprobs == "sampled":
             raise ConfigError(
@@ -104,6 +106,7 @@ class RolloutWorker:
         self.plan = plan
         self.scoring_tokens = scoring_tokens
         self.old_logprobs: OldLogprobs = old_logprobs if backend.captures_logprobs else "recomputed"
+        self.measure = measure
         self.part_names: tuple[str, ...] = ()
         self.seconds = {"seconds_generation": 0.0, "seconds_scoring": 0.0}
         self.captured_error: float | None = None
@@ -312,8 +315,8 @@ class RolloutWorker:
         shown: int,
         further: Callable[[ScoredRollout], dict[str, float]],
     ) -> dict[str, Any]:
-        """Metrics of `copies` responses to each prompt: numbers, "prompt_scores", the mean score of each prompt, and
-        "samples", the first response to each.
+        """Metrics of `copies` responses to each prompt: numbers, "prompt_scores", the mean score of each prompt,
+        "prompt_measures", the same by name of what `measure` says, and "samples", the first response to each.
 
         A sample's "prompt" is what was asked, its "rendered_prompt" what the actor was given. Drawn with the same
         random numbers every time. `further` metrics come from the algorithm; `shown` samples go to the log. Of no
@@ -325,16 +328,18 @@ class RolloutWorker:
         counted = len(examples)
         fill = max(0, world_size() - counted)  # every rank must have a row: collectives
         scored = self.run(examples + list(islice(cycle(examples), fill)), EVALUATION).rows(slice(0, counted))
-        texts = [text.strip() for text in self.texts(scored.rollout.rows(slice(None, None, copies)))]
+        texts = [text.strip() for text in self.texts(scored.rollout)]
+        measured = self._measured(examples, texts, scored)
         samples = [
             {
                 "id": prompt.id,
                 "prompt": asked(prompt),
                 "rendered_prompt": prompt.text,
                 "response": text,
-                "score": score,
+                "score": float(scored.scores[row]),
+                "measures": {name: float(values[row]) for name, values in measured.items()},
             }
-            for prompt, text, score in zip(prompts, texts, scored.scores[::copies].tolist(), strict=True)
+            for prompt, text, row in zip(prompts, texts[::copies], range(0, counted, copies), strict=True)
         ]
         logger.info(sample_table(samples[:shown]))
         return {
@@ -342,9 +347,18 @@ class RolloutWorker:
             "responses": float(counted),
             **self.describe(scored),
             **further(scored),
+            **{name: float(values.mean()) for name, values in measured.items()},
             "prompt_scores": scored.scores.view(-1, copies).mean(1).tolist(),
+            "prompt_measures": {name: values.view(-1, copies).mean(1).tolist() for name, values in measured.items()},
             "samples": samples,
         }
+
+    def _measured(
+        self, examples: Sequence[TokenizedPrompt], texts: Sequence[str], scored: ScoredRollout
+    ) -> Mapping[str, torch.Tensor]:
+        if self.measure is None:
+            return {}
+        return self.measure(Responses(scored.rollout, examples, texts, scored.ended))
 
 
 class _Rewards:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from itertools import islice
 from pathlib import Path
 
 import pytest
 
 from rlhf.data.sources import DataError, DatasetSpec, SkippedRow, read_rows
+from rlhf.data.world.datasets import World
 
 DATA = Path(os.environ.get("RLHF_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 ROWS = [{"prompt": "안녕?", "n": 1}, {"prompt": "둘\u2028줄", "n": 2}]
@@ -173,12 +175,12 @@ def test_hub_name(monkeypatch: pytest.MonkeyPatch) -> None:
         read("org/absent")
 
 
-def test_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf.data.sources.SAMPLE_DIRECTORY", tmp_path)
-    write(tmp_path / "tiny.jsonl", lines(ROWS))
-    row = next(read_rows(DatasetSpec("sample:tiny")))
-    assert (row.file, row.line, row.values) == ("sample:tiny", 1, ROWS[0])
-    with pytest.raises(DataError, match="no sample data set `../x`; there are: tiny"):
+def test_sample() -> None:
+    first, second = islice(read_rows(DatasetSpec("sample:prompts_train")), 2)
+    expected = list(World().rows("prompts_train", 2))
+    assert (first.file, first.line, first.values) == ("sample:prompts_train", 1, expected[0])
+    assert (second.line, second.values) == (2, expected[1])
+    with pytest.raises(DataError, match="no sample data set `../x`; there are: sft_train, sft_heldout, "):
         read("sample:../x")
 
 

@@ -11,6 +11,7 @@ from rlhf.data.sources import read_rows
 from rlhf.data.spec import DataError, DatasetSpec
 from rlhf.data.stage_data import load_stage_data, reads_special_tokens
 from rlhf.data.templates import load_template
+from rlhf.data.world.situations import read_situation
 from rlhf.models.tiny_base import train_tokenizer
 from rlhf.types import TokenizedPrompt, TokenizedRanking, TokenizedResponse
 
@@ -215,17 +216,18 @@ def test_template_markers_are_read_as_special_tokens_only_where_the_template_wri
     assert user not in load("prompt", [path], tokenizer=chat, template="kullm").train[0].input_ids
 
 
-def test_embedded_corpus_leaves_out_the_template_the_sft_answers_and_all_that_is_held_out():
-    corpus = set(embedded_corpus())
-    pair = next(iter(read_rows(DatasetSpec.parse("sample:preference_train")))).values
-    for answer in (pair["chosen"], pair["rejected"]):
-        assert {answer, f"{pair['prompt']}\n{answer}"} <= corpus
-    row = next(iter(read_rows(DatasetSpec.parse("sample:sft_train")))).values
-    assert row["instruction"] in corpus and row["output"] not in corpus
-    assert not any("### 응답" in text for text in corpus)
-    held = [row.values for row in read_rows(DatasetSpec.parse("sample:preference_heldout"))]
-    joined = "\n".join(corpus)
-    assert held and not any(row["chosen"] in joined or f"\n{row['prompt']}\n" in joined for row in held)
+def test_what_the_base_model_reads_holds_no_combination_that_is_held_out_and_no_rendered_exchange():
+    corpus = embedded_corpus()
+    exchanges = [text for text in corpus if not text.startswith("아래는")]
+    combinations = {read_situation(text.partition("\n")[0]).combination for text in exchanges}
+    held = {
+        read_situation(row.values["prompt"]).combination
+        for name in ("preference_heldout", "prompts_heldout")
+        for row in read_rows(DatasetSpec.parse(f"sample:{name}"))
+    }
+    assert len(held) > 150 and not held & combinations
+    assert len(exchanges) > 20_000 and not any("###" in text for text in exchanges)
+    assert {text for text in corpus if text not in exchanges} == {load_template("kullm").render("")}
 
 
 def test_reports_are_replaced_whole_and_never_written_in_place(load, tmp_path):

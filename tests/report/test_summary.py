@@ -31,6 +31,33 @@ def test_summary_of_a_run_that_held_nothing_out(tmp_path, capsys):
     assert next(line for line in table if "held-out loss" in line).split()[3:5] == ["0", "nats"]
 
 
+def measured_results():
+    """Results of a run whose prompts the world's judge knows."""
+    results = made_up_results()
+    parts = ("on_topic", "friendly")
+    results["ppo"]["gold"] = {
+        "prompts": 100, "win_rate": 0.875, "before": 0.701, "after": 0.952, "well_formed_before": 0.96,
+        "well_formed_after": 1.0, "parts_before": dict.fromkeys(parts, 0.5), "parts_after": dict.fromkeys(parts, 0.75),
+    }  # fmt: skip
+    results["ppo"]["samples"] = [{**sample, "gold_sft": 0.45, "gold_ppo": 1.0} for sample in results["ppo"]["samples"]]
+    return results
+
+
+def test_gold_stands_beside_the_score_where_it_was_measured(tmp_path, capsys):
+    results = measured_results()
+    write_results(tmp_path, results)
+    assert main([str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert written["gold"] == results["ppo"]["gold"] and "gold" not in written["ppo"]
+    assert [(sample["gold_sft"], sample["gold_ppo"]) for sample in written["samples"]] == [(0.45, 1.0)]
+    table = capsys.readouterr().out
+    lines = [line.split() for line in table.splitlines()]
+    assert next(line for line in lines if line[1:2] == ["gold"])[2:5] == ["0.701", "0.952", "100"]
+    assert "better than SFT on 88% of n prompts; well-formed responses 96% -> 100%" in table
+    assert ["on", "topic", "0.500", "0.750", "100"] in lines
+    assert "gold 0.45" in table and "gold 1.00" in table
+
+
 def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
     write_results(tmp_path, made_up_results())
     assert main([str(tmp_path)]) == 0
@@ -51,6 +78,7 @@ def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
     assert written["seconds"] == {"sft": 10.0, "reward": 20.0, "ppo": 30.5, "total": 60.5}
     assert written["seed"] == 3
     table = capsys.readouterr().out
+    assert "gold" not in table
     assert "choosing the longer response: 0.500" in table
     assert "+1.200 = +2.40 standard deviations" in table, "1.2 over a standard deviation of 0.5"
     assert "(standard error 0.20, n prompts)" in table and "95% interval 0.780 to 0.900" in table

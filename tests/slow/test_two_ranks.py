@@ -16,25 +16,20 @@ import torch
 from safetensors.torch import load_file
 
 from tests.support.launch import run_ranks
+from tests.support.samples import write_sample
 
 WORKER = Path(__file__).parents[1] / "support" / "pipeline_worker.py"
-SAMPLE = Path(__file__).parents[2] / "rlhf" / "data" / "sample"
 TOLERANCE = 2e-4
 MODELS = ("sft/model", "reward/model", "ppo/actor", "ppo/critic")
-
-
-def write_rows(source: str, target: Path, rows: int) -> None:
-    lines = (SAMPLE / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
-    target.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def inputs(micro_base, tmp_path_factory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("two_ranks")
     for name in ("sft", "preference", "prompts"):
-        write_rows(f"{name}_train", root / f"{name}.jsonl", 33)
+        write_sample(f"{name}_train", root / f"{name}.jsonl", 33)
         # 2 ranks x micro-batches of 2 do not divide it: the last evaluation batches are ragged
-        write_rows(f"{name}_heldout", root / f"{name}_eval.jsonl", 11)
+        write_sample(f"{name}_heldout", root / f"{name}_eval.jsonl", 11)
     return micro_base, root
 
 

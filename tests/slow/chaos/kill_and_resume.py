@@ -26,10 +26,10 @@ from pathlib import Path
 
 from rlhf.models.tiny_base import TinyRecipe, build_tiny_base
 from tests.support.launch import start_ranks
+from tests.support.samples import sample_lines, write_sample
 
 ROOT = Path(__file__).resolve().parents[3]
 WORKER = ROOT / "tests" / "support" / "pipeline_worker.py"
-SAMPLE = ROOT / "rlhf" / "data" / "sample"
 STAGES = ("sft", "reward", "ppo")
 
 
@@ -51,7 +51,7 @@ class Setting:
 def make_inputs(directory: Path) -> tuple[Path, Path]:
     """A causal LM that has seen a little Korean, and data of its three stages, in `directory`."""
     recipe = TinyRecipe(vocabulary_size=400, hidden_size=32, layers=2, heads=2, intermediate_size=64, steps=40)
-    texts = (SAMPLE / "sft_train.jsonl").read_text(encoding="utf-8").splitlines()[:200]
+    texts = sample_lines("sft_train", 200)
     base = build_tiny_base(texts, directory / "base", progress=False, recipe=recipe)
     write_data(directory)
     return base, directory
@@ -62,8 +62,7 @@ def write_data(directory: Path) -> None:
     for name in ("sft", "preference", "prompts"):
         for part, suffix, rows in (("train", "", 33), ("heldout", "_eval", 11)):
             # 2 ranks x micro-batches of 2 do not divide 11: the last evaluation batches are ragged
-            lines = (SAMPLE / f"{name}_{part}.jsonl").read_text(encoding="utf-8").splitlines()[:rows]
-            (directory / f"{name}{suffix}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            write_sample(f"{name}_{part}", directory / f"{name}{suffix}.jsonl", rows)
 
 
 def finish(process: subprocess.Popen[str], timeout: float = 600.0) -> str:

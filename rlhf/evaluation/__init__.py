@@ -1,0 +1,1 @@
+"""What came out, by measures that training never sees."""
