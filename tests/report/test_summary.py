@@ -135,6 +135,17 @@ def test_a_long_prompt_and_a_long_response_show_their_beginning(tmp_path):
     assert response.endswith("...") and all(summary._columns(line) <= 60 for line in (prompt, response))
 
 
+@pytest.mark.parametrize("width", [60, 61])
+def test_a_long_line_fills_its_columns(tmp_path, width):
+    results = made_up_results()
+    sample = results["ppo"]["samples"][0]
+    results["ppo"]["samples"] = [{**sample, "prompt": "a" * 200, "sft": "b" * 199}]
+    write_results(tmp_path, results)
+    lines = summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS, width=width).splitlines()
+    cut = [line for line in lines if line.endswith(("a...", "b..."))]
+    assert [len(line) for line in cut] == [width, width]
+
+
 NEWER = {
     "sft": ("held_out_rows",),
     "reward": (

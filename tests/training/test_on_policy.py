@@ -1,10 +1,29 @@
-"""How far a held-out score has risen, prompt by prompt."""
+"""The loop of an on-policy training: when it evaluates and exports, and how far the held-out score has risen."""
 
 import math
 
 import pytest
 
 from rlhf.training.on_policy import score_gain
+from tests.algorithms.test_ppo_checklist import make_trainer  # noqa: F401  (a fixture)
+
+
+@pytest.mark.parametrize(("full_until", "ends"), [(2, True), (3, False)])
+def test_a_disk_that_is_full_ends_a_run_at_its_last_export_alone(make_trainer, full_until, ends):  # noqa: F811
+    trainer, tried = make_trainer(iterations=3, eval_every_steps=1), []
+
+    def export():
+        tried.append(trainer.step + 1)
+        if tried[-1] <= full_until:
+            raise OSError(28, "no space left on device")
+
+    trainer.export = export
+    if ends:
+        assert trainer.fit()["after"]["rows"] == 3
+    else:
+        with pytest.raises(OSError, match="no space left"):
+            trainer.fit()
+    assert tried == [1, 2, 3]
 
 
 def test_the_gain_and_its_error_are_those_of_the_differences_by_prompt():

@@ -152,6 +152,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(bad):
     assert line.gradients == [] and line.module.weight.item() == 2.0
 
 
+@pytest.mark.parametrize("bad", [None, "weight"])
+def test_the_error_of_a_loss_says_whether_a_weight_is_to_blame(bad):
+    plan = BatchPlan(1, 1, 1)
+    model = torch.nn.ModuleDict({"first": Line(), "second": Line()})
+    if bad:
+        model["second"].weight.data.fill_(math.nan)
+    with pytest.raises(
+        NonFiniteError,
+        match="the weight second.weight is not finite already" if bad else "all weights are finite",
+    ):
+        accumulate_step(
+            LocalEngine(model, plan),
+            [torch.tensor(1.0 if bad else math.inf)],
+            count=lambda batch: 1.0,
+            loss_sum=lambda batch: (model["first"].weight * model["second"].weight * batch).sum(),
+            step=7,
+        )
+
+
 def test_a_batch_in_which_nothing_counts_is_an_error():
     with pytest.raises(ValueError, match="step 7: no element of the batch counts for policy loss"):
         take_step([[], []], BatchPlan(2, 1, 1), name="policy loss")
