@@ -106,3 +106,20 @@ def test_growth_of_the_length_is_that_of_the_means_of_three_lines(first_of_three
         score_length_correlation=lambda index: 0.6,
     ))  # fmt: skip
     assert ("length_exploited" in names(found)) is expected
+
+
+@pytest.mark.parametrize(("first_of_three", "expected"), [(0.0, False), (0.3, True)])
+def test_the_gain_of_the_score_is_that_of_the_means_of_three_lines(first_of_three, expected):
+    """Half a standard deviation of 1: the last three lines have 0.47 or 0.57 on average."""
+    scores = [0.0] * (LINES - 3) + [first_of_three, 0.7, 0.7]
+    found = examine(CHECKS["ppo"], history(
+        "ppo", response_tokens=last(3, 50.0, 20.0), score=lambda index: scores[index], score_std=lambda index: 1.0,
+        score_length_correlation=lambda index: 0.6,
+    ))  # fmt: skip
+    assert ("length_exploited" in names(found)) is expected
+
+
+def test_what_has_fallen_is_told_by_the_means_of_three_lines_at_either_end():
+    lines = lines_of("entropy_estimate", [2.5, 2.0, 1.5, *[2.0] * 10, 0.3, 0.2, 0.1])
+    (found,) = examine(CHECKS["ppo"], lines)
+    assert found.message == "nats of entropy per token: 0.2 after 2 at the start"
