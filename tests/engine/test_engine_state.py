@@ -119,6 +119,13 @@ def test_bitsandbytes_goes_on_exactly(case, models, tmp_path):
     assert bool(packed) == (not case.lora)  # an adapter this small keeps plain moments
 
 
+def test_a_state_without_a_loss_scale_leaves_that_of_fp16_as_it_starts(one_rank, models):
+    with allow_fp16():
+        engine = build(Case("fp16-0", 0, "fp16", settings=FP16), models)
+    load_engine_state(engine, one_rank[0], "actor")
+    assert engine.global_steps == SAVED_AFTER and engine.optimizer.loss_scaler.cur_scale == 2**8
+
+
 def test_packed_moments_of_another_stage_say_what_to_resume_with(models, tmp_path):
     pytest.importorskip("bitsandbytes")
     packed = Case("8bit-3", 3, model="wide", optimizer="adamw_8bit")
