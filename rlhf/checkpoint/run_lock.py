@@ -46,7 +46,7 @@ class RunLock:
             descriptor = None
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
                 self._acquire(descriptor)
                 self._descriptor, descriptor = descriptor, None
             except OSError as error:
@@ -122,7 +122,7 @@ def is_held(path: Path) -> bool | None:
     each machine. Looks by a shared lock of an instant and writes nothing; False where there is no such file.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
     except OSError:
@@ -145,7 +145,7 @@ def is_held(path: Path) -> bool | None:
 def last_holder(path: Path) -> str:
     """Who died holding the lock file `path`, or holds it: `process 5 on node-1, since ...`; else empty."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY)
     except OSError:
         return ""
     try:

@@ -43,10 +43,11 @@ def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
     """Rows [n, ...] of every rank, in rank order: [sum of n, ...]. n may differ between ranks."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return rows
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([rows.shape[0]], device=rows.device))
+    mine = rows.new_tensor([rows.shape[0]], dtype=torch.long)
+    counts = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, mine)
     most = int(max(count.item() for count in counts))
-    padded = torch.zeros(most, *rows.shape[1:], dtype=rows.dtype, device=rows.device)
+    padded = rows.new_zeros(most, *rows.shape[1:])
     padded[: rows.shape[0]] = rows
     gathered = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(gathered, padded)

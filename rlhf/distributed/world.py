@@ -40,7 +40,6 @@ def init_world(timeout_minutes: float = 60.0) -> torch.device:
             _check_port(int(os.environ.get("MASTER_PORT", "29500")))
         with without_chatter():
             deepspeed.init_distributed(
-                dist_backend=accelerator.communication_backend_name() if accelerator.is_available() else "gloo",
                 auto_mpi_discovery=False,
                 timeout=timedelta(minutes=timeout_minutes),
                 verbose=False,

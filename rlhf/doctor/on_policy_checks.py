@@ -132,10 +132,7 @@ def _fallen(name: str, metric: str, history: History, left: float, start_least: 
     if start < start_least or len(run) < START:
         return []
     end = mean_value(points[-START:])
-    return [
-        finding(name, "warning", run[0][0], points[-1][0], f"{what} {end:.3g} after {start:.3g} at the start",
-                2 - end / limit)
-    ]  # fmt: skip
+    return [finding(name, "warning", run[0][0], points[-1][0], f"{what} {end:.3g} after {start:.3g} at the start")]
 
 
 def entropy_collapse(history: History) -> list[Finding]:
@@ -198,7 +195,7 @@ def score_out_of_range(history: History) -> list[Finding]:
 def scores_alike(history: History) -> list[Finding]:
     return lasting(
         "scores_alike", series(history, "score_std"), lambda value: value < SCORES_ALIKE, START, "warning",
-        lambda value: f"standard deviation of the scores {value:.2g}", lambda value: 2 - value / SCORES_ALIKE,
+        lambda value: f"standard deviation of the scores {value:.2g}", lambda value: 1.0,
     )  # fmt: skip
 
 

@@ -328,8 +328,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if HELP_ALL in arguments:
             print(all_fields([word for word in arguments if word != HELP_ALL]))
-            return 0
-        print(bash_assignments(sort_arguments(arguments, user_dir=Path.cwd())))
+        else:
+            print(bash_assignments(sort_arguments(arguments, user_dir=Path.cwd())))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

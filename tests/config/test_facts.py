@@ -50,6 +50,7 @@ def test_what_changes_what_is_learnt_may_not_change_on_resume():
     assert {"seed", "learning_rate", "global_batch_size", "lora_rank", "kl_coef", "rewards", "template"} <= fixed
     free = {"zero_stage", "micro_batch_size", "output_dir", "resume", "offload", "sample_table_rows"}
     assert free.isdisjoint(fixed)
+    assert fixed & {item.name for item in dataclasses.fields(RunConfig)} == {"seed"}, "where and how often, not what"
 
 
 def test_a_run_is_known_by_its_fixed_fields(tmp_path: Path):

@@ -103,6 +103,7 @@ def test_a_saved_configuration_reads_back_as_it_was(tmp_path):
     path = tmp_path / "saved.yaml"
     save_config(path, configs)
     assert parse("--config", str(path)) == configs
+    assert "output_dir: 출력/a b\n" in path.read_text(encoding="utf-8"), "a person reads it too"
 
 
 # ---------------------------------------------------------------------------------------------------- launchers

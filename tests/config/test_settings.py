@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from rlhf.algorithms.config import PPOBatchConfig
 from rlhf.config import BatchConfig, ConfigError, DataConfig, ModelConfig, OptimizerConfig, RunConfig
 
 RANGES = [
@@ -23,6 +24,11 @@ RANGES = [
     (BatchConfig(), "epochs", [0.0], [-0.1]),
     (BatchConfig(), "max_steps", [0], [-1]),
     (BatchConfig(), "micro_batch_tokens", [0], [-1]),
+    (PPOBatchConfig(), "micro_batch_size", [1], [0]),
+    (PPOBatchConfig(), "epochs", [0.0], [-0.1]),
+    (PPOBatchConfig(), "rollout_batch_size", [1], [0]),
+    (PPOBatchConfig(), "samples_per_prompt", [1], [0]),
+    (PPOBatchConfig(), "generation_batch_size", [0], [-1]),
     (DataConfig(), "max_prompt_tokens", [1], [0]),
     (DataConfig(), "max_response_tokens", [1], [0]),
     (DataConfig(), "eval_fraction", [0.0, 0.99], [-0.01, 1.0]),

@@ -100,6 +100,14 @@ def test_two_columns_for_one_thing_are_both_named(headers: tuple[str, ...]) -> N
     assert layout("prompt", "질문", "답변", "응답").columns["prompt"] == "질문"  # whichever answers it
 
 
+def test_a_question_beside_another_prompt_is_not_taken_for_the_prompt() -> None:
+    """It may be a title, or what a later turn asks."""
+    assert dict(layout("prompt", "question").columns) == {"prompt": "question"}
+    assert dict(layout("prompt", "conversations", "question").columns) == {"messages": "conversations"}
+    with pytest.raises(DataError, match="no known format"):
+        layout("prompt", "query", "question")
+
+
 GUARDS = (
     "label", "라벨", "레이블", "acceptable?", "is_correct", "correct", "정답 여부", "순위", "rank", "상태", "정답",
     "오답", "option_a", "Option B", "choice1", "choices", "choice_text", "보기", "보기1", "보기 4", "선택지1", "B",

@@ -47,7 +47,10 @@ RESPONSES = {
     "law_polyglot": ({"instruction": "질문", "input": "맥락", "response": "답"}, "질문\n\n맥락"),
     "koalpaca": ({"instruction": "질문", "output": "답"}, "질문"),
     "null_input": ({"instruction": "질문", "input": None, "output": "답"}, "질문"),
-    "stanford_with_text": ({"instruction": "질문", "input": "", "output": "답", "text": "### Response: 다름"}, "질문"),
+    "stanford_with_text": (
+        {"instruction": "질문", "input": "", "output": "답", "text": "### Instruction:\n질문\n\n### Response:\n다름"},
+        "질문",
+    ),
     "kullm_eval": (
         {"id": "u", "motivation_app": "x", "instruction": "질문", "instances": [{"input": "맥락", "output": "답"}]},
         "질문\n\n맥락",

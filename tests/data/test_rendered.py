@@ -59,7 +59,12 @@ def test_a_prompt_of_a_chat_model_gets_no_other_template(prompt: str) -> None:
 
 @pytest.mark.parametrize(
     "prompt",
-    ["<|im_start|>user 는 무슨 뜻이에요?", "[INST] 물음", "<|start_header_id|>user<|end_header_id|>\n\n물음<|eot_id|>"],
+    [
+        "<|im_start|>user 는 무슨 뜻이에요?",
+        "[INST] 물음",
+        "<|start_header_id|>user<|end_header_id|>\n\n물음<|eot_id|>",
+        "<start_of_turn>user\n물음<end_of_turn>",
+    ],
 )
 def test_markers_without_the_place_of_the_answer_are_an_error(prompt: str) -> None:
     with pytest.raises(DataError, match=r"field `prompt` begins with the markers of .* does not end where the answer"):

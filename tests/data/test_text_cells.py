@@ -101,6 +101,16 @@ def test_lists_of_a_text_table(pandas: Any, tmp_path: Path) -> None:
             assert record.responses == ("it's", 'a "b"', "c") and record.ranks == (1, 0, 2)
 
 
+@pytest.mark.parametrize("names", [("role", "content"), ("from", "value")])
+@pytest.mark.parametrize("more", [{}, {"weight": 1}])
+def test_messages_of_both_spellings_with_and_without_more(tmp_path: Path, names: tuple[str, str], more: Any) -> None:
+    turns = [dict(zip(names, turn, strict=True)) | more for turn in (("user", "질문"), ("assistant", "답"))]
+    asked, said = (json.dumps([turn], ensure_ascii=False).replace('"', '""') for turn in turns)
+    (tmp_path / "a.csv").write_text(f'prompt,chosen,rejected\n"{asked}","{said}",싫어\n', encoding="utf-8")
+    (record,) = records_of(tmp_path / "a.csv", "preference")
+    assert (record.prompt, record.chosen, record.rejected) == ("질문", "답", "싫어")
+
+
 @pytest.mark.parametrize(
     "cell",
     [

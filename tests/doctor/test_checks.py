@@ -3,6 +3,7 @@
 import pytest
 
 from rlhf.doctor.checks import examine
+from rlhf.doctor.monitor import HealthWatch
 from tests.doctor.test_doctor import CHECKS, LINES, history, last, lines_of, names
 
 LASTING = [
@@ -36,6 +37,29 @@ def test_so_many_lines_beyond_the_limit_and_no_fewer(name, metric, beyond, limit
     assert name not in found(lines, limit)
 
 
+WORSE = [
+    # check, metric, beyond the limit, the limit, healthy
+    ("sampling_mismatch", "sampling_logprob_error_mean", 0.06, 0.05, 0.01),
+    ("kl_negative", "kl_per_token", -0.024, -0.02, 0.1),
+    ("kl_explodes", "kl_per_token", 1.2, 1.0, 0.2),
+    ("clip_fraction_high", "clip_fraction", 0.44, 0.4, 0.1),
+    ("value_function_useless", "explained_variance", -1.2, 0.0, 0.5),
+    ("repetition", "repeated_4grams", 0.36, 0.3, 0.05),
+    ("too_few_held_out", "eval_rows", 20.0, 30.0, 52.0),
+]
+
+
+@pytest.mark.parametrize(("name", "metric", "beyond", "limit", "healthy"), WORSE)
+def test_what_is_twice_as_bad_is_told_again(name, metric, beyond, limit, healthy):
+    """And what is not quite twice as bad is not, nor what becomes better."""
+    for times, expected in ((0.6, []), (1.9, []), (2.1, ["worse"])):
+        watch = HealthWatch("ppo", CHECKS["ppo"])
+        later = beyond / times if abs(beyond) < abs(limit) else beyond * times
+        lines = lines_of(metric, [*[healthy] * 20, *[beyond] * 10, *[later] * 2])
+        events = [event for line in lines for event, one in watch.look(line["step"], line) if one.check == name]
+        assert events == (["found", *expected]), times
+
+
 def test_a_value_function_is_given_twenty_lines():
     for lines, expected in ((19, False), (20, True)):
         found = examine(CHECKS["ppo"], history("ppo", lines=lines, explained_variance=lambda index: -0.5))
@@ -43,9 +67,9 @@ def test_a_value_function_is_given_twenty_lines():
 
 
 def test_a_diverging_loss_is_told_by_the_means_of_five_lines_at_either_end():
-    (found,) = examine(CHECKS["sft"], lines_of("loss", [2.0, 3.0, 2.0, 3.0, 2.5, *[2.0] * 20, 5.0, 6.0, 7.0, 8.0, 9.0]))
+    (found,) = examine(CHECKS["sft"], lines_of("loss", [2.0, 3.0, 2.0, 3.0, 5.0, *[2.0] * 20, 5.0, 6.0, 7.0, 8.0, 9.0]))
     assert (found.check, found.severity, found.since, found.step) == ("loss_diverges", "critical", 26, 30)
-    assert found.message == "loss 7 over the last 5 lines, 2.5 over the first 5, 2 in the first"
+    assert found.message == "loss 7 over the last 5 lines, 3 over the first 5, 2 in the first"
 
 
 @pytest.mark.parametrize(("times", "expected"), [(1.49, False), (1.51, True)])
@@ -82,3 +106,20 @@ def test_growth_of_the_length_is_that_of_the_means_of_three_lines(first_of_three
         score_length_correlation=lambda index: 0.6,
     ))  # fmt: skip
     assert ("length_exploited" in names(found)) is expected
+
+
+@pytest.mark.parametrize(("first_of_three", "expected"), [(0.0, False), (0.3, True)])
+def test_the_gain_of_the_score_is_that_of_the_means_of_three_lines(first_of_three, expected):
+    """Half a standard deviation of 1: the last three lines have 0.47 or 0.57 on average."""
+    scores = [0.0] * (LINES - 3) + [first_of_three, 0.7, 0.7]
+    found = examine(CHECKS["ppo"], history(
+        "ppo", response_tokens=last(3, 50.0, 20.0), score=lambda index: scores[index], score_std=lambda index: 1.0,
+        score_length_correlation=lambda index: 0.6,
+    ))  # fmt: skip
+    assert ("length_exploited" in names(found)) is expected
+
+
+def test_what_has_fallen_is_told_by_the_means_of_three_lines_at_either_end():
+    lines = lines_of("entropy_estimate", [2.5, 2.0, 1.5, *[2.0] * 10, 0.3, 0.2, 0.1])
+    (found,) = examine(CHECKS["ppo"], lines)
+    assert found.message == "nats of entropy per token: 0.2 after 2 at the start"

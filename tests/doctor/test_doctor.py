@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
+import time
 
 import pytest
 import torch
@@ -161,6 +163,11 @@ SICK = [
       "score_length_correlation": lambda i: 0.0},
      {"response_tokens": lambda i: 25 + i / 4, "score": lambda i: i / 20, "score_length_correlation": lambda i: 0.6},
      None),
+    ("length_exploited", "ppo",  # in one step: two lengths and two scores in all
+     {"response_tokens": lambda i: 25 + 25 * (i > 9), "score": lambda i: 2.0 * (i > 9),
+      "score_length_correlation": lambda i: 0.0},
+     {"response_tokens": lambda i: 25 + 25 * (i > 9), "score": lambda i: 2.0 * (i % 2),
+      "score_length_correlation": lambda i: 0.0}, 11),
     ("score_is_length", "ppo", {"score_length_correlation": last(5, 0.98, 0.4)},
      {"score_length_correlation": lambda i: 0.8}, 28),
     ("score_is_length", "ppo", {"score_length_correlation": lambda i: -0.97},
@@ -376,6 +383,14 @@ def test_a_sick_running_run_with_a_half_written_line(tmp_path, capsys):
     assert "diagnosis: 2 findings so far: it is running" in text
     assert not diagnose(tmp_path / "ppo", STAGES).healthy  # a stage's own directory
     assert diagnose(tmp_path / "sft", STAGES).healthy
+
+
+def test_a_run_that_has_not_ended_says_how_long_ago_its_last_line_was_written(tmp_path, capsys):
+    write_stage(tmp_path / "sft", history("sft"), result=False)
+    written = time.time() - 3 * 3600
+    os.utime(tmp_path / "sft" / "metrics.jsonl", (written, written))
+    assert main(["doctor", str(tmp_path)]) == 3
+    assert "last line at step 160, written 3 hours ago" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_stages_are_those_it_is_given(tmp_path):

@@ -257,6 +257,7 @@ def test_a_run_that_ends_below_its_start(tmp_path, capsys):
     [
         ({"gain": -0.19}, {"score_below_start"}),
         ({"gain": 0.19}, set()),
+        ({"gain": 0.0, "spread": 0.0, "score_std": 0.0}, set()),  # responses and scores are as they were
         ({"gain": -0.09}, set()),  # two standard errors of 0.3 / sqrt(52) = 0.042, and too small to matter
         ({"gain": -0.19, "spread": 0.87}, {"score_below_start"}),  # 0.12
         ({"gain": -0.38, "spread": 1.74, "score_std": 2.0}, {"score_below_start"}),

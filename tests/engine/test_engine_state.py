@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,24 @@ def test_bitsandbytes_goes_on_exactly(case, models, tmp_path):
     goes_on_exactly(case, models, tmp_path)
     packed = [key for key in saved_tensors(tmp_path / "saved") if ".rank00000" in key]
     assert bool(packed) == (not case.lora)  # an adapter this small keeps plain moments
+
+
+def test_a_state_without_a_loss_scale_leaves_that_of_fp16_as_it_starts(one_rank, models):
+    with allow_fp16():
+        engine = build(Case("fp16-0", 0, "fp16", settings=FP16), models)
+    load_engine_state(engine, one_rank[0], "actor")
+    assert engine.global_steps == SAVED_AFTER and engine.optimizer.loss_scaler.cur_scale == 2**8
+
+
+def test_packed_moments_of_another_stage_say_what_to_resume_with(models, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    packed = Case("8bit-3", 3, model="wide", optimizer="adamw_8bit")
+    engine = build(packed, models)
+    train(packed, engine, 0, 1)
+    save(engine, tmp_path)
+    other = build(replace(packed, name="8bit-1", zero_stage=1), models)
+    with pytest.raises(ConfigError, match="cannot be loaded with zero_stage=1 on 1 rank; resume with .*=3 on 1 rank$"):
+        load_engine_state(other, tmp_path, "actor")
 
 
 @pytest.mark.parametrize("builds", [True, False])

@@ -78,6 +78,17 @@ def test_seed_iteration_and_row_choose_the_sample_and_the_process_does_not(name,
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+def test_neighbouring_seeds_iterations_and_rows_share_no_sample(name, model):
+    batch = prompts(1)
+    places = [(seed, iteration, row) for seed in (4, 5) for iteration in (1, 2) for row in (20, 21)]
+    drawn = []
+    for seed, iteration, row in places:
+        one = PromptBatch(batch.input_ids, batch.attention_mask, torch.tensor([row]))
+        drawn += responses(made(name, model, seed=seed).generate(one, Sampling(NEW_TOKENS), iteration=iteration))
+    assert len(set(map(tuple, drawn))) == len(places)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
 def test_filters_reach_the_backend(name, model):
     greedy = made(name, model).generate(prompts(), Sampling(NEW_TOKENS, greedy=True), iteration=1)
     for sampling in (Sampling(NEW_TOKENS, top_k=1), Sampling(NEW_TOKENS, top_p=1e-6)):

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from rlhf.config import ConfigError, ModelConfig
-from rlhf.models.architecture import ModelSize, check_trainable, check_weights_there, model_size
+from rlhf.models.architecture import ModelSize, check_packages, check_trainable, check_weights_there, model_size
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import apply_lora
 from tests.support.tiny_models import ARCHITECTURES, save_tiny_model
@@ -80,6 +80,10 @@ def test_packages_that_are_missing_are_named(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"quantization=4bit needs bitsandbytes: pip install 'rlhf\[quantization\]'"):
         check_trainable(path, ModelConfig(quantization="4bit", lora_rank=1), what="base_model")
+    check_trainable(path, ModelConfig(), what="base_model")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    for settings in ({"quantization": "4bit", "lora_rank": 1}, {"attn_implementation": "flash_attention_2"}):
+        check_packages(ModelConfig(**settings))
 
 
 def test_a_configuration_that_cannot_be_read_is_named(tokenizer, tmp_path):

@@ -43,6 +43,12 @@ def logits(model: nn.Module, ragged) -> torch.Tensor:
         return forward_logits(model, ragged[0], ragged[1])[ragged[1]]
 
 
+def test_an_adapter_without_a_rank_is_refused(tiny_models):
+    base = load_causal_lm(tiny_models["gpt2"], dtype=FP32)
+    with pytest.raises(ConfigError, match="lora_rank=0 must be at least 1"):
+        apply_lora(base, ModelConfig())
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_attention_projections_by_default(architecture, tiny_models, ragged):
     base = load_causal_lm(tiny_models[architecture], dtype=FP32).eval()

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.distributed import progress
+from rlhf.models import tiny_base
 from rlhf.models.tiny_base import TinyRecipe, announcement, build_tiny_base, tiny_base_path, train_tokenizer
 
 TEXTS = ["안녕하세요. 오늘은 날씨가 좋아요.", "### 응답:\n네, 산책을 해 보세요.", "고마워요. 내일 또 봐요."] * 4
@@ -133,3 +134,10 @@ def test_it_says_how_far_the_loss_fell(tmp_path, caplog):
 def test_tokenizer_training_is_deterministic():
     first, second = (train_tokenizer(TEXTS, 330).backend_tokenizer.to_str() for _ in range(2))
     assert first == second
+
+
+def test_rows_are_full_and_lose_no_token():
+    documents = [list(range(10)), list(range(10, 37)), list(range(37, 90))]
+    rows = tiny_base._packed_rows(documents, TinyRecipe(row_tokens=30))
+    three = [next(rows) for _ in range(3)]
+    assert [len(row) for row in three] == [30, 30, 30] and sorted(sum(three, [])) == list(range(90))

@@ -10,7 +10,7 @@ from rlhf.models.forward import forward_logits
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.token_logprobs import PLAIN_HEADS, token_logprobs
 from rlhf.numerics.logprobs import entropy_from_logits, logprobs_from_logits
-from rlhf.numerics.packed_rows import FLASH, PACKABLE, PACKED_SDPA, pack
+from rlhf.numerics.packed_rows import FLASH, PACKABLE, PACKED_SDPA, pack, packed_sdpa
 
 SHARED = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 LLAMA_LIKE = {
@@ -252,3 +252,15 @@ def test_a_long_list_is_split_as_well_and_in_a_moment():
 def test_a_sequence_beyond_the_budget_goes_alone_and_few_sequences_are_one_part_each():
     assert BatchPlan(4, 1, 1, micro_batch_tokens=20).micro_batches([30, 4, 4, 2]) == [[0], [1, 2, 3]]
     assert BatchPlan(4, 1, 4).micro_batches([5, 7]) == [[1], [0]]
+
+
+def test_dropout_reaches_the_attention_of_every_row():
+    """Among equal values dropout alone decides: each output is 1/keep times the weight that was kept."""
+    query = torch.randn(1, 2, 40, 8, generator=torch.Generator().manual_seed(1))
+    value = torch.ones(1, 2, 40, 8)
+    torch.manual_seed(2)
+    whole, _ = packed_sdpa(None, query, query, value, None, row_lengths=(25, 15))
+    torch.testing.assert_close(whole, torch.ones(1, 40, 2, 8))
+    drawn = torch.stack([packed_sdpa(None, query, query, value, None, dropout=0.5, row_lengths=(25, 15))[0]
+                         for _ in range(400)])  # fmt: skip
+    assert drawn.std(0).min() > 0.1 and drawn.mean(0).sub(1).abs().max() < 0.3

@@ -139,6 +139,18 @@ def test_a_baseline_below_a_half_is_that_of_the_shorter_response(tmp_path, longe
     assert f"; {rule}" in summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS)
 
 
+def test_the_table_shows_the_first_samples_and_as_many_as_it_is_asked_for(tmp_path):
+    results = made_up_results()
+    sample = results["ppo"]["samples"][0]
+    results["ppo"]["samples"] = [{**sample, "prompt": f"question {index}"} for index in range(5)]
+    write_results(tmp_path, results)
+    found = summary.summarize(tmp_path, ROWS)
+    for more, shown in (({}, 3), ({"samples": 0}, 0), ({"samples": 4}, 4), ({"samples": 9}, 5)):
+        lines = summary.closing_table(found, ROWS, **more).splitlines()
+        prompts = [line.split()[-1] for line in lines if line.startswith("prompt")]
+        assert prompts == [str(index) for index in range(shown)]
+
+
 def test_a_long_prompt_and_a_long_response_show_their_beginning(tmp_path):
     results = made_up_results()
     sample = results["ppo"]["samples"][0]
@@ -149,6 +161,17 @@ def test_a_long_prompt_and_a_long_response_show_their_beginning(tmp_path):
     response = next(line for line in lines if line.startswith("SFT ") and "처음" in line)
     assert prompt.startswith("prompt       질문의 처음") and prompt.endswith("...")
     assert response.endswith("...") and all(summary._columns(line) <= 60 for line in (prompt, response))
+
+
+@pytest.mark.parametrize("width", [60, 61])
+def test_a_long_line_fills_its_columns(tmp_path, width):
+    results = made_up_results()
+    sample = results["ppo"]["samples"][0]
+    results["ppo"]["samples"] = [{**sample, "prompt": "a" * 200, "sft": "b" * 199}]
+    write_results(tmp_path, results)
+    lines = summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS, width=width).splitlines()
+    cut = [line for line in lines if line.endswith(("a...", "b..."))]
+    assert [len(line) for line in cut] == [width, width]
 
 
 NEWER = {

@@ -251,12 +251,23 @@ def tests_for(mutant: Mutant, tests: dict[str, dict[str, Any]], budget: float) -
 
 
 def slow_files(mutant: Mutant) -> list[str]:
-    """The files of tests/slow that name the mutant's module, themselves or through what they use of tests/support."""
+    """The files of tests/slow that name the mutant's module, or one that imports it, themselves or through what they
+    use of tests/support."""
     folder, stem = Path(mutant.file).parent.name, Path(mutant.file).stem
-    module = mutant.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+    module = _module(Path(mutant.file))
+    sources = [path.relative_to(ROOT) for path in (*(ROOT / "rlhf").rglob("*.py"), *ROOT.glob("step*/main.py"))]
+    names = {module, *(_module(path) for path in sources if _names({module}, (ROOT / path).read_text("utf-8")))}
     found = []
     for path in sorted((ROOT / "tests" / "slow").glob("test_*.py")):
         text = "".join(part.read_text(encoding="utf-8") for part in [path, *support_of(path)])
-        if path.stem.startswith(f"test_{folder}_{stem}") or re.search(rf"{re.escape(module)}\b(?!\.)", text):
+        if path.stem.startswith(f"test_{folder}_{stem}") or _names(names, text):
             found.append(f"tests/slow/{path.name}")
     return found
+
+
+def _module(path: Path) -> str:
+    return str(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _names(modules: Iterable[str], text: str) -> bool:
+    return any(re.search(rf"{re.escape(module)}\b(?!\.)", text) for module in modules)

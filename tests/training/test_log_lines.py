@@ -73,4 +73,7 @@ def test_long_samples_take_a_line_each():
     sample = {"prompt": "처음 " + "가" * 300, "response": "나\n" * 300, "score": 1.0}
     prompt_line, response_line = sample_table([sample]).splitlines()
     assert prompt_line.startswith("  [+1.00] 처음 가") and response_line.startswith("          -> 나 나")
-    assert all(line.endswith("...") and len(line) < 130 for line in (prompt_line, response_line))
+    assert all(line.endswith("...") for line in (prompt_line, response_line))
+    assert len(prompt_line) == len("  [+1.00] ") + 110 and len(response_line) == len("          -> ") + 110
+    whole = sample_table([{"prompt": "가" * 110, "response": "나" * 111, "score": 1.0}]).splitlines()
+    assert whole[0].endswith("가" * 110) and whole[1].endswith(" " + "나" * 107 + "...")

@@ -1,10 +1,40 @@
-"""How far a held-out score has risen, prompt by prompt."""
+"""The loop of an on-policy training: when it evaluates and exports, and how far the held-out score has risen."""
 
+import json
 import math
 
 import pytest
 
 from rlhf.training.on_policy import score_gain
+from tests.algorithms.test_ppo_checklist import make_trainer  # noqa: F401  (a fixture)
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, [0, 5]), (2, [0, 2, 4, 5]), (5, [0, 5])])
+def test_it_evaluates_before_every_so_often_and_at_the_end(make_trainer, every, expected):  # noqa: F811
+    trainer, exported = make_trainer(iterations=5, eval_every_steps=every), []
+    trainer.export = lambda: exported.append(trainer.step + 1)
+    trainer.fit()
+    lines = [json.loads(line) for line in (trainer.directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_score" in line] == expected
+    assert exported == expected[1:], "what is evaluated after training began is what is saved"
+
+
+@pytest.mark.parametrize(("full_until", "ends"), [(2, True), (3, False)])
+def test_a_disk_that_is_full_ends_a_run_at_its_last_export_alone(make_trainer, full_until, ends):  # noqa: F811
+    trainer, tried = make_trainer(iterations=3, eval_every_steps=1), []
+
+    def export():
+        tried.append(trainer.step + 1)
+        if tried[-1] <= full_until:
+            raise OSError(28, "no space left on device")
+
+    trainer.export = export
+    if ends:
+        assert trainer.fit()["after"]["rows"] == 3
+    else:
+        with pytest.raises(OSError, match="no space left"):
+            trainer.fit()
+    assert tried == [1, 2, 3]
 
 
 def test_the_gain_and_its_error_are_those_of_the_differences_by_prompt():

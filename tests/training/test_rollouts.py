@@ -12,7 +12,7 @@ from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.generation.continuous_batching import generate
 from rlhf.generation.deepspeed_backend import DeepSpeedBackend
 from rlhf.numerics.cpu import WORKERS, can_run_side_by_side, side_by_side
-from rlhf.types import TokenizedResponse
+from rlhf.types import RewardOutput, TokenizedResponse
 from tests.algorithms.test_ppo_checklist import make_trainer  # noqa: F401  (a fixture)
 
 TENSORS = ("logprobs", "ref_logprobs", "values", "scores")
@@ -111,6 +111,26 @@ def test_the_error_of_the_kl_is_its_spread_over_rollouts_of_as_many_responses(ma
     described = trainer.rollouts.describe(found)
     assert described["kl_error"] == pytest.approx(float(per_response[drawn].mean(1).std()), rel=0.03)
     assert described["kl_per_token"] == pytest.approx(float(per_response.mean()), rel=1e-4)
+
+
+def test_every_part_of_a_reward_has_its_own_mean(make_trainer):  # noqa: F811
+    """Scored in several passes, whose rows are in another order than the rollout's."""
+
+    class Parts:
+        training_range = None
+
+        def score(self, responses):
+            lengths = responses.rollout.response_mask.sum(1).float()
+            numbers = torch.tensor([float(prompt.id) for prompt in responses.prompts])
+            return RewardOutput(lengths + numbers, parts={"length": lengths, "by_number": numbers})
+
+    trainer = make_trainer(rollout=16, plan=BatchPlan(16, 16, 1))
+    trainer.rollouts.reward, trainer.rollouts.scoring_tokens = Parts(), 40
+    found = scored(trainer)
+    described = trainer.rollouts.describe(found)
+    assert described["score/length"] == pytest.approx(described["response_tokens"])
+    assert described["score/by_number"] == pytest.approx(sum(range(16)) / 16)
+    assert found.scores.tolist() == (found.rollout.response_mask.sum(1) + torch.arange(16)).tolist()
 
 
 def test_samples_of_an_evaluation_show_each_prompt_with_its_first_response_and_the_score_of_that(make_trainer):  # noqa: F811

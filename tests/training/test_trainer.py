@@ -152,6 +152,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(bad):
     assert line.gradients == [] and line.module.weight.item() == 2.0
 
 
+@pytest.mark.parametrize("bad", [None, "weight"])
+def test_the_error_of_a_loss_says_whether_a_weight_is_to_blame(bad):
+    plan = BatchPlan(1, 1, 1)
+    model = torch.nn.ModuleDict({"first": Line(), "second": Line()})
+    if bad:
+        model["second"].weight.data.fill_(math.nan)
+    with pytest.raises(
+        NonFiniteError,
+        match="the weight second.weight is not finite already" if bad else "all weights are finite",
+    ):
+        accumulate_step(
+            LocalEngine(model, plan),
+            [torch.tensor(1.0 if bad else math.inf)],
+            count=lambda batch: 1.0,
+            loss_sum=lambda batch: (model["first"].weight * model["second"].weight * batch).sum(),
+            step=7,
+        )
+
+
 def test_a_batch_in_which_nothing_counts_is_an_error():
     with pytest.raises(ValueError, match="step 7: no element of the batch counts for policy loss"):
         take_step([[], []], BatchPlan(2, 1, 1), name="policy loss")
@@ -208,19 +227,21 @@ def test_sft_evaluation_is_the_mean_over_tokens_for_every_batch_size(tiny_models
     assert found["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-4)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_sft_evaluation_over_ranks_counts_no_row_twice(tiny_models, tmp_path, monkeypatch, world):
-    """Three micro-batches on two or four ranks: the rows that fill up are not in the mean."""
-    rows, packed = sft_rows(6), []
+@pytest.mark.parametrize(("world", "count", "fill"), [(2, 7, 0), (2, 1, 1), (4, 3, 1)])
+def test_sft_evaluation_over_ranks_counts_no_row_twice(tiny_models, tmp_path, monkeypatch, world, count, fill):
+    """With fewer rows than ranks the last of them fills up, and is in the mean once."""
+    rows, packed, filling = sft_rows(count), [], 0
     monkeypatch.setattr(rlhf.training.metrics, "all_reduce_sum", lambda tensor: packed.append(tensor.clone()) or tensor)
     for rank in range(world):
         on_rank(monkeypatch, rank, world)
         trainer = sft_trainer(tiny_models["gpt2"], tmp_path, rows, rows, max_steps=1)
         trainer.plan = BatchPlan(2 * world, 2, world)
+        filling += [counted for _, counted in trainer.evaluation_batches()].count(0)
         trainer.evaluate()
-    total, count = sum(packed)[0].tolist()  # the sum and the count that each rank hands to the reduction
-    assert count == sum(len(row.input_ids) - row.prompt_tokens for row in rows)
-    assert total / count == pytest.approx(mean_loss(trainer.engine.module, rows), rel=1e-5)
+    assert filling == fill
+    total, tokens = sum(packed)[0].tolist()  # the sum and the count that each rank hands to the reduction
+    assert tokens == sum(len(row.input_ids) - row.prompt_tokens for row in rows)
+    assert total / tokens == pytest.approx(mean_loss(trainer.engine.module, rows), rel=1e-5)
 
 
 def test_sft_on_the_whole_text_counts_the_prompt_too(tiny_models, tmp_path):
