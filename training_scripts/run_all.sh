@@ -62,6 +62,8 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
         export OMP_NUM_THREADS=$((threads > 1 ? threads : 1))
     fi
 fi
+# A thread that waits for the others sleeps: on cores that other work wants too, spinning costs ten times the time.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
 
 stop_signal=""  # the first signal this script got: the stage is asked to stop
 launcher=""     # process and process group of the running stage; empty between stages

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 from rlhf.data.templates import load_template
 from rlhf.data.world.datasets import base_texts
 
@@ -9,11 +12,12 @@ TEMPLATE = "kullm"
 TEMPLATE_TEXTS = 300
 
 
-def embedded_corpus() -> list[str]:
+@functools.cache
+def embedded_corpus() -> Sequence[str]:
     """Plain text for the base model: exchanges of two lines, no combination of which is held out.
 
     Good and bad answers occur alike, so the base can say both and has yet to learn which is wanted. The words of the
     default template stand there alone, so that the tokenizer knows them; following instructions is what step 1
     teaches.
     """
-    return [*base_texts(), *[load_template(TEMPLATE).render("") for _ in range(TEMPLATE_TEXTS)]]
+    return (*base_texts(), *[load_template(TEMPLATE).render("")] * TEMPLATE_TEXTS)

@@ -51,7 +51,7 @@ class TinyRecipe:
     max_positions: int = 512
     row_tokens: int = 128
     rows_per_step: int = 8
-    steps: int = 2800
+    steps: int = 2100
     matrix_learning_rate: float = 2e-2
     learning_rate: float = 2e-3
     warmup_steps: int = 50

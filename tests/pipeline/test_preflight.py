@@ -45,10 +45,10 @@ def entries(directory: Path) -> list[str]:
 def test_the_default_run_is_well_and_nothing_is_left_but_tokens(check, tmp_path):
     status, out, _ = check()
     assert status == 0
-    assert "SFT: 150 optimizer steps; 600 rows to train on and 52 held out; model 1.6M weights\n" in out
+    assert "SFT: 375 optimizer steps; 3000 rows to train on and 200 held out; model 1.3M weights\n" in out
     assert (
-        "PPO: 128 optimizer steps; 292 rows to train on and 52 held out; actor 1.6M weights, critic 1.2M weights"
-        in (out.replace("critic 1.6M", "critic 1.2M"))
+        "PPO: 160 optimizer steps; 3000 rows to train on and 100 held out; actor 1.3M weights, critic 1.0M weights"
+        in (out.replace("critic 1.3M", "critic 1.0M"))
     )
     assert out.count("configuration: ") == 1  # the three stages read one file
     assert entries(tmp_path / "out") == []

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlhf.data.world.annotator import Annotator
-from rlhf.data.world.judge import judge_response
+from rlhf.data.world.grammar import sentences
+from rlhf.data.world.judge import judge_response, readings
 from rlhf.data.world.situations import CATEGORIES, FRAMES, Situation, draw_situation
 from rlhf.data.world.writer import BASE_MIX, PREFERENCE_MIX, SFT_MIX, write_answer
 
 SAME_GOLD = 0.02
 """Answers whose gold is as near as this are not compared."""
-ROWS = {"sft": 3000, "preference": 4000, "ranked": 1000, "prompts": 3000}
+ROWS = {"sft": 3000, "preference": 4000, "ranked": 4000, "prompts": 3000}
 """Rows of the training file of each kind."""
 HELD_OUT_ROWS = {"sft": 200, "preference": 400, "ranked": 100, "prompts": 100}
 RANKED_ANSWERS = 4
+EDITED = 0.5
+"""The share of comparisons between an answer and others that differ from it in one sentence."""
 BASE_TEXTS = 24000
 REPEATED = 1000
 """So many prompts in a row that were there already: there are no more of them."""
@@ -57,12 +60,37 @@ class World:
     def _compared(self, situation: Situation, count: int, chance: random.Random) -> tuple[list[str], list[int]]:
         """Answers of which no two are as good as each other, and their ranks."""
         answers: dict[str, float] = {}
+        edits = chance.random() < EDITED
         while len(answers) < count:
             answer = write_answer(situation, chance, PREFERENCE_MIX)
+            if edits and answers:
+                answer = _edited(next(iter(answers)), answer, chance)
             gold = judge_response(situation, answer, ended=True).total
             if all(abs(gold - other) > SAME_GOLD for other in answers.values()):
                 answers[answer] = gold
         return list(answers), self.annotator.ranks(situation, list(answers), chance)
+
+
+def _edited(answer: str, other: str, chance: random.Random) -> str:
+    """`answer` with a sentence of `other` in place of one of its kind; `other` where they have no kind in common."""
+    parts = sentences(answer)
+    pairs = [
+        (place, new)
+        for place, part in enumerate(parts)
+        for new in sentences(other)
+        if new not in parts and _says(new) == _says(part) and _says(part)[:1] != ("filler",)
+    ]
+    if not pairs:
+        return other
+    place, new = chance.choice(pairs)
+    parts[place] = new
+    return " ".join(parts)
+
+
+def _says(sentence: str) -> tuple[str, ...]:
+    """The kind of a sentence with the facts that it states."""
+    found = readings(sentence)
+    return (found[0].kind, *(slot.fact for slot in found[0].found or ())) if found else ()
 
 
 def _sft(world: World, situation: Situation, prompt: str, chance: random.Random) -> dict[str, Any]:

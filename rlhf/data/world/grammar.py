@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -111,15 +111,15 @@ class Template:
 
         `claimed`: the meaning whose facts are stated, where it is another.
         """
-        text = _CHOICE.sub(lambda found: chance.choice(found[1].split("|")), self.text)
-
-        def word(found: re.Match[str]) -> str:
-            table, form = self.tables[found[1]], found[2] or ""
-            entries = claimed if claimed is not None and form in table.facts else meaning
-            text = table.texts(form)[entries[table.name]]
-            return joined(text, found[3]) if found[3] else text
-
-        return _SLOT.sub(word, text)
+        written = []
+        for piece in self._pieces:
+            if isinstance(piece, _Words):
+                entries = claimed if claimed is not None and piece.fact else meaning
+                word = piece.texts[entries[piece.table]]
+                written.append(joined(word, piece.particle) if piece.particle else word)
+            else:
+                written.append(piece[0] if len(piece) == 1 else chance.choice(piece))
+        return "".join(written)
 
     def wordings(self) -> int:
         """How many ways there are to write one meaning."""
@@ -148,19 +148,39 @@ class Template:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        return re.compile("".join(self._pieces()))
-
-    def _pieces(self) -> Iterator[str]:
-        number = 0
-        for piece in _PIECE.findall(self.text):
-            if piece.startswith("["):
-                yield "(?:" + "|".join(map(re.escape, piece[1:-1].split("|"))) + ")"
-            elif piece.startswith("{"):
+        parts, number = [], 0
+        for piece in self._pieces:
+            if isinstance(piece, _Words):
                 words = sorted(self._entries[number], key=len, reverse=True)
-                yield f"(?P<s{number}>{'|'.join(map(re.escape, words))})"
+                parts.append(f"(?P<s{number}>{'|'.join(map(re.escape, words))})")
                 number += 1
             else:
-                yield re.escape(piece)
+                parts.append(f"(?:{'|'.join(map(re.escape, piece))})")
+        return re.compile("".join(parts))
+
+    @cached_property
+    def _pieces(self) -> tuple[tuple[str, ...] | _Words, ...]:
+        """The template in order: the wordings of a choice (of one for plain text), and the words of a slot."""
+        result: list[tuple[str, ...] | _Words] = []
+        slots = iter(self.slots)
+        for piece in _PIECE.findall(self.text):
+            if piece.startswith("{"):
+                slot = next(slots)
+                table = self.tables[slot.table]
+                result.append(_Words(slot.table, table.texts(slot.form), slot.form in table.facts, slot.particle))
+            else:
+                result.append(tuple(piece[1:-1].split("|")) if piece.startswith("[") else (piece,))
+        return tuple(result)
+
+
+@dataclass(frozen=True)
+class _Words:
+    """What may stand in a slot, by entry; `fact`: it is a form that answers state."""
+
+    table: str
+    texts: list[str]
+    fact: bool
+    particle: str
 
 
 def sentences(text: str) -> list[str]:

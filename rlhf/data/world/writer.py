@@ -24,15 +24,15 @@ class AnswerMix:
     `characters` (least, most), whatever else the answer says, so that length tells little of quality.
     """
 
-    opening: float = 0.5
-    opening_out_of_place: float = 0.06
-    right: float = 0.58
-    wrong: float = 0.14
+    opening: float = 0.35
+    opening_out_of_place: float = 0.1
+    right: float = 0.48
+    wrong: float = 0.16
     remark: float = 0.6
-    refusal: float = 0.55
-    overrefusal: float = 0.05
+    refusal: float = 0.45
+    overrefusal: float = 0.08
     off_topic: float = 0.05
-    rude: float = 0.07
+    rude: float = 0.12
     repeated: float = 0.04
     malformed: float = 0.015
     agreement: float = 0.1
@@ -45,10 +45,21 @@ WHOLE = AnswerMix(1, 0, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, (-99, -99))
 """Only whole answers."""
 SFT_MIX = AnswerMix()
 """Answers as people without instructions write them: half of them lack something."""
-PREFERENCE_MIX = AnswerMix(right=0.55, wrong=0.2, off_topic=0.08, rude=0.1, repeated=0.06, malformed=0.05)
-"""A little worse, so that everything that can go wrong occurs in the comparisons."""
+PREFERENCE_MIX = AnswerMix(
+    opening=0.5, right=0.55, wrong=0.2, refusal=0.55, off_topic=0.08, rude=0.1, repeated=0.06, malformed=0.05
+)
+"""Good and bad alike, so that everything that can go right and wrong occurs in the comparisons."""
 BASE_MIX = AnswerMix(
-    opening=0.6, right=0.9, wrong=0.02, refusal=0.7, off_topic=0.02, rude=0.04, malformed=0, characters=(20, 80)
+    opening=0.6,
+    opening_out_of_place=0.06,
+    right=0.9,
+    wrong=0.02,
+    refusal=0.7,
+    overrefusal=0.05,
+    off_topic=0.02,
+    rude=0.04,
+    malformed=0,
+    characters=(20, 80),
 )
 """What the base model reads: mostly true and whole, so that it knows the facts, and something of every manner."""
 
