@@ -6,6 +6,7 @@ deepspeed step2_reward/main.py [--config FILE] [--field value ...]
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,6 +17,7 @@ if __name__ == "__main__":
     check_command_line("reward")  # a mistake is told before torch is loaded
 
 from rlhf.algorithms.reward import RewardTrainer
+from rlhf.algorithms.shortcuts import log_shortcuts
 from rlhf.checkpoint.atomic import write_json
 from rlhf.checkpoint.export import export_scalar_model
 from rlhf.checkpoint.fingerprint import model_fingerprint
@@ -44,6 +46,7 @@ def main(stage: StageRun[RewardStageConfig]) -> dict:
         data,
         config.reward,
         pad_token_id=tokenizer.pad_token_id,
+        decode=partial(tokenizer.decode, skip_special_tokens=True),
         plan=stage.plan,
         total_steps=total_steps,
         export=lambda: export_scalar_model(engine, tokenizer, stage.directory / "model"),
@@ -51,6 +54,7 @@ def main(stage: StageRun[RewardStageConfig]) -> dict:
     )
     outcome = trainer.fit()
     after = outcome["after"]
+    log_shortcuts(after.get("shortcuts"))
     write_json(stage.directory / "evaluation.json", after)
     by_category = after.get("by_category", {})
     return {
@@ -63,6 +67,7 @@ def main(stage: StageRun[RewardStageConfig]) -> dict:
         "over_shortcut": after.get("eval_over_shortcut"),
         "over_shortcut_low": after.get("eval_over_shortcut_low"),
         "over_shortcut_high": after.get("eval_over_shortcut_high"),
+        "shortcuts": after.get("shortcuts"),
         "accuracy_by_category": {name: entry["accuracy"] for name, entry in by_category.items()},
         "pairs_by_category": {name: entry["pairs"] for name, entry in by_category.items()},
         "mean_margin": after.get("eval_margin"),

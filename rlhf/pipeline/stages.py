@@ -28,7 +28,7 @@ from rlhf.config import (
 from rlhf.config.explain import FieldsInForce
 from rlhf.config.parsing import fields_in_force
 from rlhf.doctor.checks import OFFLINE, ON_POLICY, REWARD, Check
-from rlhf.report.figures import Figure, PartsFigure
+from rlhf.report.figures import Figure, PartsFigure, ShortcutFigure
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = PROJECT / "training_scripts" / "configs" / "default.yaml"
@@ -120,7 +120,7 @@ class Stage:
     title: str
     config: type[StageConfig]
     short_run: Mapping[str, str]
-    figures: Sequence[Figure | PartsFigure]
+    figures: Sequence[Figure | PartsFigure | ShortcutFigure]
     checks: Sequence[Check]
     curves: Sequence[str]
     logged: Sequence[str]
@@ -199,6 +199,7 @@ STAGES = {
             short_run={"max_steps": "4"},
             figures=(
                 Figure("held-out accuracy", after="accuracy", count="held_out_pairs", note=_certainty),
+                ShortcutFigure("shortcuts"),
                 Figure("mean margin", after="mean_margin", count="held_out_pairs"),
                 Figure("", each="accuracy_by_category", count="pairs_by_category"),
             ),
@@ -210,6 +211,7 @@ STAGES = {
                 "over_shortcut",
                 "over_shortcut_low",
                 "over_shortcut_high",
+                "shortcuts",
             ),
             checks=REWARD,
             curves=("loss", "accuracy", "margin", "eval_accuracy"),
