@@ -29,10 +29,31 @@ class RewardConfig:
     """Weight of (s_i + s_j)^2 (Eisenstein et al. use 0.01); 0 turns it off."""
     use_margins: bool = False
     """Subtract the margin of a row, where it has one, inside the sigmoid (Llama 2)."""
+    length_control: Literal["none", "balance", "calibrate", "odin"] = "none"
+    """What is done against a score that follows length, either way (docs/rewards.md): `balance` weighs pairs so that
+    the longer response is chosen as often as the shorter one, `calibrate` takes E[score | length] off after training
+    (arXiv 2409.17407), `odin` trains a head for length beside and drops it (arXiv 2402.07319)."""
+    length_curve_span: float = 0.667
+    """Share of the training responses that each place of the curve of `calibrate` is fitted to (Cleveland 1979: 0.2 to
+    0.8; R and statsmodels: 2/3)."""
+    odin_length_coef: float = 1.0
+    """Weight of the loss of ODIN's two correlations with length (its authors' script: 1)."""
+    odin_orthogonality_coef: float = 1.0
+    """Weight of the loss that keeps ODIN's two heads orthogonal (its authors' script: 1)."""
+    cross_prompt_share: float = 0.0
+    """Pairs added for each training ranking, with a response to another prompt as the rejected one (RRM, arXiv
+    2409.13156); 0 adds none. They count as rows of an epoch."""
     calibration_rows: int = 512
     """Prompts whose best responses set the saved mean and standard deviation of the scores (InstructGPT: mean 0)."""
     eval_every_steps: int = 0
     """Optimizer steps between evaluations; 0 evaluates before and after only. The best model is kept."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "odin_length_coef", "odin_orthogonality_coef", "cross_prompt_share")
+        if not 0 < self.length_curve_span <= 1:
+            raise ConfigError(
+                f"length_curve_span={self.length_curve_span} must lie in (0, 1]: a share of the responses"
+            )
 
 
 @dataclass

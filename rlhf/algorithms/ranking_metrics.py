@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +72,13 @@ def candidate_columns(
     }
 
 
-def ranking_metrics(rows: ScoredRows, names: RowNames) -> dict[str, Any]:
+def ranking_metrics(
+    rows: ScoredRows, names: RowNames, weigh: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> dict[str, Any]:
     """Pair accuracy (see `accuracy_of`), margin, loss, what choosing by length alone gives, and all per category.
 
-    `eval_rows` counts prompts with a pair, `eval_pairs` their pairs. `shortcuts` is what the score follows beside
+    `eval_rows` counts prompts with a pair, `eval_pairs` their pairs. `weigh` makes of length differences [pairs] the
+    weights of pairs in the loss, and in nothing else. `shortcuts` is what the score follows beside
     quality, see `rlhf.algorithms.shortcuts.audit`.
     """
     better, worse = ranked_pairs(rows.groups, rows.ranks)
@@ -85,10 +88,11 @@ def ranking_metrics(rows: ScoredRows, names: RowNames) -> dict[str, Any]:
     correct = accuracy_of(rows.scores[better], rows.scores[worse])
     by_length = accuracy_of(rows.lengths[better], rows.lengths[worse])
     zero = torch.zeros_like(rows.scores)
+    weights = None if weigh is None else weigh(rows.lengths[better] - rows.lengths[worse])
     rankings = rows.groups[better].unique().numel()
     by_category = _pairs_by_group(rows, rows.categories, names.categories)
     result: dict[str, Any] = {
-        "eval_loss": float(ranking_loss(rows.scores, rows.groups, rows.ranks, zero)) / rankings,
+        "eval_loss": float(ranking_loss(rows.scores, rows.groups, rows.ranks, zero, weights=weights)) / rankings,
         "eval_accuracy": float(correct.mean()),
         **{f"eval_{name}": value for name, value in certainty(correct, by_length, rows.prompts[better]).items()},
         "eval_pairs": float(len(better)),

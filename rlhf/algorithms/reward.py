@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from rlhf.algorithms.config import RewardConfig
-from rlhf.algorithms.ranking_losses import ranked_pairs, ranking_loss
+from rlhf.algorithms.odin import LengthPull, orthogonality_loss
+from rlhf.algorithms.ranking_losses import LengthBalance, ranked_pairs, ranking_loss
 from rlhf.algorithms.ranking_metrics import RowNames, ScoredRows, accuracy_of, candidate_columns, ranking_metrics
 from rlhf.algorithms.shortcuts import common_openings
 from rlhf.data.collate import collate_rankings
 from rlhf.data.stage_data import StageData
-from rlhf.distributed.collectives import all_gather_rows
+from rlhf.distributed.collectives import all_gather_rows, all_reduce_sum
+from rlhf.distributed.log import logger
+from rlhf.numerics.local_regression import Curve, local_regression
 from rlhf.numerics.statistics import score_last
 from rlhf.training.offline import OfflineTrainer
 from rlhf.types import RankedBatch, TokenizedRanking
+
+
+def less(rows: ScoredRows, curve: Curve | None) -> ScoredRows:
+    """`rows` with r - E[r | length] for r (Huang et al., arXiv 2409.17407); unchanged without a curve."""
+    return rows if curve is None else replace(rows, scores=rows.scores - curve.at(rows.lengths))
 
 
 class RewardTrainer(OfflineTrainer[RankedBatch]):
@@ -30,11 +39,18 @@ class RewardTrainer(OfflineTrainer[RankedBatch]):
         *,
         pad_token_id: int,
         decode: Callable[[Sequence[int]], str] | None = None,
+        added: Sequence[TokenizedRanking] = (),
         **loop: Any,
     ) -> None:
-        """`decode` makes text of token ids, for the openings of responses; without it they are not looked at."""
-        super().__init__(engine, data, eval_every_steps=config.eval_every_steps, **loop)
+        """`decode` makes text of token ids, for the openings of responses; without it they are not looked at. `added`
+        are training rows that nothing is calibrated on (`cross_prompt_pairs`). `length_control: odin` needs an engine
+        around an `OdinModel`."""
+        everything = replace(data, train=[*data.train, *added])
+        super().__init__(engine, everything, eval_every_steps=config.eval_every_steps, **loop)
         self.config = config
+        self.own_rows = data.train
+        self.balance = self._balance() if config.length_control == "balance" else None
+        self.pulls: dict[int, tuple[LengthPull, float]] = {}
         self.pad_token_id = pad_token_id
         self.category_names = sorted({example.category for example in [*data.train, *data.evaluation]})
         sources = sorted({example.source for example in data.evaluation}) or [""]
@@ -53,21 +69,92 @@ class RewardTrainer(OfflineTrainer[RankedBatch]):
         return float(batch.groups[better].unique().numel())
 
     def loss_sum(self, batch: RankedBatch) -> torch.Tensor:
-        scores = self.scores(batch)
+        if self.config.length_control == "odin":
+            quality, length, heads = self.heads(batch)
+            return self._ranking_loss(batch, quality + length) + self._odin_loss(batch, quality, length, heads)
+        return self._ranking_loss(batch, self.scores(batch))
+
+    def _ranking_loss(self, batch: RankedBatch, scores: torch.Tensor) -> torch.Tensor:
         margins = batch.margins if self.config.use_margins else torch.zeros_like(scores)
         better, worse = ranked_pairs(batch.groups, batch.ranks)
         with torch.no_grad():
             correct = accuracy_of(scores[better], scores[worse])
             self.meter.add({"accuracy": correct.sum(), "margin": (scores[better] - scores[worse]).sum()}, len(better))
-        return ranking_loss(scores, batch.groups, batch.ranks, margins, centering_coef=self.config.centering_coef)
+        weights = None if self.balance is None else self.balance.weights(batch.lengths[better] - batch.lengths[worse])
+        return ranking_loss(
+            scores, batch.groups, batch.ranks, margins, centering_coef=self.config.centering_coef, weights=weights
+        )
 
     def scores(self, batch: RankedBatch) -> torch.Tensor:
-        """Raw scores [N]: the scalar head's value at the last real token of each row."""
+        """Raw scores [N]: the scalar head's value at the last real token of each row, with ODIN that for quality."""
+        if self.config.length_control == "odin":
+            return self.heads(batch)[0]
         values = self.engine(batch.input_ids, batch.attention_mask)
         return score_last(values, batch.attention_mask)
 
+    # ---------------------------------------------------------------------------------------- length control
+
+    def _balance(self) -> LengthBalance:
+        """The weights of all training pairs, told in the log."""
+        differences, shares = [], []
+        for example in self.train:
+            ranks, lengths = example.ranks, [row.response_tokens for row in example.candidates]
+            pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+            differences += [lengths[i] - lengths[j] for i, j in pairs]
+            shares += [1 / len(pairs)] * len(pairs)
+        balance = LengthBalance.of(torch.tensor(differences), torch.tensor(shares, dtype=torch.float64))
+        for line in balance.lines():
+            logger.info("%s: %s", self.stage, line)
+        return balance
+
+    def heads(self, batch: RankedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What ODIN's heads say of quality and of length [N], and their rows [2, H] scaled to length 1."""
+        quality, length, rows = self.engine(batch.input_ids, batch.attention_mask)
+        return score_last(quality, batch.attention_mask), score_last(length, batch.attention_mask), rows
+
+    def before_step(self, batches: Sequence[RankedBatch]) -> None:
+        """With ODIN: the correlations with length are those of the global batch, which is scored once for them.
+
+        Random numbers are put back, so that the pass which learns has the same dropout.
+        """
+        if self.config.length_control != "odin":
+            return
+        devices = [torch.cuda.current_device()] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            said = [torch.stack(self.heads(batch)[:2]) for batch in batches]
+        quality, length = torch.cat(said, dim=1)
+        pull = LengthPull.of(quality, length, torch.cat([batch.lengths for batch in batches]))
+        mine = torch.tensor(sum(self.loss_count(batch) for batch in batches), device=self.device)
+        total = float(all_reduce_sum(mine))
+        parts = pull.split([len(batch) for batch in batches])
+        self.pulls = {id(batch): (part, total) for batch, part in zip(batches, parts, strict=True)}
+        names = ("quality_length_correlation", "length_head_correlation")
+        self.meter.add(dict(zip(names, pull.correlations, strict=True)), 1)
+
+    def _odin_loss(
+        self, batch: RankedBatch, quality: torch.Tensor, length: torch.Tensor, heads: torch.Tensor
+    ) -> torch.Tensor:
+        """The micro-batch's part of the two losses beside the ranking loss, times the count that it is divided by."""
+        pull, total = self.pulls[id(batch)]
+        count = self.loss_count(batch)
+        of_length = count * pull.value + total * pull.surrogate(quality, length)
+        of_heads = count * orthogonality_loss(heads)
+        loss = self.config.odin_length_coef * of_length + self.config.odin_orthogonality_coef * of_heads
+        return loss.to(quality.dtype)
+
+    def _length_curve(self, rows: ScoredRows) -> Curve | None:
+        """E[score | length] over `rows`; None where it is not to be taken off."""
+        if self.config.length_control != "calibrate":
+            return None
+        return local_regression(rows.lengths, rows.scores, span=self.config.length_curve_span)
+
+    # --------------------------------------------------------------------------------- evaluation and export
+
     def evaluate(self) -> dict[str, Any]:
-        return ranking_metrics(self._score_all(self.evaluation, self.openings), self.names)
+        rows = self._score_all(self.evaluation, self.openings)
+        if self.config.length_control == "calibrate":
+            rows = less(rows, self._length_curve(self._score_all(self.calibration_examples())))
+        return ranking_metrics(rows, self.names, None if self.balance is None else self.balance.weights)
 
     def export(self) -> None:
         """Export the model with the normalisation of its scores as they are now."""
@@ -78,20 +165,24 @@ class RewardTrainer(OfflineTrainer[RankedBatch]):
         """Mean and standard deviation of the scores of the best responses of `calibration_rows` random prompts.
 
         InstructGPT normalises the reward model so that reference responses have mean score 0. The range of all their
-        responses' scores, normalised alike, is noted in the model, which is saved with it.
+        responses' scores, normalised alike, is noted in the model, which is saved with it; so is the length curve
+        where there is one, which is taken off first.
         """
         self.engine.eval()
         with torch.no_grad():
-            rows = self._score_all(self.calibration_examples())
+            raw = self._score_all(self.calibration_examples())
+        curve = self._length_curve(raw)
+        rows = less(raw, curve)
         best = rows.scores[rows.ranks == 0]
         mean, std = float(best.mean()), max(float(best.std(unbiased=False)), 1e-6)
         self.engine.module.set_score_range((rows.scores - mean) / std)
+        self.engine.module.length_curve = None if curve is None else curve.divided(std)
         return mean, std
 
     def calibration_examples(self) -> list[TokenizedRanking]:
         """Random training prompts, the same on every rank (data sets may stand one after the other)."""
-        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.run.seed))
-        return [self.train[index] for index in order[: self.config.calibration_rows].tolist()]
+        order = torch.randperm(len(self.own_rows), generator=torch.Generator().manual_seed(self.run.seed))
+        return [self.own_rows[index] for index in order[: self.config.calibration_rows].tolist()]
 
     def _score_all(self, examples: Sequence[TokenizedRanking], openings: Sequence[int] | None = None) -> ScoredRows:
         """Scores of all candidates over all ranks, in the order of `examples`, with what is known of each."""
