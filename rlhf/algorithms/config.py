@@ -143,6 +143,12 @@ class PPOConfig:
     first rollout, computed both ways, agrees to 1e-4 nats (float32 does, 16-bit does not)."""
     missing_eos_penalty: float = 0.0
     """Taken off the score of a response that does not end (TRL: 1.0)."""
+    overlong_penalty: float = 0.0
+    """Taken off the score of a response of max_response_tokens, less of it the shorter the response, nothing before the
+    last `overlong_buffer_tokens` (DAPO, arXiv 2503.14476: 1.0 beside rewards of 1 and -1); 0 turns it off."""
+    overlong_buffer_tokens: int = 0
+    """Tokens over which `overlong_penalty` grows, the last ones below max_response_tokens; 0 takes a fifth of
+    max_response_tokens (DAPO: 4096 of 20480)."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     ptx_coef: float = 0.0
@@ -169,6 +175,7 @@ class PPOConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         require_at_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "entropy_coef", "ptx_coef")
         require_at_least(self, 0, "eval_prompts", "critic_warmup_iterations")
+        require_at_least(self, 0, "overlong_penalty", "overlong_buffer_tokens")
         require_at_least(self, 1, "eval_samples_per_prompt", "kl_horizon")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
@@ -182,6 +189,10 @@ class PPOConfig:
     def zero_critic_head(self) -> bool:
         """Whether `critic_init` comes to a zero head."""
         return (self.critic_init or ("zero" if self.critic_model is None else "reward")) == "zero"
+
+    def overlong_buffer(self, max_response_tokens: int) -> int:
+        """What `overlong_buffer_tokens` comes to, at least 1."""
+        return self.overlong_buffer_tokens or max(1, max_response_tokens // 5)
 
     def reward_specs(self) -> list[RewardSpec]:
         """The entries of `rewards`, parsed."""

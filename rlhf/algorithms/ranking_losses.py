@@ -128,8 +128,8 @@ class LengthBalance:
         ]
         worth = effective_number(torch.tensor(each))
         lines = [
-            f"length_control=balance: {more + less} pairs differ in length and {self.equal} do not; the longer response "
-            f"is chosen in {more} and the shorter one in {less}; weighted they tell as much as {worth:.0f} pairs"
+            f"length_control=balance: {more + less} pairs differ in length and {self.equal} do not; the longer "
+            f"response is chosen in {more} and the shorter one in {less}; weighted they tell as much as {worth:.0f} pairs"
         ]
         start = 0.0
         for edge, (longer, shorter), up, down in zip(self.edges, self.counts, self.longer, self.shorter, strict=True):

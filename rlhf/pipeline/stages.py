@@ -89,6 +89,17 @@ class PPOStageConfig(StageConfig):
             raise ConfigError(
                 "ptx_data is given and ptx_coef is 0: set ptx_coef (InstructGPT: 27.8) or leave ptx_data out"
             )
+        buffer, longest = self.ppo.overlong_buffer_tokens, self.data.max_response_tokens
+        if buffer and not self.ppo.overlong_penalty:
+            raise ConfigError(
+                f"overlong_buffer_tokens={buffer} is given and overlong_penalty is 0: set overlong_penalty (DAPO: "
+                "1.0) or leave overlong_buffer_tokens out"
+            )
+        if buffer > longest:
+            raise ConfigError(
+                f"overlong_buffer_tokens={buffer} is more than max_response_tokens={longest}, of which it is a "
+                "part: lower it, or leave it out for a fifth of them"
+            )
         estimator, samples = ESTIMATORS[self.ppo.advantage], self.batch.samples_per_prompt
         if samples < estimator.samples_per_prompt:
             raise ConfigError(
