@@ -17,7 +17,7 @@ if __name__ == "__main__":
     check_command_line("reward")  # a mistake is told before torch is loaded
 
 from rlhf.algorithms.cross_prompt import cross_prompt_pairs
-from rlhf.algorithms.reward import RewardTrainer
+from rlhf.algorithms.reward import RewardTrainer, length_balance
 from rlhf.algorithms.shortcuts import log_shortcuts
 from rlhf.checkpoint.atomic import write_json
 from rlhf.checkpoint.export import export_scalar_model
@@ -37,6 +37,7 @@ def main(stage: StageRun[RewardStageConfig]) -> dict:
     tokenizer = load_tokenizer(base_model, trust_remote_code=config.model.trust_remote_code)
     data = stage.load_data("comparison", config.data.preference_data, config.data.preference_eval_data, tokenizer)
     added = cross_prompt_pairs(data.train, config.reward.cross_prompt_share, config.run.seed)
+    balance = length_balance([*data.train, *added]) if config.reward.length_control == "balance" else None
     total_steps = stage.planned_steps(data, added=len(added))
     dtype = compute_dtype(config.engine.precision)
     kind = OdinModel if config.reward.length_control == "odin" else ScalarModel
@@ -52,6 +53,7 @@ def main(stage: StageRun[RewardStageConfig]) -> dict:
         pad_token_id=tokenizer.pad_token_id,
         decode=partial(tokenizer.decode, skip_special_tokens=True),
         added=added,
+        balance=balance,
         plan=stage.plan,
         total_steps=total_steps,
         export=lambda: export_scalar_model(engine, tokenizer, stage.directory / "model"),

@@ -84,11 +84,16 @@ class LengthBalance:
     def of(cls, differences: torch.Tensor, shares: torch.Tensor) -> Self:
         """The weights for pairs with length differences [pairs] in tokens and `shares` [pairs] of the loss.
 
-        Raises ConfigError when one side has no pair: nothing can be balanced then.
+        Raises ConfigError when one side has no pair, or neither: nothing can be balanced then.
         """
         unlike = differences != 0
         size, share = differences[unlike].abs().double(), shares[unlike].double()
         longer = differences[unlike] > 0
+        if len(size) == 0:
+            raise ConfigError(
+                f"length_control=balance: all {len(differences)} training pairs are of equal length (in tokens, cut to "
+                "max_response_tokens), so there is nothing to balance; use length_control=none"
+            )
         if not longer.any() or longer.all():
             side = "longer" if longer.any() else "shorter"
             raise ConfigError(
@@ -129,7 +134,8 @@ class LengthBalance:
         worth = effective_number(torch.tensor(each))
         lines = [
             f"length_control=balance: {more + less} pairs differ in length and {self.equal} do not; the longer "
-            f"response is chosen in {more} and the shorter one in {less}; weighted they tell as much as {worth:.0f} pairs"
+            f"response is chosen in {more} and the shorter one in {less}; weighted they tell as much as {worth:.0f} "
+            "pairs"
         ]
         start = 0.0
         for edge, (longer, shorter), up, down in zip(self.edges, self.counts, self.longer, self.shorter, strict=True):

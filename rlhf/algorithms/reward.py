@@ -28,6 +28,17 @@ def less(rows: ScoredRows, curve: Curve | None) -> ScoredRows:
     return rows if curve is None else replace(rows, scores=rows.scores - curve.at(rows.lengths))
 
 
+def length_balance(rankings: Sequence[TokenizedRanking]) -> LengthBalance:
+    """The weights of all pairs of `rankings`. Raises ConfigError where there are none that balance."""
+    differences, shares = [], []
+    for example in rankings:
+        ranks, lengths = example.ranks, [row.response_tokens for row in example.candidates]
+        pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
+        differences += [lengths[i] - lengths[j] for i, j in pairs]
+        shares += [1 / len(pairs)] * len(pairs)
+    return LengthBalance.of(torch.tensor(differences), torch.tensor(shares, dtype=torch.float64))
+
+
 class RewardTrainer(OfflineTrainer[RankedBatch]):
     """Trains a `ScalarModel` on rankings; all candidates of a prompt go through one forward."""
 
@@ -40,16 +51,21 @@ class RewardTrainer(OfflineTrainer[RankedBatch]):
         pad_token_id: int,
         decode: Callable[[Sequence[int]], str] | None = None,
         added: Sequence[TokenizedRanking] = (),
+        balance: LengthBalance | None = None,
         **loop: Any,
     ) -> None:
         """`decode` makes text of token ids, for the openings of responses; without it they are not looked at. `added`
         are training rows that nothing is calibrated on (`cross_prompt_pairs`). `length_control: odin` needs an engine
-        around an `OdinModel`."""
+        around an `OdinModel`, `balance` the weights (`length_balance`)."""
+        if (balance is None) == (config.length_control == "balance"):
+            raise ValueError(f"length_control={config.length_control} with balance={balance}")
         everything = replace(data, train=[*data.train, *added])
         super().__init__(engine, everything, eval_every_steps=config.eval_every_steps, **loop)
         self.config = config
         self.own_rows = data.train
-        self.balance = self._balance() if config.length_control == "balance" else None
+        self.balance = balance
+        for line in [] if balance is None else balance.lines():
+            logger.info("%s: %s", self.stage, line)
         self.pulls: dict[int, tuple[LengthPull, float]] = {}
         self.pad_token_id = pad_token_id
         self.category_names = sorted({example.category for example in [*data.train, *data.evaluation]})
@@ -93,19 +109,6 @@ class RewardTrainer(OfflineTrainer[RankedBatch]):
         return score_last(values, batch.attention_mask)
 
     # ---------------------------------------------------------------------------------------- length control
-
-    def _balance(self) -> LengthBalance:
-        """The weights of all training pairs, told in the log."""
-        differences, shares = [], []
-        for example in self.train:
-            ranks, lengths = example.ranks, [row.response_tokens for row in example.candidates]
-            pairs = [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
-            differences += [lengths[i] - lengths[j] for i, j in pairs]
-            shares += [1 / len(pairs)] * len(pairs)
-        balance = LengthBalance.of(torch.tensor(differences), torch.tensor(shares, dtype=torch.float64))
-        for line in balance.lines():
-            logger.info("%s: %s", self.stage, line)
-        return balance
 
     def heads(self, batch: RankedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What ODIN's heads say of quality and of length [N], and their rows [2, H] scaled to length 1."""

@@ -78,6 +78,11 @@ def test_one_side_alone_cannot_be_balanced(sign, side):
         LengthBalance.of(sign * torch.tensor([0, 4, 5, 6]), torch.ones(4))
 
 
+def test_pairs_of_equal_length_alone_are_nothing_to_balance():
+    with pytest.raises(ConfigError, match="all 3 training pairs are of equal length"):
+        LengthBalance.of(torch.zeros(3, dtype=torch.long), torch.ones(3))
+
+
 def test_weights_of_pairs_in_the_loss_of_rankings_against_a_double_loop():
     generator = torch.Generator().manual_seed(2)
     groups, ranks = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([2, 0, 1, 0, 1])

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from rlhf.algorithms.config import RewardConfig
 from rlhf.algorithms.cross_prompt import cross_prompt_pairs
-from rlhf.algorithms.reward import RewardTrainer
+from rlhf.algorithms.reward import RewardTrainer, length_balance
 from rlhf.checkpoint.export import export_scalar_model
 from rlhf.checkpoint.fingerprint import model_fingerprint
 from rlhf.config import ModelConfig
@@ -72,6 +72,7 @@ def trainer_of(path, tmp_path, train, evaluation, *, micro=16, batch=16, steps=1
     return RewardTrainer(
         engine, stage_data(train, evaluation), RewardConfig(**config), pad_token_id=EOS, plan=plan, total_steps=steps,
         export=lambda: None, context=context(tmp_path, "reward", log_every_steps=10), added=added,
+        balance=length_balance([*train, *added]) if config.get("length_control") == "balance" else None,
     )  # fmt: skip
 
 
