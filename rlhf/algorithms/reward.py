@@ -137,10 +137,14 @@ class RewardTrainer(OfflineTrainer[RankedBatch]):
     def _odin_loss(
         self, batch: RankedBatch, quality: torch.Tensor, length: torch.Tensor, heads: torch.Tensor
     ) -> torch.Tensor:
-        """The micro-batch's part of the two losses beside the ranking loss, times the count that it is divided by."""
+        """The micro-batch's part of the two losses beside the ranking loss, times the count that it is divided by.
+
+        1 is added to the length loss, which is at least -1: what is logged is never negative, and the doctor can tell
+        that it rises.
+        """
         pull, total = self.pulls[id(batch)]
         count = self.loss_count(batch)
-        of_length = count * pull.value + total * pull.surrogate(quality, length)
+        of_length = count * (1 + pull.value) + total * pull.surrogate(quality, length)
         of_heads = count * orthogonality_loss(heads)
         loss = self.config.odin_length_coef * of_length + self.config.odin_orthogonality_coef * of_heads
         return loss.to(quality.dtype)
