@@ -75,6 +75,16 @@ def test_pairs_of_one_prompt_count_as_one_in_an_interval():
     assert together["low"] < apart["low"]
 
 
+def test_a_prompt_counts_in_a_correlation_by_what_differs_in_it():
+    """Four prompts of two responses and one of five: as many contrasts as (1, 1, 1, 1, 4)."""
+    prompts = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 4, 4, 4])
+    better, worse = ranked_pairs(prompts, torch.tensor([0, 1] * 4 + [0, 1, 2, 3, 4]))
+    scores = torch.tensor([1.0, 0.0, 0.0, 1.0, 2.0, 0.0, 1.0, 0.0, 5.0, 3.0, 4.0, 1.0, 2.0])
+    pairs = ScoredPairs(scores, prompts, better, worse, accuracy_of(scores[better], scores[worse]))
+    within = follows(pairs, torch.arange(13))["correlation_within"]
+    assert (within["low"], within["high"]) == pytest.approx(correlation_interval(within["value"], 8**2 / 20))
+
+
 def test_what_there_is_no_pair_of_is_not_known():
     found = follows(pairs_of([(2, 1), (1, 2)]), torch.tensor([5, 5, 7, 7]))
     assert found["chosen_more"] == {"accuracy": None, "low": None, "high": None, "pairs": 0, "effective_rows": 0.0}
