@@ -93,16 +93,25 @@ class TokenizedResponse:
     prompt_tokens: int
     category: str = ""
 
+    @property
+    def response_tokens(self) -> int:
+        """Tokens of the response, its end of sequence included."""
+        return len(self.input_ids) - self.prompt_tokens
+
 
 @dataclass(frozen=True)
 class TokenizedRanking:
-    """K tokenised responses to one prompt with their ranks (a preference pair is K = 2, ranks (0, 1))."""
+    """K tokenised responses to one prompt with their ranks (a preference pair is K = 2, ranks (0, 1)).
+
+    `source` is the file that it comes from, where that matters (held-out rows).
+    """
 
     id: str
     candidates: tuple[TokenizedResponse, ...]
     ranks: tuple[int, ...]
     margin: float = 0.0
     category: str = ""
+    source: str = ""
 
 
 class TensorBatch:
@@ -160,7 +169,7 @@ class RankedBatch(TensorBatch):
 
     `input_ids`, `attention_mask` [N, L]; `groups` [N] is the prompt (0 .. G-1) of each row; `ranks` [N],
     0 is best; `margins` [N] is the margin of the row's prompt; `categories` [N] indexes the caller's
-    category names. Rows of one prompt are never split over two batches.
+    category names; `lengths` [N] are the tokens of the responses. Rows of one prompt are never split over two batches.
     """
 
     input_ids: torch.Tensor
@@ -169,6 +178,7 @@ class RankedBatch(TensorBatch):
     ranks: torch.Tensor
     margins: torch.Tensor
     categories: torch.Tensor
+    lengths: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -29,10 +29,31 @@ class RewardConfig:
     """Weight of (s_i + s_j)^2 (Eisenstein et al. use 0.01); 0 turns it off."""
     use_margins: bool = False
     """Subtract the margin of a row, where it has one, inside the sigmoid (Llama 2)."""
+    length_control: Literal["none", "balance", "calibrate", "odin"] = "none"
+    """What is done against a score that follows length, either way (docs/rewards.md): `balance` weighs pairs so that
+    the longer response is chosen as often as the shorter one, `calibrate` takes E[score | length] off after training
+    (arXiv 2409.17407), `odin` trains a head for length beside and drops it (arXiv 2402.07319)."""
+    length_curve_span: float = 0.667
+    """Share of the training responses that each place of the curve of `calibrate` is fitted to (Cleveland 1979: 0.2 to
+    0.8; R and statsmodels: 2/3)."""
+    odin_length_coef: float = 1.0
+    """Weight of the loss of ODIN's two correlations with length (its authors' script: 1)."""
+    odin_orthogonality_coef: float = 1.0
+    """Weight of the loss that keeps ODIN's two heads orthogonal (its authors' script: 1)."""
+    cross_prompt_share: float = 0.0
+    """Pairs added for each training ranking, with a response to another prompt as the rejected one (RRM, arXiv
+    2409.13156); 0 adds none. They count as rows of an epoch."""
     calibration_rows: int = 512
     """Prompts whose best responses set the saved mean and standard deviation of the scores (InstructGPT: mean 0)."""
     eval_every_steps: int = 0
     """Optimizer steps between evaluations; 0 evaluates before and after only. The best model is kept."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "odin_length_coef", "odin_orthogonality_coef", "cross_prompt_share")
+        if not 0 < self.length_curve_span <= 1:
+            raise ConfigError(
+                f"length_curve_span={self.length_curve_span} must lie in (0, 1]: a share of the responses"
+            )
 
 
 @dataclass
@@ -122,6 +143,12 @@ class PPOConfig:
     first rollout, computed both ways, agrees to 1e-4 nats (float32 does, 16-bit does not)."""
     missing_eos_penalty: float = 0.0
     """Taken off the score of a response that does not end (TRL: 1.0)."""
+    overlong_penalty: float = 0.0
+    """Taken off the score of a response of max_response_tokens, less of it the shorter the response, nothing before the
+    last `overlong_buffer_tokens` (DAPO, arXiv 2503.14476: 1.0 beside rewards of 1 and -1); 0 turns it off."""
+    overlong_buffer_tokens: int = 0
+    """Tokens over which `overlong_penalty` grows, the last ones below max_response_tokens; 0 takes a fifth of
+    max_response_tokens (DAPO: 4096 of 20480)."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     ptx_coef: float = 0.0
@@ -148,6 +175,7 @@ class PPOConfig:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         require_at_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "entropy_coef", "ptx_coef")
         require_at_least(self, 0, "eval_prompts", "critic_warmup_iterations")
+        require_at_least(self, 0, "overlong_penalty", "overlong_buffer_tokens")
         require_at_least(self, 1, "eval_samples_per_prompt", "kl_horizon")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
@@ -161,6 +189,10 @@ class PPOConfig:
     def zero_critic_head(self) -> bool:
         """Whether `critic_init` comes to a zero head."""
         return (self.critic_init or ("zero" if self.critic_model is None else "reward")) == "zero"
+
+    def overlong_buffer(self, max_response_tokens: int) -> int:
+        """What `overlong_buffer_tokens` comes to, at least 1."""
+        return self.overlong_buffer_tokens or max(1, max_response_tokens // 5)
 
     def reward_specs(self) -> list[RewardSpec]:
         """The entries of `rewards`, parsed."""

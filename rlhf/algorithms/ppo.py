@@ -51,8 +51,8 @@ def shape_rewards(
     """Per-token rewards [B, T]: -kl_coef * KL estimate on every response token, plus the score on the last one.
 
     Ziegler et al. (arXiv 1909.08593) eq. 2. `scores` [B] are clipped to +-score_clip (0: not at all) before the
-    KL penalty and `penalties` [B] (of a missing end) are taken off, so that no penalty is clipped away;
-    `token_rewards` [B, T] are added as they are. 0 outside `mask` [B, T].
+    KL penalty and `penalties` [B] (of a missing end, of too many tokens) are taken off, so that no penalty is clipped
+    away; `token_rewards` [B, T] are added as they are. 0 outside `mask` [B, T].
     """
     kl = estimate_kl(logprobs, ref_logprobs, kl_estimator)
     rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
@@ -64,6 +64,15 @@ def shape_rewards(
     last = last_true(mask).unsqueeze(1)
     has_tokens = mask.any(dim=1)
     return rewards.scatter_add(1, last, (clipped * has_tokens).to(rewards.dtype).unsqueeze(1))
+
+
+def overlong_penalties(tokens: torch.Tensor, *, max_tokens: int, buffer_tokens: int) -> torch.Tensor:
+    """What an overlong response gets, in [-1, 0]: DAPO (arXiv 2503.14476), eq. 13, the soft overlong punishment.
+
+    0 up to Lmax - Lc tokens, ((Lmax - Lc) - |y|) / Lc up to Lmax and -1 beyond, with Lmax = `max_tokens` and
+    Lc = `buffer_tokens`. `tokens` [B] count the end of sequence. Returns [B] float32.
+    """
+    return ((max_tokens - buffer_tokens - tokens.float()) / buffer_tokens).clamp(-1.0, 0.0)
 
 
 def policy_loss(
@@ -295,8 +304,17 @@ class PPOTrainer(OnPolicyTrainer):
         return PPOExperience(old, scored.values, rewards, advantages, returns, scored.scores)
 
     def rewards_of(self, scored: ScoredRollout, kl_coef: float) -> torch.Tensor:
-        """What is optimised: scores less the penalties of a missing end and of the KL divergence, by token [B, T]."""
+        """What is optimised, by token [B, T]: scores less the penalties of a missing end, of too many tokens and of
+        the KL divergence."""
         config = self.config
+        penalties = config.missing_eos_penalty * (~scored.ended).float()
+        if config.overlong_penalty:
+            max_tokens = self.rollouts.sampling.max_new_tokens
+            penalties = penalties - config.overlong_penalty * overlong_penalties(
+                scored.rollout.response_mask.sum(1),
+                max_tokens=max_tokens,
+                buffer_tokens=config.overlong_buffer(max_tokens),
+            )
         return shape_rewards(
             scored.scores,
             scored.logprobs,
@@ -305,7 +323,7 @@ class PPOTrainer(OnPolicyTrainer):
             kl_coef=kl_coef,
             kl_estimator=config.kl_estimator,
             score_clip=config.score_clip,
-            penalties=config.missing_eos_penalty * (~scored.ended).float(),
+            penalties=penalties,
             token_rewards=scored.token_rewards,
         )
 

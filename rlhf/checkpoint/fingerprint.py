@@ -11,7 +11,7 @@ from typing import Any
 from rlhf.config import ConfigError
 
 _WHOLE = (
-    *("config.json", "adapter_config.json", "classifier_config.json"),
+    *("config.json", "adapter_config.json", "classifier_config.json", "length_curve.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab*", "merges.txt", "*.model", "chat_template*"),
 )

@@ -57,6 +57,7 @@ def collate_rankings(
         ranks=torch.tensor([example.ranks[place] for _, example, place in rows]),
         margins=torch.tensor([example.margin for _, example, _ in rows], dtype=torch.float32),
         categories=torch.tensor([category_index[example.category] for _, example, _ in rows]),
+        lengths=torch.tensor([example.candidates[place].response_tokens for _, example, place in rows]),
     )
 
 

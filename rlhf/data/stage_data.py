@@ -21,7 +21,7 @@ from rlhf.data.token_cache import cached_tokens, record_key_parts, tokenizer_fin
 from rlhf.data.tokenize import Tokenized, TokenReport, tokenize_records
 from rlhf.distributed.log import logger
 from rlhf.distributed.place import is_main
-from rlhf.types import Record
+from rlhf.types import Record, TokenizedRanking
 
 FIELDS = {"response": "sft_data", "comparison": "preference_data", "prompt": "prompt_data"}
 """The option that names the data sets of each kind."""
@@ -140,7 +140,15 @@ def load_stage_data(
         for line in _warnings(kind, part):
             logger.warning(line)
     fingerprint = f"{train_report.key} {eval_report.key}"
+    evaluation = [_with_source(row, record) for row, record in zip(evaluation, heldout, strict=True)]
     return StageData(train, evaluation, report, fingerprint, _summary(report, config, skipped_file))
+
+
+def _with_source(row: Tokenized, record: Record) -> Tokenized:
+    """A ranking with the file of its record; other rows as they are."""
+    if not isinstance(row, TokenizedRanking):
+        return row
+    return replace(row, source=str(record.meta["source"]).rpartition(":")[0])
 
 
 def reads_special_tokens(template: Template, tokenizer: Any) -> bool:

@@ -28,6 +28,7 @@ from rlhf.models.directories import (
     explain_read_errors,
     scalar_layout,
 )
+from rlhf.numerics.local_regression import Curve
 
 SCORE_BIAS = "score_bias"
 """The field of the configuration that holds the constant to add to the logits."""
@@ -35,6 +36,8 @@ CLASSIFIER_CONFIG_FILE = "classifier_config.json"
 """Beside an adapter, which may have no config.json: the configuration of the classifier that it makes of its base."""
 SCORE_RANGE_FILE = "score_range.json"
 """Beside a reward model: how far the scores reached in its training."""
+LENGTH_CURVE_FILE = "length_curve.json"
+"""Beside a reward model with a length curve: what is taken off a score, by the tokens of the response."""
 ADAPTER_PREFIX = "base_model.model."
 HEAD_NAMES = ("score", "value_head")
 """The head in a classifier of `transformers`, and in older models of OpenRLHF."""
@@ -159,6 +162,18 @@ def read_score_range(path: str | Path) -> dict[str, Any] | None:
         return None
     content: dict[str, Any] = json.loads(known.read_text(encoding="utf-8"))
     return content
+
+
+def read_length_curve(path: str | Path) -> Curve | None:
+    """What is taken off the scores of a reward model by the tokens of the response; None where nothing is.
+
+    Raises ConfigError for a file that holds no curve.
+    """
+    known = Path(path) / LENGTH_CURVE_FILE
+    if not known.is_file():
+        return None
+    with explain_read_errors(path, "length curve"):
+        return Curve.read(json.loads(known.read_text(encoding="utf-8")))
 
 
 def _adapter_head(path: str | Path) -> tuple[HeadWeights, dict[str, Any]]:

@@ -24,7 +24,13 @@ from rlhf.checkpoint.atomic import replaced_directory
 from rlhf.config import ConfigError
 from rlhf.distributed.collectives import rank_zero_first
 from rlhf.models.adapters import load_adapter
-from rlhf.models.classifier import CLASSIFIER_CONFIG_FILE, SCORE_RANGE_FILE, read_head, save_classifier
+from rlhf.models.classifier import (
+    CLASSIFIER_CONFIG_FILE,
+    LENGTH_CURVE_FILE,
+    SCORE_RANGE_FILE,
+    read_head,
+    save_classifier,
+)
 from rlhf.models.directories import ADAPTER_CONFIG_FILE, SCALAR_HEAD_FILE, adapter_config_file, explain_read_errors
 from rlhf.models.padding import with_own_padding
 from rlhf.models.pretrained import PLAIN, from_pretrained
@@ -98,7 +104,7 @@ def merge_adapter(
             )
         else:
             merged.save_pretrained(part)
-        for beside_adapter in (SCALAR_HEAD_FILE, SCORE_RANGE_FILE):
+        for beside_adapter in (SCALAR_HEAD_FILE, SCORE_RANGE_FILE, LENGTH_CURVE_FILE):
             if (adapter_dir / beside_adapter).is_file():
                 shutil.copy2(adapter_dir / beside_adapter, part / beside_adapter)
         tokenizer.save_pretrained(part)

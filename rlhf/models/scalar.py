@@ -10,30 +10,40 @@ import torch
 from torch import nn
 
 from rlhf.config import ConfigError, ModelConfig
-from rlhf.models.classifier import SCORE_RANGE_FILE, HeadWeights, read_head, read_score_range, save_classifier
+from rlhf.models.classifier import (
+    LENGTH_CURVE_FILE,
+    SCORE_RANGE_FILE,
+    HeadWeights,
+    read_head,
+    read_length_curve,
+    read_score_range,
+    save_classifier,
+)
 from rlhf.models.directories import check_scalar_directory
 from rlhf.models.forward import hidden_states
 from rlhf.models.loading import load_backbone
 from rlhf.models.padding import with_own_padding
 from rlhf.models.pretrained import PLAIN
+from rlhf.numerics.local_regression import Curve
 
 
 class ScalarHead(nn.Linear):
-    """A linear layer to one number, computed in float32 whatever the dtype of its input and weights.
+    """A linear layer to `outputs` numbers, computed in float32 whatever the dtype of its input and weights.
 
     Weights ~ N(0, 1/sqrt(hidden + 1)) (the second argument is the standard deviation), bias 0: Stiennon et al. 2020;
-    Huang et al., "The N implementation details of RLHF with PPO".
+    Huang et al., "The N implementation details of RLHF with PPO". The first output starts alike however many there are.
     """
 
-    def __init__(self, hidden_size: int, *, seed: int) -> None:
-        super().__init__(hidden_size, 1)
+    def __init__(self, hidden_size: int, *, seed: int, outputs: int = 1) -> None:
+        super().__init__(hidden_size, outputs)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            self.weight.copy_(torch.randn(1, hidden_size, generator=generator) / (hidden_size + 1) ** 0.5)
+            rows = [torch.randn(1, hidden_size, generator=generator) for _ in range(outputs)]
+            self.weight.copy_(torch.cat(rows) / (hidden_size + 1) ** 0.5)
             self.bias.zero_()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [..., H] -> [..., 1] float32."""
+        """hidden [..., H] -> [..., outputs] float32."""
         return nn.functional.linear(hidden.float(), self.weight.float(), self.bias.float())
 
 
@@ -42,15 +52,20 @@ class ScalarModel(nn.Module):
 
     A model that was loaded speaks in normalised scores. While a reward model trains its scores are raw; what
     `set_normalisation` was told is folded into the head that `save_pretrained` writes.
+    Where a reward model has a `length_curve`, in units of normalised scores, what it says of the response's tokens is
+    to be taken off them.
     """
+
+    head_class: type[ScalarHead] = ScalarHead
 
     def __init__(self, backbone: Any, *, seed: int = 0) -> None:
         super().__init__()
         self.backbone = backbone
-        self.scalar_head = ScalarHead(_hidden_size(backbone.config), seed=seed).to(backbone.device)
+        self.scalar_head = self.head_class(_hidden_size(backbone.config), seed=seed).to(backbone.device)
         self.score_mean = 0.0
         self.score_std = 1.0
         self.score_range: dict[str, Any] | None = None
+        self.length_curve: Curve | None = None
         self._scores_measured = False
 
     @classmethod
@@ -86,6 +101,7 @@ class ScalarModel(nn.Module):
             model.scalar_head.weight.copy_(head.weight)
             model.scalar_head.bias.copy_(head.bias)
         model.score_range = read_score_range(path)
+        model.length_curve = None if as_critic else read_length_curve(path)
         return model
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -95,7 +111,10 @@ class ScalarModel(nn.Module):
         return values
 
     def set_normalisation(self, mean: float, std: float) -> None:
-        """Have scores saved as (score - mean) / std. Raises ValueError for a `std` that is not above 0."""
+        """Have scores saved as (score - mean) / std, those less the length curve where there is one.
+
+        Raises ValueError for a `std` that is not above 0.
+        """
         if not std > 0:
             raise ValueError(f"score_std={std} must be above 0: the reward model says the same of every response")
         self.score_mean, self.score_std = float(mean), float(std)
@@ -120,11 +139,11 @@ class ScalarModel(nn.Module):
         """Write this model with the weights `state`, normalised, its tokenizer, and the range of measured scores.
 
         The tokenizer pads with a token of its own, see `rlhf.models.padding`. A range that was loaded is not written:
-        the critic that grows from a reward model no longer has its scores.
+        the critic that grows from a reward model no longer has its scores. Nor is a head beside the first one.
         """
         prefix = "backbone."
         backbone = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-        raw = HeadWeights(state["scalar_head.weight"].float(), state["scalar_head.bias"].float())
+        raw = HeadWeights(state["scalar_head.weight"][:1].float(), state["scalar_head.bias"][:1].float())
         weight: Any = self.backbone.get_input_embeddings().weight
         tokenizer = with_own_padding(tokenizer, int(getattr(weight, "ds_shape", weight.shape)[0]))
         save_classifier(
@@ -137,6 +156,9 @@ class ScalarModel(nn.Module):
         tokenizer.save_pretrained(directory)
         if self._scores_measured:
             (directory / SCORE_RANGE_FILE).write_text(json.dumps(self.score_range, indent=2) + "\n", encoding="utf-8")
+        if self.length_curve is not None:
+            text = json.dumps(self.length_curve.content(), indent=2) + "\n"
+            (directory / LENGTH_CURVE_FILE).write_text(text, encoding="utf-8")
 
     @property
     def config(self) -> Any:

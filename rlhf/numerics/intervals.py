@@ -60,3 +60,15 @@ def standard_error(values: torch.Tensor) -> float:
     if len(values) < 2:
         raise ValueError(f"the mean of {len(values)} values has no standard error: it takes two")
     return float(values.double().std()) / math.sqrt(len(values))
+
+
+def correlation_interval(correlation: float, count: float) -> Interval:
+    """The 95% interval of a correlation measured on `count` independent pairs of values (Fisher 1921, Metron 1).
+
+    tanh(artanh(r) +- 1.96 / sqrt(n - 3)); (-1, 1) for three or fewer, which say nothing. Of values that come in
+    dependent groups `count` is their `effective_number`.
+    """
+    if count <= 3:
+        return -1.0, 1.0
+    center, half = math.atanh(min(max(correlation, -1 + 1e-12), 1 - 1e-12)), Z95 / math.sqrt(count - 3)
+    return math.tanh(center - half), math.tanh(center + half)

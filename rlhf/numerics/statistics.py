@@ -49,6 +49,23 @@ def correlation(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first * second).sum() / scale) if scale > 1e-9 else 0.0
 
 
+def without_group_means(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """`values` [N] less the mean of their group, which `groups` [N] numbers from 0: [N] float64."""
+    counts = torch.bincount(groups).clamp(min=1)
+    sums = torch.zeros(len(counts), dtype=torch.float64, device=values.device).index_add(0, groups, values.double())
+    return values.double() - (sums / counts)[groups]
+
+
+def correlation_ratio(values: torch.Tensor, groups: torch.Tensor) -> float:
+    """The share of the variance of `values` [N] that lies between the groups: eta squared, in [0, 1].
+
+    Pearson 1905, "On the general theory of skew correlation". 0 where nothing varies.
+    """
+    total = float(((values.double() - values.double().mean()) ** 2).sum())
+    within = float((without_group_means(values, groups) ** 2).sum())
+    return max(0.0, 1 - within / total) if total > 1e-18 else 0.0
+
+
 def repeated_share(token_ids: torch.Tensor, mask: torch.Tensor, n: int = 4) -> float:
     """Share of the n-grams of all rows that stood earlier in their own row; `token_ids`, `mask` [B, T].
 

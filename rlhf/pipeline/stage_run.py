@@ -150,9 +150,9 @@ class StageRun(Generic[Config]):
             self.dry_run.data[options.get("report_name", "data")] = data
         return data
 
-    def planned_steps(self, data: StageData) -> int:
-        """Optimizer steps of an offline run over `data`."""
-        return planned_steps(len(data.train), self.config.batch, self.plan.global_batch_size)
+    def planned_steps(self, data: StageData, *, added: int = 0) -> int:
+        """Optimizer steps of an offline run over `data` and so many rows `added` to it."""
+        return planned_steps(len(data.train) + added, self.config.batch, self.plan.global_batch_size)
 
     def end_dry_run(self, trained: Mapping[str, str], tokenizer: Any, total_steps: int) -> None:
         """End a dry run, where this is one: the next thing is to load the weights of the models that train, by role.

@@ -28,7 +28,7 @@ from rlhf.config import (
 from rlhf.config.explain import FieldsInForce
 from rlhf.config.parsing import fields_in_force
 from rlhf.doctor.checks import OFFLINE, ON_POLICY, REWARD, Check
-from rlhf.report.figures import Figure, PartsFigure
+from rlhf.report.figures import Figure, PartsFigure, ShortcutFigure
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = PROJECT / "training_scripts" / "configs" / "default.yaml"
@@ -89,6 +89,17 @@ class PPOStageConfig(StageConfig):
             raise ConfigError(
                 "ptx_data is given and ptx_coef is 0: set ptx_coef (InstructGPT: 27.8) or leave ptx_data out"
             )
+        buffer, longest = self.ppo.overlong_buffer_tokens, self.data.max_response_tokens
+        if buffer and not self.ppo.overlong_penalty:
+            raise ConfigError(
+                f"overlong_buffer_tokens={buffer} is given and overlong_penalty is 0: set overlong_penalty (DAPO: "
+                "1.0) or leave overlong_buffer_tokens out"
+            )
+        if buffer > longest:
+            raise ConfigError(
+                f"overlong_buffer_tokens={buffer} is more than max_response_tokens={longest}, of which it is a "
+                "part: lower it, or leave it out for a fifth of them"
+            )
         estimator, samples = ESTIMATORS[self.ppo.advantage], self.batch.samples_per_prompt
         if samples < estimator.samples_per_prompt:
             raise ConfigError(
@@ -120,7 +131,7 @@ class Stage:
     title: str
     config: type[StageConfig]
     short_run: Mapping[str, str]
-    figures: Sequence[Figure | PartsFigure]
+    figures: Sequence[Figure | PartsFigure | ShortcutFigure]
     checks: Sequence[Check]
     curves: Sequence[str]
     logged: Sequence[str]
@@ -199,6 +210,7 @@ STAGES = {
             short_run={"max_steps": "4"},
             figures=(
                 Figure("held-out accuracy", after="accuracy", count="held_out_pairs", note=_certainty),
+                ShortcutFigure("shortcuts"),
                 Figure("mean margin", after="mean_margin", count="held_out_pairs"),
                 Figure("", each="accuracy_by_category", count="pairs_by_category"),
             ),
@@ -210,6 +222,7 @@ STAGES = {
                 "over_shortcut",
                 "over_shortcut_low",
                 "over_shortcut_high",
+                "shortcuts",
             ),
             checks=REWARD,
             curves=("loss", "accuracy", "margin", "eval_accuracy"),

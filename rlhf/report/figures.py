@@ -74,3 +74,29 @@ class PartsFigure:
         yield Line(self.label, found["before"], found["after"], found["prompts"], self.note(found))
         for name, before in found["parts_before"].items():
             yield Line(f"  {name.replace('_', ' ')}", before, found["parts_after"][name], found["prompts"])
+
+
+@dataclass(frozen=True)
+class ShortcutFigure:
+    """What an audit of shortcuts says of length, of an entry {length: {matched, chosen_more, chosen_less}, verdict}.
+
+    No line where the entry is null or missing: nothing was held out, or an earlier release did not measure it.
+    """
+
+    entry: str
+    count: str | None = None
+
+    def needed_keys(self) -> list[str]:
+        """None: the entry may be missing."""
+        return []
+
+    def lines(self, result: Mapping[str, Any]) -> Iterator[Line]:
+        """Accuracy on pairs of like length, and where the chosen one is shorter and longer."""
+        found = result.get(self.entry)
+        if not found:
+            return
+        parts = {"of like length": "matched", "shorter one chosen": "chosen_less", "longer one chosen": "chosen_more"}
+        for label, name in parts.items():
+            share = found["length"][name]
+            note = found["verdict"].partition(":")[0] if name == "matched" else ""
+            yield Line(f"  {label}", after=share["accuracy"], count=share["pairs"], note=note)

@@ -15,13 +15,15 @@ from rlhf.data.templates import Template, load_template
 from rlhf.data.token_cache import tokenizer_fingerprint
 from rlhf.data.tokenize import TextEncoder
 from rlhf.distributed.log import logger
+from rlhf.numerics.local_regression import Curve
 from rlhf.numerics.statistics import score_last
 from rlhf.rewards.reward import RewardSources
 from rlhf.types import Responses, RewardOutput, TokenizedPrompt
 
 
 class RewardModel:
-    """The normalised scores of a reward model: mean 0 and variance 1 on its reference responses.
+    """The normalised scores of a reward model: mean 0 and variance 1 on its reference responses, its length curve
+    (where it has one) taken off by the response's tokens as the reward model reads them.
 
     With the actor's tokenizer the ids go in as they are. With another one the text is encoded again, the reward
     model's own end-of-sequence token stands for the actor's, and what is too long for the reward model's positions
@@ -53,14 +55,20 @@ class RewardModel:
     @torch.no_grad()
     def score(self, responses: Responses) -> RewardOutput:
         """See `rlhf.rewards.reward.Reward`."""
-        ids, mask = responses.rollout.sequences() if self.same_tokenizer else self._encode_again(responses)
-        scores = score_last(self.engine(ids, mask), mask)
-        return RewardOutput(scores.float())
+        if self.same_tokenizer:
+            ids, mask = responses.rollout.sequences()
+            lengths = responses.rollout.response_mask.sum(-1)
+        else:
+            ids, mask, lengths = self._encode_again(responses)
+        scores = score_last(self.engine(ids, mask), mask).float()
+        curve: Curve | None = getattr(self._module, "length_curve", None)
+        return RewardOutput(scores if curve is None else scores - curve.at(lengths))
 
-    def _encode_again(self, responses: Responses) -> tuple[torch.Tensor, torch.Tensor]:
+    def _encode_again(self, responses: Responses) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Ids and mask [B, L] in the reward model's own tokens, and how many of them the responses have [B]."""
         texts = [prompt.text if self.chat is None else self.chat.text(prompt) for prompt in responses.prompts]
         prompts = self.encoder.prompts(texts)
-        start, rows = self.encoder.start_ids, []
+        start, rows, lengths = self.encoder.start_ids, [], []
         for prompt, text, ended in zip(prompts, responses.texts, responses.ended.tolist(), strict=True):
             response = self.encoder.responses([text], append_eos=ended)[0].ids
             room = self.max_tokens - len(start) - len(response)
@@ -68,6 +76,7 @@ class RewardModel:
                 self._tell_once(len(response))
             row = [*start, *prompt.ids[len(start) :][-max(room, 1) :], *response]
             rows.append(row[: self.max_tokens])
+            lengths.append(len(response))
         longest = max(len(row) for row in rows)
         device = responses.rollout.response_ids.device
         ids = torch.full((len(rows), longest), self.tokenizer.pad_token_id, device=device)
@@ -75,7 +84,7 @@ class RewardModel:
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.tensor(row, device=device)
             mask[index, : len(row)] = True
-        return ids, mask
+        return ids, mask, torch.tensor(lengths, device=device)
 
     def _tell_once(self, tokens: int) -> None:
         if not self.told:

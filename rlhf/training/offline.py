@@ -75,6 +75,9 @@ class OfflineTrainer(Loop, Generic[Batch]):
     def loss_sum(self, batch: Batch) -> torch.Tensor:
         """Summed loss of a batch on the device; adds its metrics to `self.meter`."""
 
+    def before_step(self, batches: Sequence[Batch]) -> None:
+        """Look at this rank's micro-batches of a step before any of them is learnt from (nothing to see as a rule)."""
+
     @abstractmethod
     def evaluate(self) -> dict[str, Any]:
         """Metrics on the held-out data, named `eval_...`; every rank gets the same."""
@@ -112,6 +115,7 @@ class OfflineTrainer(Loop, Generic[Batch]):
             self.collate([self.train[index] for index in part]).to(self.engine.device)  # type: ignore[attr-defined]
             for part in self.order.micro_batches(step - 1)
         ]
+        self.before_step(batches)
         loss = accumulate_step(
             self.engine,
             batches,

@@ -390,6 +390,24 @@ def test_09_the_penalty_of_a_missing_end_is_not_clipped_away():
     assert rewards.tolist() == [[0, 4], [0, -6]]
 
 
+def test_the_overlong_penalty_is_taken_off_the_last_token_after_the_clip(make_trainer):
+    """Beside that of a missing end; responses of 40 tokens at most, a penalty over the last 10 of them."""
+    settings = {"rollout": 16, "kl_coef": 0.0, "new_tokens": 40, "actor_eos": 1, "score_clip": 0.01}
+    trainer = make_trainer(missing_eos_penalty=0.5, overlong_penalty=2.0, overlong_buffer_tokens=10, **settings)
+    experience = trainer.make_experience(1)
+    ends = set()
+    for ids, mask, score, rewards in zip(
+        experience.rollout.response_ids, experience.rollout.response_mask, experience.scores, experience.rewards,
+        strict=True,
+    ):  # fmt: skip
+        tokens = int(mask.sum())
+        ended = int(ids[tokens - 1]) == 1
+        expected = max(-0.01, min(0.01, score.item())) - 2.0 * max(0, tokens - 30) / 10 - 0.5 * (not ended)
+        assert rewards.sum().item() == pytest.approx(expected, abs=1e-5) == rewards[tokens - 1].item()
+        ends.add("over" if tokens > 30 else "under")
+    assert ends == {"over", "under"}, "the responses do not show both"
+
+
 def test_09_every_eos_of_the_models_generation_settings_ends_a_response(make_trainer):
     """Chat models end with another token than the tokenizer's eos (Llama 3, Gemma)."""
     trainer = make_trainer(rollout=16, kl_coef=0.0, new_tokens=40)

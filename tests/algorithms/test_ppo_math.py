@@ -17,6 +17,7 @@ from rlhf.algorithms.ppo import (
     PPOExperience,
     chosen_prompts,
     explained_variance,
+    overlong_penalties,
     planned_iterations,
     policy_loss,
     ppo_optimizer_steps,
@@ -59,6 +60,21 @@ def test_rewards_worked_by_hand_for_every_estimator():
     for estimator, rewards in expected.items():
         found = shape_rewards(score, logprobs, ref_logprobs, mask, kl_coef=0.1, kl_estimator=estimator)
         torch.testing.assert_close(found, torch.tensor([rewards]))
+
+
+def test_the_overlong_penalty_worked_by_hand():
+    """DAPO's eq. 13 with Lmax = 20 and Lc = 8: 0 up to 12 tokens, then an eighth a token, -1 from 20 on."""
+    tokens = [0, 1, 11, 12, 13, 14, 16, 19, 20, 21, 100]
+    expected = [0, 0, 0, 0, -0.125, -0.25, -0.5, -0.875, -1, -1, -1]
+    found = overlong_penalties(torch.tensor(tokens), max_tokens=20, buffer_tokens=8)
+    assert found.tolist() == expected and found.dtype == torch.float32
+    assert overlong_penalties(torch.tensor([19, 20]), max_tokens=20, buffer_tokens=1).tolist() == [0, -1]
+    assert overlong_penalties(torch.tensor([0, 5, 20]), max_tokens=20, buffer_tokens=20).tolist() == [0, -0.25, -1]
+
+
+@pytest.mark.parametrize(("given", "longest", "tokens"), [(0, 64, 12), (0, 3, 1), (7, 64, 7)])
+def test_the_overlong_buffer_is_a_fifth_of_a_response_unless_it_is_given(given, longest, tokens):
+    assert PPOConfig(overlong_buffer_tokens=given).overlong_buffer(longest) == tokens
 
 
 def test_a_response_without_tokens_gets_no_reward_at_all():

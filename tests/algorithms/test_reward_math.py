@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf.algorithms.reward import (
+from rlhf.algorithms.ranking_losses import ranked_pairs, ranking_loss
+from rlhf.algorithms.ranking_metrics import (
+    RowNames,
     ScoredRows,
     accuracy_of,
     certainty,
     histogram,
     prompt_numbers,
-    ranked_pairs,
-    ranking_loss,
     ranking_metrics,
 )
 from rlhf.config import ConfigError
@@ -147,8 +147,10 @@ def test_metrics_of_three_pairs_worked_by_hand():
         ranks=torch.tensor([0, 1, 0, 1, 0, 1]),
         lengths=torch.tensor([5.0, 9.0, 8.0, 3.0, 6.0, 6.0]),
         categories=torch.tensor([0, 0, 1, 1, 1, 1]),
+        sources=torch.tensor([0, 0, 0, 0, 1, 1]),
+        openings=torch.tensor([0, -1, -1, -1, 0, 0]),
     )
-    metrics = ranking_metrics(rows, ["a", "b", "unused"])
+    metrics = ranking_metrics(rows, RowNames(["a", "b", "unused"], ["one.jsonl", "two.jsonl"], ["네, 그럼요"]))
     loss = (math.log(1 + math.exp(-2)) + math.log(1 + math.exp(2)) + math.log(2)) / 3
     assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-6)
     assert metrics["eval_accuracy"] == pytest.approx(0.5)
@@ -183,9 +185,11 @@ def test_histogram_counts_worked_by_hand():
 
 
 def test_rankings_that_are_ties_only_are_refused():
-    rows = ScoredRows(*(torch.tensor(values) for values in ([1.0, 2.0], [0, 0], [0, 0], [0, 0], [3.0, 4.0], [0, 0])))
+    rows = ScoredRows(
+        *(torch.tensor(values) for values in ([1.0, 2.0], [0, 0], [0, 0], [0, 0], [3.0, 4.0], *[[0, 0]] * 3))
+    )
     with pytest.raises(ConfigError, match="ties only"):
-        ranking_metrics(rows, ["a"])
+        ranking_metrics(rows, RowNames(["a"]))
 
 
 def test_pairs_of_one_prompt_count_as_one_row():

@@ -74,6 +74,20 @@ def test_comparisons_and_prompts(load, tmp_path):
     assert isinstance(prompts.train[0], TokenizedPrompt) and prompts.train[0].text == "### 질문: 질문\n\n### 답변:"
 
 
+def test_held_out_rankings_know_their_file(load, tmp_path):
+    """Two files with the same ids; the second read of each comes from the token cache."""
+    files = [
+        write(
+            tmp_path / f"{name}.jsonl", [{"id": 1, "prompt": f"질문 {name}", "chosen": "대답 둘", "rejected": "하나"}]
+        )
+        for name in ("train", "first", "second")
+    ]
+    for _ in range(2):
+        data = load("comparison", files[:1], files[1:], stage="reward")
+        assert [row.source for row in data.evaluation] == files[1:]
+        assert [row.source for row in data.train] == [""]
+
+
 def test_long_texts_are_cut_and_counted(load, tokenizer, tmp_path):
     rows = [{"instruction": "질문 " * 50 + "끝", "output": "대답 " * 50}, *sft_rows(1)]
     data = load("response", [write(tmp_path / "a.jsonl", rows)], max_prompt_tokens=30, max_response_tokens=20)

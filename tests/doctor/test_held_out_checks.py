@@ -9,7 +9,7 @@ import re
 import pytest
 import torch
 
-from rlhf.algorithms.reward import ScoredRows, ranking_metrics
+from rlhf.algorithms.ranking_metrics import RowNames, ScoredRows, ranking_metrics
 from rlhf.cli.__main__ import main
 from rlhf.cli.doctor import stage_views
 from rlhf.doctor.checks import examine
@@ -33,8 +33,10 @@ def evaluation(step, right, longer, *, both=None, pairs_per_prompt=1, loss=0.5):
     scores = torch.tensor([part for each in right for part in (each, 0.5)])
     lengths = torch.tensor([part for each in longer for part in (each, 0.5)])
     groups = torch.arange(pairs).repeat_interleave(2)
-    rows = ScoredRows(scores, groups, groups // pairs_per_prompt, torch.tensor([0, 1] * pairs), lengths, 0 * groups)
-    metrics = {name: value for name, value in ranking_metrics(rows, [""]).items() if isinstance(value, float)}
+    rows = ScoredRows(
+        scores, groups, groups // pairs_per_prompt, torch.tensor([0, 1] * pairs), lengths, *[0 * groups] * 3
+    )
+    metrics = {name: value for name, value in ranking_metrics(rows, RowNames([""])).items() if isinstance(value, float)}
     return {"step": step, **metrics, "eval_loss": loss}
 
 

@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from rlhf.numerics.intervals import Z95, effective_number, paired_interval, standard_error, wilson_interval
+from rlhf.numerics.intervals import (
+    Z95,
+    correlation_interval,
+    effective_number,
+    paired_interval,
+    standard_error,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(("right", "count"), [(0, 1), (2, 2), (1, 4), (75, 116), (106.5, 112), (20, 40), (400, 1000)])
@@ -80,3 +87,25 @@ def test_standard_error_by_hand():
     assert standard_error(torch.tensor([1.0, 2.0, 3.0, 6.0])) == pytest.approx(math.sqrt((4 + 1 + 0 + 9) / 3) / 2)
     with pytest.raises(ValueError, match="takes two"):
         standard_error(torch.tensor([1.0]))
+
+
+def test_the_interval_of_a_correlation_worked_by_hand():
+    """Fisher's z of 0.5 is 0.549306; with 28 values the half width is 1.96 / 5."""
+    assert correlation_interval(0.5, 28) == pytest.approx(
+        (math.tanh(0.549306 - 0.391993), math.tanh(0.549306 + 0.391993)), abs=1e-5
+    )
+    assert correlation_interval(-0.5, 28) == tuple(-end for end in reversed(correlation_interval(0.5, 28)))
+    assert correlation_interval(0.9, 3) == (-1.0, 1.0)
+    low, high = correlation_interval(1.0, 50)
+    assert 0.999 < low <= high <= 1.0
+
+
+def test_the_interval_of_a_correlation_holds_the_truth_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    held = 0
+    for _ in range(1000):
+        first = torch.randn(40, generator=generator)
+        second = 0.6 * first + 0.8 * torch.randn(40, generator=generator)
+        low, high = correlation_interval(float(torch.corrcoef(torch.stack([first, second]))[0, 1]), 40)
+        held += low <= 0.6 <= high
+    assert 0.93 <= held / 1000 <= 0.97

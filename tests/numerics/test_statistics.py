@@ -8,7 +8,16 @@ from trl.trainer.utils import entropy_from_logits as trl_entropy
 from trl.trainer.utils import selective_log_softmax
 
 from rlhf.numerics.logprobs import entropy_from_logits, estimate_kl, logprobs_from_logits
-from rlhf.numerics.statistics import last_true, masked_mean, masked_sum, masked_variance, masked_whiten, score_last
+from rlhf.numerics.statistics import (
+    correlation_ratio,
+    last_true,
+    masked_mean,
+    masked_sum,
+    masked_variance,
+    masked_whiten,
+    score_last,
+    without_group_means,
+)
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 VALUES = torch.tensor([[1.0, 2.0, math.nan], [6.0, math.inf, -1e30]])
@@ -90,3 +99,11 @@ def test_score_last_reads_the_last_real_token_of_each_row():
     values = torch.arange(12.0).reshape(3, 4)
     mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0]])
     assert score_last(values, mask).tolist() == [1.0, 7.0, 10.0]
+
+
+def test_group_means_are_taken_off_and_what_they_explain_worked_by_hand():
+    values, groups = torch.tensor([1.0, 3.0, 10.0, 14.0, 12.0]), torch.tensor([0, 0, 1, 1, 1])
+    assert without_group_means(values, groups).tolist() == [-1.0, 1.0, -2.0, 2.0, 0.0]
+    # mean 8: 49 + 25 + 4 + 36 + 16 = 130 in all, of which 1 + 1 + 4 + 4 within the groups
+    assert correlation_ratio(values, groups) == pytest.approx(120 / 130)
+    assert correlation_ratio(torch.ones(3), torch.tensor([0, 1, 1])) == 0.0

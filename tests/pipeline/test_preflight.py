@@ -108,6 +108,14 @@ def test_a_mistake_of_any_stage_names_it_and_the_first_stage_has_not_begun(check
     assert not [path for path in (tmp_path / "out").glob("*") if path.name != preflight.REPORTS]
 
 
+def test_pairs_that_no_weights_balance_are_found(check, tmp_path):
+    rows = [{"prompt": f"질문 {n}", "chosen": "길게 대답합니다" * 2, "rejected": "짧게"} for n in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    status, _, said = check("--reward.preference_data", "pairs.jsonl", "--length_control", "balance")
+    assert status == 2
+    assert "length_control=balance: the longer response is the chosen one in all" in said
+
+
 def test_models_of_the_wrong_kind_are_found(check, tmp_path, tokenizer):
     causal = save_tiny_model(tmp_path / "causal", "gpt_neox", tokenizer, max_position_embeddings=512)
     status, _, err = check("--ppo.reward_model", "causal", "--ppo.actor_model", "causal")

@@ -48,3 +48,12 @@ def test_an_estimator_that_compares_responses_needs_as_many_to_a_prompt(monkeypa
     with pytest.raises(ConfigError, match="advantage=of_three .* needs samples_per_prompt of at least 3, got 2"):
         parse_stage("ppo", [*words, "2"])
     assert parse_stage("ppo", [*words, "3"]).batch.samples_per_prompt == 3
+
+
+def test_an_overlong_buffer_that_means_nothing_is_refused():
+    words = ["--max_response_tokens", "32", "--overlong_buffer_tokens"]
+    with pytest.raises(ConfigError, match="overlong_buffer_tokens=8 is given and overlong_penalty is 0"):
+        parse_stage("ppo", [*words, "8"])
+    with pytest.raises(ConfigError, match="overlong_buffer_tokens=33 is more than max_response_tokens=32"):
+        parse_stage("ppo", [*words, "33", "--overlong_penalty", "1"])
+    assert parse_stage("ppo", [*words, "32", "--overlong_penalty", "1"]).ppo.overlong_buffer(32) == 32

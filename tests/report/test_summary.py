@@ -86,6 +86,25 @@ def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
     assert "doctor: nothing found in sft, reward, ppo" in table
 
 
+def test_what_the_score_follows_beside_quality_stands_under_the_accuracy(tmp_path, capsys):
+    results = made_up_results()
+    share = {"low": 0.5, "high": 0.7, "effective_rows": 20.0}
+    length = {name: {"accuracy": value, "pairs": count, **share} for name, value, count in
+              [("matched", 0.61, 31), ("chosen_more", 0.9, 44), ("chosen_less", None, 0)]}  # fmt: skip
+    results["reward"]["shortcuts"] = {"verdict": "the score leans to the longer response: figures", "length": length}
+    write_results(tmp_path, results)
+    assert main([str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+    assert written["reward"]["shortcuts"] == results["reward"]["shortcuts"]
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    start = next(index for index, line in enumerate(lines) if line.startswith("of like length"))
+    assert lines[start : start + 3] == [
+        "of like length 0.610 31 the score leans to the longer response",
+        "shorter one chosen 0",
+        "longer one chosen 0.900 44",
+    ]
+
+
 def test_the_seconds_of_the_embedded_base_are_counted_beside_the_stages(tmp_path):
     results = made_up_results()
     results["sft"]["base_seconds"] = 83.5

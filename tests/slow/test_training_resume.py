@@ -101,6 +101,23 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(whole, micro_base, data, tmp_pa
     assert [row["step"] for row in metrics(tmp_path / "sft")] == [0, 2, 4, 6, 6]
 
 
+@pytest.mark.parametrize(
+    "control", ["--length_control odin --cross_prompt_share 0.5", "--length_control calibrate --eval_every_steps 1"]
+)
+def test_a_stopped_reward_model_with_length_control_goes_on_to_the_same_bytes(control, micro_base, data, tmp_path):
+    """A second head and rows that are drawn belong to the state; with dropout, which ODIN's look ahead leaves alone."""
+    outputs = [tmp_path / "whole", tmp_path / "stopped"]
+    lines = [[*arguments(micro_base, data, output)["reward"], *control.split()] for output in outputs]
+    reward(lines[0])
+    stopped = interrupt("reward", lines[1], outputs[1])
+    assert stopped.step < 3, "nothing was left to do"
+    reward([*lines[1], "--resume", "auto"])
+    assert metrics(outputs[0] / "reward") == metrics(outputs[1] / "reward")
+    files = [{each.name: each.read_bytes() for each in (output / "reward" / "model").iterdir()} for output in outputs]
+    assert files[0] == files[1]
+    assert ("length_curve.json" in files[0]) == ("calibrate" in control)
+
+
 def test_the_best_model_so_far_is_not_replaced_by_a_worse_one(micro_base, data, tmp_path):
     """The learning rate is so high that every evaluation is worse than the one before the stop."""
     extra = ["--learning_rate", "0.1", "--save_every_steps", "3"]

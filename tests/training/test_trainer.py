@@ -406,7 +406,7 @@ def test_reward_evaluation_knows_each_ranking_and_its_prompt_on_every_rank(tiny_
         )
     numbers = [0, 1, 2, 0]  # the fourth ranking has the first one's prompt
     expected = [
-        (group, numbers[group], rank, len(candidate.input_ids))
+        (group, numbers[group], rank, len(candidate.input_ids) - 1)
         for group, example in enumerate(examples)
         for rank, candidate in zip(example.ranks, example.candidates, strict=True)
     ]
