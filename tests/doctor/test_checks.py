@@ -236,3 +236,13 @@ def test_growth_gain_and_correlation_at_their_limits_are_length_that_is_exploite
     }  # fmt: skip
     found = examine(CHECKS["ppo"], history("ppo", **(sick | changed)))
     assert [one.since for one in found if one.check == "length_exploited"] == [LINES] * expected
+
+
+def test_what_is_critical_comes_first_then_what_began_first():
+    sick = {
+        "clip_fraction": last(9, 0.5, 0.0), "repeated_4grams": last(4, 0.5, 0.0), "empty_responses": last(4, 0.75, 0.0),
+        "advantage_std": last(2, 0.0, 1.0), "sampling_logprob_error_mean": last(3, 0.1, 0.0),
+    }  # fmt: skip
+    assert [one.check for one in examine(CHECKS["ppo"], history("ppo", **sick))] == [
+        "sampling_mismatch", "advantages_equal", "clip_fraction_high", "empty_responses", "repetition",
+    ]  # fmt: skip

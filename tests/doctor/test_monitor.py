@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from rlhf.doctor.findings import SICKNESSES
 from rlhf.doctor.monitor import HealthMonitor, HealthWatch
 from tests.doctor.test_doctor import CHECKS, history, lines_of
@@ -41,12 +43,25 @@ def test_what_is_gone_for_less_than_three_lines_at_a_time_is_not_over():
     assert events == [(3, "found"), (12, "ended")]
 
 
-def test_a_fall_of_the_score_that_a_later_evaluation_no_longer_shows_leaves_no_trace():
-    watch = HealthWatch("ppo", CHECKS["ppo"])
-    told = []
-    for step, gain in ((0, 0.0), (2, -0.5), (4, 0.5)):
-        line = {"eval_score": gain, "eval_score_std": 1.0, "eval_rows": 40.0,
-                "eval_score_gain": gain, "eval_score_gain_error": 0.1}  # fmt: skip
-        told += [(event, found.since) for event, found in watch.look(step, line)]
-    assert told == [("found", 2), ("ended", 2)]
-    assert watch.summary() == {"healthy": True, "lines": 3, "findings": []}
+SCORE = {"eval_score_std": 1.0, "eval_rows": 40.0, "eval_score_gain_error": 0.1}
+ACCURACY = {"eval_rows": 80.0, "eval_pairs": 80.0, "eval_accuracy_high": 1.0, "eval_loss": 1.0,
+            "eval_length_baseline_accuracy": 0.75, "eval_shortcut_accuracy": 0.75}  # fmt: skip
+OF_THE_MODEL = [
+    ("score_below_start", "ppo", {**SCORE, "eval_score": 0.5, "eval_score_gain": -0.5},
+     {"eval_score": 1.5, "eval_score_gain": 0.5}),
+    ("reward_model_at_chance", "reward", {**ACCURACY, "eval_accuracy": 0.5, "eval_accuracy_low": 0.4},
+     {"eval_accuracy": 0.75, "eval_accuracy_low": 0.7}),
+    ("reward_model_is_shortcut", "reward",
+     {**ACCURACY, "eval_accuracy": 0.75, "eval_accuracy_low": 0.7, "eval_over_shortcut": -0.01,
+      "eval_over_shortcut_low": -0.2, "eval_over_shortcut_high": 0.2},
+     {"eval_over_shortcut": 0.2, "eval_over_shortcut_low": 0.1}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("check", "stage", "sick", "better"), OF_THE_MODEL)
+def test_what_a_later_evaluation_no_longer_shows_of_the_model_leaves_no_trace(check, stage, sick, better):
+    watch, told = HealthWatch(stage, CHECKS[stage]), []
+    for step, line in ((2, sick), (4, {**sick, **better, "eval_loss": 0.5})):
+        told += [(step, event, found.check, found.since) for event, found in watch.look(step, line)]
+    assert told == [(2, "found", check, 2), (4, "ended", check, 2)]
+    assert watch.summary() == {"healthy": True, "lines": 2, "findings": []}
