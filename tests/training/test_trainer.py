@@ -274,6 +274,24 @@ def test_sft_learns_logs_and_keeps_the_best_model(tiny_models, tmp_path):
     assert outcome["after"]["eval_loss"] == pytest.approx(mean_loss(trainer.engine.module, rows), rel=1e-5)
 
 
+def test_a_line_has_the_means_of_the_steps_since_the_last_one(tiny_models, tmp_path):
+    """Every second of five steps, and after the last."""
+    every, found = {}, {}
+    for log_every_steps, lines in ((1, every), (2, found)):
+        directory = tmp_path / str(log_every_steps)
+        trainer = sft_trainer(tiny_models["gpt2"], directory, sft_rows(8), [], max_steps=5)
+        trainer.run.log_every_steps = log_every_steps
+        trainer.fit()
+        for line in map(json.loads, (directory / "metrics.jsonl").read_text().splitlines()):
+            lines[line["step"]] = line
+    assert list(found) == [0, 2, 4, 5]
+    assert set(found[2]) == {"step", "seconds", "loss", "learning_rate", "gradient_norm"}
+    assert found[2]["learning_rate"] == pytest.approx(0.05)
+    for last, steps in ((2, (1, 2)), (4, (3, 4)), (5, (5,))):
+        for name in ("loss", "gradient_norm"):
+            assert found[last][name] == pytest.approx(sum(every[step][name] for step in steps) / len(steps))
+
+
 def test_a_model_that_gets_worse_is_not_the_one_that_is_kept(tiny_models, tmp_path):
     rows, exported = sft_rows(8), []
     trainer = sft_trainer(tiny_models["gpt2"], tmp_path, rows, rows, lr=0.0, max_steps=3, eval_every_steps=1)
