@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import rlhf.training.data_order
 import rlhf.training.metrics
@@ -150,6 +151,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(bad):
             name="value loss",
         )
     assert line.gradients == [] and line.module.weight.item() == 2.0
+
+
+def test_the_batch_whose_loss_is_not_finite_is_kept_and_the_doctor_told(tiny_models, tmp_path):
+    rows = sft_rows(4)
+    trainer = sft_trainer(tiny_models["gpt2"], tmp_path, rows, [], micro=4, max_steps=1)
+    next(trainer.engine.module.parameters()).data.fill_(math.nan)
+    path = tmp_path / "nonfinite_batch_rank0.safetensors"
+    with pytest.raises(NonFiniteError, match=rf"sft loss is not finite at step 1 .*the batch is in {path}"):
+        trainer.fit()
+    kept = [row for name, tensor in load_file(path).items() if name.endswith("input_ids") for row in tensor.tolist()]
+    # without the padding, which is the token that ends a response too
+    kept = [row[: 1 + max(index for index, token in enumerate(row) if token)] for row in kept]
+    assert sorted(kept) == sorted(list(row.input_ids[:-1]) for row in rows)
+    stop = json.loads((tmp_path / "health.jsonl").read_text().splitlines()[-1])
+    assert (stop["event"], stop["check"], stop["at"]) == ("stopped", "not_finite", 1)
 
 
 @pytest.mark.parametrize("bad", [None, "weight"])
