@@ -81,7 +81,7 @@ def kl_negative(history: History) -> list[Finding]:
         for step, value in series(history, "kl_per_token")
     ]
     return lasting(
-        "kl_negative", points, lambda value: value < -KL_NEGATIVE, START, "critical",
+        "kl_negative", points, lambda value: value < 0, START, "critical",
         lambda value: f"KL {value:.3g} nats per token", lambda value: -value / KL_NEGATIVE,
     )  # fmt: skip
 

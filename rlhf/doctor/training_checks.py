@@ -53,7 +53,7 @@ def loss_diverges(history: History) -> list[Finding]:
     if not (first > 0 and min(value for _, value in points[-5:]) > limit):
         return []
     message = f"loss {end:.3g} over the last 5 lines, {start:.3g} over the first 5, {first:.3g} in the first"
-    since = bad_end(points, lambda value: value > limit) or points[-5:]
+    since = bad_end(points, lambda value: value > limit)
     return [finding("loss_diverges", "critical", since[0][0], points[-1][0], message, end / limit)]
 
 

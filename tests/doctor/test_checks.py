@@ -1,5 +1,8 @@
 """Every limit to the line and to the digit: so many bad lines are a finding, one fewer or the limit itself is none."""
 
+import dataclasses
+import math
+
 import pytest
 
 from rlhf.doctor.checks import examine
@@ -123,3 +126,123 @@ def test_what_has_fallen_is_told_by_the_means_of_three_lines_at_either_end():
     lines = lines_of("entropy_estimate", [2.5, 2.0, 1.5, *[2.0] * 10, 0.3, 0.2, 0.1])
     (found,) = examine(CHECKS["ppo"], lines)
     assert found.message == "nats of entropy per token: 0.2 after 2 at the start"
+
+
+def rising(start, middle, end):
+    """`start` and `end` in the first and the last lines, `middle` between them."""
+    return lambda index: [*start, *[middle] * (LINES - len(start) - len(end)), *end][index]
+
+
+WHOLE = [
+    # stage, what makes it; check, severity, step, since, message, badness
+    ("ppo", {"score": last(1, math.nan, 0.0), "score_std": last(1, -math.inf, 1.0)},
+     "not_finite", "critical", 32, 32, "score = nan, score_std = -inf", 2.0),
+    ("sft", {"loss": rising((2.0, 3.0, 4.0, 3.0, 3.0), 4.5, (4.6, 5.0, 5.0, 5.0, 6.0, 7.0))},
+     "loss_diverges", "critical", 160, 135, "loss 5.6 over the last 5 lines, 3 over the first 5, 2 in the first",
+     5.6 / 4.5),
+    ("ppo", {"learning_rate": last(2, 0.0, 1e-4)},
+     "learning_rate_zero", "critical", 32, 31, "learning_rate is 0", 1.0),
+    ("ppo", {"ratio_first": last(1, 0.95, 1.0), "log_ratio_first_mean": last(1, 0.06, 0.0),
+             "log_ratio_first_max": last(1, 0.5, 0.0), "sampling_logprob_error": lambda i: 0.0011},
+     "ratio_not_one", "critical", 32, 32, "mean ratio 0.9500; |log ratio| is 0.06 nats a token on average and 0.5 at "
+     "most, where 0.05 and 1.0 are rounding's", 2.5),
+    ("ppo", {"log_ratio_first_mean": last(1, 0.1, 0.0), "sampling_logprob_error": lambda i: 0.0011},
+     "ratio_not_one", "critical", 32, 32, "mean ratio 1.0000; |log ratio| is 0.1 nats a token on average and 2e-05 at "
+     "most, where 0.05 and 1.0 are rounding's", 2.0),
+    ("ppo", {"log_ratio_first_mean": last(1, 0.004, 0.0), "sampling_logprob_error": lambda i: 0.001},
+     "ratio_not_one", "critical", 32, 32, "mean ratio 1.0000; |log ratio| is 0.004 nats a token on average and 2e-05 "
+     "at most, where 0.001 and 0.02 are rounding's", 4.0),
+    ("ppo", {"log_ratio_first_max": last(1, 0.05, 0.0), "sampling_logprob_error": lambda i: 0.001},
+     "ratio_not_one", "critical", 32, 32, "mean ratio 1.0000; |log ratio| is 1e-06 nats a token on average and 0.05 at "
+     "most, where 0.001 and 0.02 are rounding's", 2.5),
+    ("ppo", {"sampling_logprob_error_mean": last(2, 0.125, 0.01)}, "sampling_mismatch", "critical", 32, 31,
+     "captured and recomputed log-probabilities differ by 0.125 nats a token on average", 2.5),
+    ("ppo", {"kl_per_token": last(3, -0.05, 0.01)}, "kl_negative", "critical", 32, 30, "KL -0.05 nats per token", 2.5),
+    ("ppo", {"kl_per_token": last(2, 3.25, 0.01)}, "kl_explodes", "critical", 32, 31, "KL 3.25 nats per token", 3.25),
+    ("ppo", {"kl_per_token": last(8, 1.5e-8, 0.01)}, "kl_dead", "warning", 32, 25, "KL 1.5e-08 nats per token", 1.0),
+    ("ppo", {"clip_fraction": last(3, 0.5, 0.01)},
+     "clip_fraction_high", "warning", 32, 30, "50% of the tokens are clipped", 1.25),
+    ("ppo", {"explained_variance": last(12, -1.5, 0.1)},
+     "value_function_useless", "warning", 32, 21, "explained variance -1.5", 1.5),
+    ("ppo", {"entropy_estimate": rising((2.0, 3.0, 4.0), 0.61, (0.5, 0.3, 0.4))},
+     "entropy_collapse", "warning", 32, 30, "nats of entropy per token: 0.4 after 3 at the start", 1.0),
+    ("ppo", {"eos_rate": rising((0.9, 0.6, 0.6), 0.41, (0.41, 0.12, 0.4))},
+     "eos_rate_falls", "warning", 32, 4, "share of responses that end: 0.31 after 0.7 at the start", 1.0),
+    ("ppo", {"response_tokens": rising((20.0, 20.0, 35.0), 40.0, (40.0, 36.0, 59.0)),
+             "score": rising((0.0, 0.5, 1.0), 2.0, (2.0, 2.5, 3.0)), "score_std": rising((1.0, 2.0, 6.0), 1.0, ()),
+             "score_length_correlation": rising((), 0.0, (0.2, 0.5, 0.5, 0.4, 0.4))},
+     "length_exploited", "warning", 32, 32, "responses of 45 tokens after 25, the score +0.67 standard deviations; "
+     "correlation of score and length 0.40 within rollouts, 0.78 over time", 1.2),
+    ("ppo", {"score_length_correlation": last(5, -0.9876, 0.0)}, "score_is_length", "warning", 32, 28,
+     "correlation of score and length -0.988 within the rollout", 1.0),
+    ("ppo", {"repeated_4grams": last(3, 0.45, 0.0)},
+     "repetition", "warning", 32, 30, "45% of the 4-grams stood earlier in their response", 1.5),
+    ("ppo", {"empty_responses": last(3, 0.75, 0.0)},
+     "empty_responses", "warning", 32, 30, "75% of the responses are empty", 1.5),
+    ("ppo", {"scores_outside_range": last(3, 0.75, 0.0)}, "score_out_of_range", "warning", 32, 30,
+     "75% of the scores are beyond those of every training response", 1.5),
+    ("ppo", {"score_std": last(3, 0.0125, 1.0)},
+     "scores_alike", "warning", 32, 30, "standard deviation of the scores 0.013", 1.0),
+    ("ppo", {"advantage_std": last(2, 2.5e-5, 1.0)}, "advantages_equal", "critical", 32, 31,
+     "standard deviation of the advantages 2.5e-05 before whitening", 1.0),
+    ("reward", {"accuracy": last(4, 0.9992, 0.9), "margin": last(6, 50.0, 5.0)}, "reward_model_saturated", "warning",
+     160, 145, "accuracy 0.999, mean margin 50 on the training pairs", 2.5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("stage", "sick", "check", "severity", "step", "since", "message", "badness"), WHOLE)
+def test_a_finding_says_how_bad_it_is_since_when_and_what_was_measured(
+    stage, sick, check, severity, step, since, message, badness
+):
+    (found,) = [one for one in examine(CHECKS[stage], history(stage, **sick)) if one.check == check]
+    told = dataclasses.asdict(found)
+    assert told.pop("badness") == pytest.approx(badness)
+    assert told == {
+        "check": check, "severity": severity, "step": step, "since": since, "message": message, "advice": "",
+    }  # fmt: skip
+
+
+def test_a_reward_model_that_is_blind_is_told_from_the_first_evaluation_after_training_began():
+    lines = [
+        {"step": step, "eval_score_std": spread} for step, spread in ((0, 0.5), (9, 0.1), (18, 0.005), (27, 0.004))
+    ]
+    (found,) = [one for one in examine(CHECKS["reward"], lines) if one.check == "reward_model_blind"]
+    assert (found.severity, found.since, found.step, found.badness) == ("warning", 18, 27, 1.0)
+    assert found.message == "standard deviation of the held-out scores 0.004"
+    lines[-1]["eval_score_std"] = 0.01
+    assert "reward_model_blind" not in names(examine(CHECKS["reward"], lines))
+
+
+def test_the_ratio_of_the_newest_line_that_has_one_counts():
+    """A line of an evaluation has none; neither has a line whose other figures are missing a fault in them."""
+    lines = [{"step": 1, "ratio_first": 1.0}, {"step": 2, "ratio_first": 1.03}, {"step": 2, "eval_score": 1.0}]
+    assert [(one.check, one.since) for one in examine(CHECKS["ppo"], lines)] == [("ratio_not_one", 2)]
+    assert examine(CHECKS["ppo"], [*lines, {"step": 3, "ratio_first": 1.0}]) == []
+
+
+@pytest.mark.parametrize(("changed", "expected"), [
+    ({}, True),
+    ({"response_tokens": rising((20.0, 20.0, 20.0), 29.9, (29.9, 30.0, 30.0))}, False),
+    ({"score": rising((0.0, 0.0, 0.0), 1.0, (1.0, 0.9, 1.0))}, False),
+    ({"score_length_correlation": last(5, 0.29, 0.9)}, False),
+])  # fmt: skip
+def test_growth_gain_and_correlation_at_their_limits_are_length_that_is_exploited(changed, expected):
+    """1.5 times as long, half a standard deviation of 2 higher, and a correlation of 0.3 within rollouts."""
+    scores = rising((0.0, 0.0, 0.0), 1.0, ())
+    lengths = [20.0, 20.0, 20.0, *[20.0, 40.0] * 13, 30.0, 30.0, 30.0]  # which go up and down while scores do not
+    sick = {
+        "response_tokens": lambda index: lengths[index], "score": scores, "score_std": lambda index: 2.0,
+        "score_length_correlation": last(5, 0.3, 0.9),
+    }  # fmt: skip
+    found = examine(CHECKS["ppo"], history("ppo", **(sick | changed)))
+    assert [one.since for one in found if one.check == "length_exploited"] == [LINES] * expected
+
+
+def test_what_is_critical_comes_first_then_what_began_first():
+    sick = {
+        "clip_fraction": last(9, 0.5, 0.0), "repeated_4grams": last(4, 0.5, 0.0), "empty_responses": last(4, 0.75, 0.0),
+        "advantage_std": last(2, 0.0, 1.0), "sampling_logprob_error_mean": last(3, 0.1, 0.0),
+    }  # fmt: skip
+    assert [one.check for one in examine(CHECKS["ppo"], history("ppo", **sick))] == [
+        "sampling_mismatch", "advantages_equal", "clip_fraction_high", "empty_responses", "repetition",
+    ]  # fmt: skip

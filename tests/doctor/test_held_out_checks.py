@@ -138,6 +138,7 @@ def test_the_same_accuracies_are_compared_pair_by_pair(tmp_path, capsys):
         ((82, 116), (82, 116), {"reward_model_is_shortcut"}),
         ((21, 29), (22, 29), {"too_few_held_out", "reward_model_is_shortcut"}),
         ((14, 29), (15, 29), {"too_few_held_out", "reward_model_at_chance"}),
+        ((14, 28), (14, 28), {"too_few_held_out", "reward_model_at_chance"}),  # right in a half of them
         ((30, 30), (15, 30), set()),
     ],
 )
@@ -279,3 +280,67 @@ def test_a_score_that_has_only_begun_to_fall_is_judged_again():
     recovered = {**ppo_run(0.3)[-1], "step": 16}
     assert "score_below_start" in found("ppo", lines)
     assert "score_below_start" not in found("ppo", [*lines, *training(9, 16), recovered])
+
+
+@pytest.mark.parametrize(("gain", "error", "expected"), [
+    (-0.25, 0.125, True), (-0.24, 0.125, False), (-0.5, 0.5, False), (-0.5, 0.49, True),
+])  # fmt: skip
+def test_a_fall_of_a_tenth_of_the_spread_matters_and_one_of_its_error_is_chance(gain, error, expected):
+    """A spread of 2.5 at the start. What is told: the newest score, how much lower it is, and how sure that is."""
+    start = {"step": 0, "eval_score": 1.0, "eval_score_std": 2.5, "eval_reward": 0.5, "eval_rows": 40.0}
+    first = {"step": 3, "eval_score": 9.0, "eval_score_gain": 8.0, "eval_score_gain_error": 0.1, "eval_rows": 40.0}
+    last = {**start, "step": 6, "eval_score": 1 + gain, "eval_score_std": 1.0, "eval_reward": 0.7,
+            "eval_score_gain": gain, "eval_score_gain_error": error}  # fmt: skip
+    one = found("ppo", [start, first, last]).get("score_below_start")
+    assert (one is not None) is expected
+    if expected:
+        assert (one.severity, one.since, one.step) == ("warning", 6, 6)
+        assert one.badness == pytest.approx(-gain / error)
+        assert one.message == (
+            f"held-out score {1 + gain:.3f} after 1.000 at the start: {gain:+.3f} = {gain / 2.5:+.2f} SD of the first "
+            f"scores (less penalties, as optimised: +0.200) on 40 prompts, standard error {error:.3g} = "
+            f"{error / 2.5:.2f} SD"
+        )
+        without_start = found("ppo", [first, last])["score_below_start"].message
+        assert without_start == (
+            f"held-out score {1 + gain:.3f}, {gain:+.3f} since the start on 40 prompts, standard error {error:.3g}"
+        )
+
+
+@pytest.mark.parametrize(("effective", "told"), [
+    (19.0, "20 held out: a mean over so many is known to +-0.45 of their SD"),
+    (18.9, "20 held out, which tell as much as 18.9: few of them have most of the pairs: a mean over so many is known "
+           "to +-0.45 of their SD"),
+])  # fmt: skip
+def test_how_much_too_few_rows_tell(effective, told):
+    lines = [{"step": step, "eval_rows": 20.0, "eval_effective_rows": effective} for step in (2, 4)]
+    one = found("sft", lines)["too_few_held_out"]
+    assert (one.severity, one.since, one.step, one.message) == ("warning", 2, 4, told)
+    assert one.badness == pytest.approx(30 / effective)
+    assert found("sft", [{"step": 0, "eval_rows": 0.0}])["too_few_held_out"].badness == 60
+
+
+def test_what_is_told_of_a_reward_model_that_is_as_good_as_a_rule_or_as_a_coin():
+    """Of the evaluation that is kept, at a half of the run at the earliest."""
+    accuracy = {"eval_accuracy": 0.375, "eval_accuracy_low": 0.25, "eval_accuracy_high": 0.5, "eval_rows": 64.0,
+                "eval_pairs": 128.0, "eval_over_shortcut": -0.375, "eval_over_shortcut_low": -0.5,
+                "eval_over_shortcut_high": -0.125, "eval_shortcut_accuracy": 0.75,
+                "eval_length_baseline_accuracy": 0.25, "eval_loss": 0.5, "eval_progress": 0.5}  # fmt: skip
+    lines = [{**accuracy, "step": 5, "eval_progress": 0.25}, {**accuracy, "step": 10, "eval_loss": 0.75}]
+    told = found("reward", lines)
+    assert set(told) == {"reward_model_at_chance", "reward_model_is_shortcut"}
+    assert {(one.severity, one.since, one.step) for one in told.values()} == {("critical", 5, 5)}
+    chance, shortcut = told["reward_model_at_chance"], told["reward_model_is_shortcut"]
+    figures = "held-out accuracy 0.375 on 128 pairs of 64 prompts (95% interval 0.250 to 0.500)"
+    assert (chance.message, chance.badness) == (figures, 1.125)
+    assert shortcut.badness == 1.375 and shortcut.message == (
+        f"{figures}; choosing the shorter response 0.750, so that the model is -0.375 beside it "
+        "(95% interval -0.500 to -0.125)"
+    )
+    assert found("reward", [{**lines[1], "eval_progress": 0.49}]) == {}
+    lines[0]["eval_over_shortcut_high"] = 0.0
+    assert found("reward", lines)["reward_model_is_shortcut"].severity == "warning"
+    lines[0]["eval_over_shortcut"] = 0.0
+    assert "reward_model_is_shortcut" in found("reward", lines)
+    lines[0]["eval_accuracy"], lines[0]["eval_accuracy_low"] = 0.55, 0.5
+    assert found("reward", lines)["reward_model_at_chance"].badness == 1

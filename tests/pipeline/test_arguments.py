@@ -1,6 +1,7 @@
 """A pipeline's command line, sorted by stage and checked before any stage starts."""
 
 import json
+import re
 import shlex
 import subprocess
 
@@ -181,7 +182,8 @@ def test_short_may_be_false_and_names_are_no_paths(tmp_path):
 def test_every_field_is_shown_although_a_run_lies_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_results(tmp_path / "out", made_up_results())
-    assert "--learning_rate sft 0.0005" in all_fields(["--output_dir", str(tmp_path / "out")])
+    shown = all_fields(["--sft.learning_rate", "0.25", "--output_dir", str(tmp_path / "out")])
+    assert re.search(r"--learning_rate sft 0\.25 .*, reward \S+ \(default\.yaml\), ppo \S+ \(default\.yaml\)", shown)
 
 
 def test_the_words_behind_the_scripts_name_are_the_arguments(monkeypatch, capsys):
@@ -190,3 +192,87 @@ def test_the_words_behind_the_scripts_name_are_the_arguments(monkeypatch, capsys
     expected = capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["arguments.py", *words])
     assert main() == 0 and capsys.readouterr().out == expected
+
+
+def test_the_whole_of_what_run_all_evaluates(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    words = ["--stages", "ppo,,sft", "--zero_stage", "1", "--ppo.resume", "auto", "--sft.overwrite", "--max_restarts",
+             "3", "--master_port", "29511", "--num_devices", "2", "--output_dir", "o ut", "--short",
+             "--kl_coef", "1"]  # fmt: skip
+    out = f"{tmp_path}/o ut"
+    assert (
+        bash_assignments(sort_arguments(words, user_dir=tmp_path))
+        == f"""\
+DEFAULT_STAGES=(sft reward ppo)
+STAGES=(sft ppo)
+RESUME_STAGES=(ppo)
+OVERWRITE_STAGES=(sft)
+OUTPUT_DIR='{out}'
+MAX_RESTARTS=3
+SINGLE_PROCESS=
+LAUNCHER_ARGS=(--master_port 29511 --num_gpus 2)
+SCRIPT_sft=step1_sft/main.py
+TITLE_sft='supervised fine-tuning'
+ARGS_sft=(--zero_stage 1 --output_dir '{out}' --overwrite --max_steps 4)
+SCRIPT_reward=step2_reward/main.py
+TITLE_reward='reward model'
+ARGS_reward=()
+SCRIPT_ppo=step3_ppo/main.py
+TITLE_ppo=PPO
+ARGS_ppo=(--zero_stage 1 --output_dir '{out}' --kl_coef 1 --resume auto --max_steps 2)"""
+    )
+
+
+@pytest.mark.parametrize(("words", "refused"), [
+    ([], True), (["--resume", "auto"], False), (["--resume", "never"], False), (["--overwrite"], False),
+    (["--ppo.resume", "auto"], False), (["--stages", "sft"], False),
+])  # fmt: skip
+def test_an_unfinished_stage_is_not_lost_unasked(tmp_path, words, refused):
+    (tmp_path / "out" / "ppo" / "states" / "step-00000004").mkdir(parents=True)
+    words = [*words, "--output_dir", "out"]
+    said = None
+    try:
+        sort_arguments(words, user_dir=tmp_path)
+    except ConfigError as error:
+        said = str(error)
+    expected = (
+        f"{tmp_path}/out/ppo holds an unfinished run: go on with --resume auto, start anew and lose it with --resume "
+        "never, or choose another --output_dir"
+    )
+    assert said == (expected if refused else None)
+    assert sort_arguments(words, user_dir=tmp_path, over_an_earlier_run=True).output_dir == f"{tmp_path}/out"
+
+
+def test_a_finished_stage_is_not_an_unfinished_one(tmp_path):
+    (tmp_path / "out" / "ppo" / "states" / "step-00000004").mkdir(parents=True)
+    write_results(tmp_path / "out", {"ppo": {"seed": 1}})
+    with pytest.raises(ConfigError, match="out/ppo holds a finished run"):
+        sort_arguments(["--output_dir", "out"], user_dir=tmp_path)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--max_restarts", "-1"], "--max_restarts needs a whole number of at least 0, got '-1'"),
+    (["--num_nodes", "0"], "--num_nodes needs a whole number of at least 1, got '0'"),
+    (["--master_port", "0"], "--master_port needs a whole number of at least 1, got '0'"),
+    (["--max_restarts", "1", "2"], "--max_restarts needs one value, got ['1', '2']"),
+    (["--sft.output_dir", "a", "--reward.output_dir", "b", "--stages", "sft,reward"],
+     "the stages must share one output_dir, got {'sft': 'HERE/a', 'reward': 'HERE/b'}; set it at the file's top level"),
+    (["--stages", ","], "--stages : the stages are sft, reward, ppo, separated by commas"),
+    (["--stages", "sft", "--reward.kl_coef", "1"],
+     "--reward.kl_coef: stage reward has no field `kl_coef`; see docs/configuration.md"),
+])  # fmt: skip
+def test_a_mistake_is_said_in_one_whole_sentence(tmp_path, words, message):
+    with pytest.raises(ConfigError) as error:
+        sort_arguments(words, user_dir=tmp_path)
+    assert str(error.value).replace(str(tmp_path), "HERE") == message
+
+
+def test_files_of_the_home_directory_and_what_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "rows.jsonl").write_text("{}")
+    (tmp_path / "here").mkdir()
+    words = ["--sft_data", "~/rows.jsonl", "../rows.jsonl", "{broken", '{"path": 3}', "", "--cache_dir", "~/cache"]
+    sft = sort_arguments(words, user_dir=tmp_path / "here").stage_arguments["sft"]
+    home = str(tmp_path)
+    assert sft[:6] == ["--sft_data", f"{home}/rows.jsonl", f"{home}/here/../rows.jsonl", "{broken", '{"path": 3}', ""]
+    assert sft[6:] == ["--cache_dir", f"{home}/cache"]

@@ -45,11 +45,19 @@ def entries(directory: Path) -> list[str]:
 def test_the_default_run_is_well_and_nothing_is_left_but_tokens(check, tmp_path):
     status, out, _ = check()
     assert status == 0
-    assert "SFT: 375 optimizer steps; 3000 rows to train on and 200 held out; model 1.3M weights\n" in out
-    assert (
-        "PPO: 160 optimizer steps; 3000 rows to train on and 100 held out; actor 1.3M weights, critic 1.0M weights"
-        in (out.replace("critic 1.3M", "critic 1.0M"))
+    lines = out.splitlines()
+    weights = re.search(r"model (\S+M) weights$", lines[1])[1]  # of the embedded base, which is not trained for this
+    assert lines[1:4] == [
+        f"SFT: 375 optimizer steps; 3000 rows to train on and 200 held out; model {weights} weights",
+        f"reward: 500 optimizer steps; 4000 rows to train on and 400 held out; model {weights} weights",
+        "PPO: 160 optimizer steps; 3000 rows to train on and 100 held out; "
+        f"actor {weights} weights, critic {weights} weights",
+    ]
+    assert re.fullmatch(
+        rf"disk: about \d\.\d GiB for models and \d\.\d GiB for training states; \S+ GiB free in {tmp_path}/out",
+        lines[4],
     )
+    assert re.fullmatch(r"nothing is wrong; checked in \d+ s", lines[5]) and len(lines) == 6
     assert out.count("configuration: ") == 1  # the three stages read one file
     assert entries(tmp_path / "out") == []
     assert entries(tmp_path / "cache")

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf.algorithms.advantages import ESTIMATORS, Estimator
 from rlhf.config import ConfigError
-from rlhf.pipeline.stages import STAGES, find_stage_model, parse_stage
+from rlhf.pipeline.stages import STAGES, config_files, find_stage_model, parse_stage, stage_fields
 
 ROOT = Path(__file__).parents[2]
 NAMES = list(STAGES)
@@ -57,3 +57,13 @@ def test_an_overlong_buffer_that_means_nothing_is_refused():
     with pytest.raises(ConfigError, match="overlong_buffer_tokens=33 is more than max_response_tokens=32"):
         parse_stage("ppo", [*words, "33", "--overlong_penalty", "1"])
     assert parse_stage("ppo", [*words, "32", "--overlong_penalty", "1"]).ppo.overlong_buffer(32) == 32
+
+
+def test_without_words_those_behind_the_scripts_name_are_read(tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text("learning_rate: 0.25\n")
+    words = ["--config", str(tmp_path / "mine.yaml"), "--seed", "5"]
+    monkeypatch.setattr("sys.argv", ["main.py", *words])
+    config = parse_stage("sft")
+    assert (config.optimizer.learning_rate, config.run.seed) == (0.25, 5)
+    assert stage_fields("sft").values == stage_fields("sft", words).values != stage_fields("sft", []).values
+    assert config_files("sft") == {tmp_path / "mine.yaml"} != config_files("sft", [])

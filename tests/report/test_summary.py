@@ -191,6 +191,10 @@ def test_a_long_line_fills_its_columns(tmp_path, width):
     lines = summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS, width=width).splitlines()
     cut = [line for line in lines if line.endswith(("a...", "b..."))]
     assert [len(line) for line in cut] == [width, width]
+    results["ppo"]["samples"][0]["prompt"] = "a" * (width - 13)
+    write_results(tmp_path, results)
+    lines = summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS, width=width).splitlines()
+    assert f"prompt       {'a' * (width - 13)}" in lines
 
 
 NEWER = {
@@ -261,3 +265,80 @@ def test_a_result_that_is_not_json_is_named(tmp_path):
     (tmp_path / "reward" / "result.json").write_text("{", encoding="utf-8")
     with pytest.raises(summary.SummaryError, match=r"reward/result.json is not JSON.*--overwrite"):
         summary.summarize(tmp_path, ROWS)
+
+
+def sick_results():
+    """A run that had to train the base first, with gold; the doctor found something in one stage."""
+    results = measured_results()
+    entry = {"check": "reward_model_at_chance", "severity": "critical", "since": 7, "until": None, "message": "a coin"}
+    results["sft"] |= {"base_seconds": 83.5, "health": None}
+    results["reward"]["health"] = {"healthy": False, "lines": 3, "findings": [entry]}
+    return results
+
+
+def test_the_whole_table(tmp_path):
+    write_results(tmp_path, sick_results())
+    assert summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS) == TABLE
+
+
+def test_the_whole_summary(tmp_path):
+    """Every entry of a result that the summary names, as it is, and nothing that it does not."""
+    results = sick_results()
+    write_results(tmp_path, results)
+    found = summary.summarize(tmp_path, ROWS)
+    left_out = {"seconds", "seed", "health", "samples", "gold", "best_step", "base_seconds"}
+    for stage, result in results.items():
+        assert found.pop(stage) == {name: value for name, value in result.items() if name not in left_out}
+    (sample,) = results["ppo"]["samples"]
+    assert found == {
+        "samples": [{name: value for name, value in sample.items() if name != "id"}],
+        "gold": results["ppo"]["gold"],
+        "seconds": {"base": 83.5, "sft": 10.0, "reward": 20.0, "ppo": 30.5, "total": 144.0},
+        "seed": 3,
+        "health": {stage: result["health"] for stage, result in results.items()},
+    }
+
+
+def test_a_run_that_the_doctor_has_not_looked_at_and_one_whose_second_stage_it_has(tmp_path):
+    results = without(made_up_results(), "sft", "health")
+    results["reward"]["health"] = results["ppo"]["health"] = None
+    write_results(tmp_path, results)
+    found = summary.summarize(tmp_path, ROWS)
+    assert found["health"] == {"sft": None, "reward": None, "ppo": None}
+    assert "doctor: has not looked at this run" in summary.closing_table(found, ROWS).splitlines()
+    found["health"]["reward"] = {"findings": []}
+    assert "doctor: nothing found in reward" in summary.closing_table(found, ROWS).splitlines()
+
+
+@pytest.mark.parametrize(("stage", "text"), [("sft", "[1]"), ("ppo", "3")])
+def test_a_result_that_is_no_mapping_lacks_every_figure(tmp_path, stage, text):
+    write_results(tmp_path, made_up_results())
+    (tmp_path / stage / "result.json").write_text(text, encoding="utf-8")
+    first = {"sft": "eval_loss_before, eval_loss_after, seconds, seed", "ppo": "score_before, score_after"}[stage]
+    with pytest.raises(summary.SummaryError, match=f"{stage}/result.json lacks {first}"):
+        summary.summarize(tmp_path, ROWS)
+
+
+TABLE = """\
+stage   figure                   before     after      n
+SFT     held-out loss             3.000     2.000     52  nats per token, over n rows
+reward  held-out accuracy                   0.850    112  of n pairs, 95% interval 0.780 to 0.900; choosing the longer response: 0.500
+        mean margin                         1.500    112
+          일상 대화                         0.900     80
+          law                               0.800     32
+PPO     gold                      0.701     0.952    100  better than SFT on 88% of n prompts; well-formed responses 96% -> 100%
+          on topic                0.500     0.750    100
+          friendly                0.500     0.750    100
+        held-out score            0.100     1.300     64  +1.200 = +2.40 standard deviations of the SFT model's scores (standard error 0.20, n prompts)
+        score less penalties      0.500     0.500     64  what was optimised: clipped score, missing end, KL
+        KL per token (nats)                 0.500     64  to the SFT model
+        eos rate                  0.500     0.500     64
+        response tokens           0.500     0.500     64
+
+prompt       안녕?
+SFT    -0.50  gold 0.45  응
+PPO    +1.25  gold 1.00  안녕하세요! 반가워요
+
+doctor: reward since step 7: the reward model is not shown to be better than chance: a coin
+doctor: `python -m rlhf.cli doctor OUTPUT_DIR` says what each means and what to try
+seconds: base 84, sft 10, reward 20, ppo 30, total 144; seed 3"""  # noqa: E501

@@ -19,6 +19,21 @@ def test_it_evaluates_before_every_so_often_and_at_the_end(make_trainer, every, 
     assert exported == expected[1:], "what is evaluated after training began is what is saved"
 
 
+@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4, 5]), (2, [1, 2, 4, 5]), (10, [1, 5])])
+def test_it_writes_a_line_at_the_first_and_the_last_iteration_and_every_so_often(make_trainer, every, expected):  # noqa: F811
+    trainer = make_trainer(iterations=5)
+    trainer.run.log_every_steps = every
+    outcome = trainer.fit()
+    lines = [json.loads(line) for line in (trainer.directory / "metrics.jsonl").read_text().splitlines()]
+    written = [line for line in lines if "policy_loss" in line]
+    assert [line["step"] for line in written] == expected
+    assert all(min(line["seconds_update"], line["seconds_experience"]) > 0 for line in written)
+    assert sum(line["seconds_update"] + line["seconds_experience"] for line in written) < outcome["seconds"]
+    first, last = [line for line in lines if "eval_score" in line]
+    assert (first["eval_score"], last["eval_score"]) == (outcome["before"]["score"], outcome["after"]["score"])
+    assert last["eval_score_gain"] == outcome["after"]["score_gain"] and "eval_score_gain" not in first
+
+
 @pytest.mark.parametrize(("full_until", "ends"), [(2, True), (3, False)])
 def test_a_disk_that_is_full_ends_a_run_at_its_last_export_alone(make_trainer, full_until, ends):  # noqa: F811
     trainer, tried = make_trainer(iterations=3, eval_every_steps=1), []

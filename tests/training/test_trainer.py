@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import rlhf.training.data_order
 import rlhf.training.metrics
@@ -152,6 +153,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_update(bad):
     assert line.gradients == [] and line.module.weight.item() == 2.0
 
 
+def test_the_batch_whose_loss_is_not_finite_is_kept_and_the_doctor_told(tiny_models, tmp_path):
+    rows = sft_rows(4)
+    trainer = sft_trainer(tiny_models["gpt2"], tmp_path, rows, [], micro=4, max_steps=1)
+    next(trainer.engine.module.parameters()).data.fill_(math.nan)
+    path = tmp_path / "nonfinite_batch_rank0.safetensors"
+    with pytest.raises(NonFiniteError, match=rf"sft loss is not finite at step 1 .*the batch is in {path}"):
+        trainer.fit()
+    kept = [row for name, tensor in load_file(path).items() if name.endswith("input_ids") for row in tensor.tolist()]
+    # without the padding, which is the token that ends a response too
+    kept = [row[: 1 + max(index for index, token in enumerate(row) if token)] for row in kept]
+    assert sorted(kept) == sorted(list(row.input_ids[:-1]) for row in rows)
+    stop = json.loads((tmp_path / "health.jsonl").read_text().splitlines()[-1])
+    assert (stop["event"], stop["check"], stop["at"]) == ("stopped", "not_finite", 1)
+
+
 @pytest.mark.parametrize("bad", [None, "weight"])
 def test_the_error_of_a_loss_says_whether_a_weight_is_to_blame(bad):
     plan = BatchPlan(1, 1, 1)
@@ -272,6 +288,24 @@ def test_sft_learns_logs_and_keeps_the_best_model(tiny_models, tmp_path):
     assert outcome["best_step"] == best_step and 1 <= len(exported) <= 3
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert outcome["after"]["eval_loss"] == pytest.approx(mean_loss(trainer.engine.module, rows), rel=1e-5)
+
+
+def test_a_line_has_the_means_of_the_steps_since_the_last_one(tiny_models, tmp_path):
+    """Every second of five steps, and after the last."""
+    every, found = {}, {}
+    for log_every_steps, lines in ((1, every), (2, found)):
+        directory = tmp_path / str(log_every_steps)
+        trainer = sft_trainer(tiny_models["gpt2"], directory, sft_rows(8), [], max_steps=5)
+        trainer.run.log_every_steps = log_every_steps
+        trainer.fit()
+        for line in map(json.loads, (directory / "metrics.jsonl").read_text().splitlines()):
+            lines[line["step"]] = line
+    assert list(found) == [0, 2, 4, 5]
+    assert set(found[2]) == {"step", "seconds", "loss", "learning_rate", "gradient_norm"}
+    assert found[2]["learning_rate"] == pytest.approx(0.05)
+    for last, steps in ((2, (1, 2)), (4, (3, 4)), (5, (5,))):
+        for name in ("loss", "gradient_norm"):
+            assert found[last][name] == pytest.approx(sum(every[step][name] for step in steps) / len(steps))
 
 
 def test_a_model_that_gets_worse_is_not_the_one_that_is_kept(tiny_models, tmp_path):
