@@ -29,7 +29,7 @@ from rlhf.distributed.progress import Progress
 EOS_TEXT = "<|endoftext|>"
 PAD_TEXT = "<|pad|>"
 VOCABULARY_MULTIPLE = 64
-USUAL_TIME = "one to three minutes on two cores"
+USUAL_TIME = "four to six minutes on two cores"
 """What the default recipe takes; longer where other work wants the same cores."""
 
 

@@ -110,7 +110,7 @@ def test_it_is_announced_once_with_why_how_long_and_where(tmp_path, caplog):
     assert caplog.messages[0] == announcement(recipe, path) and len(caplog.messages) == said
     assert "not there yet" in caplog.messages[0] and "(2 steps)" in caplog.messages[0]
     assert caplog.messages[0].endswith(f"this happens once, it is kept in {path}")
-    assert "(2100 steps, one to three minutes on two cores)" in announcement(TinyRecipe(), path)
+    assert "(2100 steps, four to six minutes on two cores)" in announcement(TinyRecipe(), path)
 
 
 def test_its_progress_is_shown(tmp_path, caplog, monkeypatch):

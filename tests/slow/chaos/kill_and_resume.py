@@ -58,7 +58,7 @@ def make_inputs(directory: Path) -> tuple[Path, Path]:
 
 
 def write_data(directory: Path) -> None:
-    """Some rows of the embedded corpus for each stage, to train on and held out."""
+    """Some rows of the embedded world for each stage, to train on and held out."""
     for name in ("sft", "preference", "prompts"):
         for part, suffix, rows in (("train", "", 33), ("heldout", "_eval", 11)):
             # 2 ranks x micro-batches of 2 do not divide 11: the last evaluation batches are ragged
