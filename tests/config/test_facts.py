@@ -77,7 +77,8 @@ def test_metadata_of_fields_does_not_reach_the_command_line():
 
 MODELS = {"base_model", "actor_model", "reward_model", "critic_model"}
 DATA = {
-    "sft_data", "sft_eval_data", "preference_data", "preference_eval_data", "prompt_data", "prompt_eval_data", "ptx_data",
+    "sft_data", "sft_eval_data", "preference_data", "preference_eval_data", "prompt_data", "prompt_eval_data",
+    "ptx_data",
 }  # fmt: skip
 """Compared by what is in them: the same model or data may lie elsewhere when a run is resumed."""
 HOW_IT_RUNS = {
