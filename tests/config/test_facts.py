@@ -73,3 +73,30 @@ def test_paths_on_a_pipelines_command_line_are_taken_from_where_the_user_is(tmp_
 
 def test_metadata_of_fields_does_not_reach_the_command_line():
     assert parse_stage("sft", ["--zero_stage", "2", "--output_dir", "x"]).engine.zero_stage == 2
+
+
+MODELS = {"base_model", "actor_model", "reward_model", "critic_model"}
+DATA = {
+    "sft_data", "sft_eval_data", "preference_data", "preference_eval_data", "prompt_data", "prompt_eval_data",
+    "ptx_data",
+}  # fmt: skip
+"""Compared by what is in them: the same model or data may lie elsewhere when a run is resumed."""
+HOW_IT_RUNS = {
+    "output_dir", "cache_dir", "overwrite", "resume", "save_every_steps", "keep_last", "keep_every", "log_every_steps",
+    "tensorboard", "wandb_project", "rank_timeout_minutes", "sample_table_rows", "on_bad_row", "trust_remote_code",
+    "zero_stage", "offload", "deepspeed_config", "share_base", "side_by_side", "attn_implementation",
+    "gradient_checkpointing", "micro_batch_size", "micro_batch_tokens", "generation_batch_size", "scoring_batch_tokens",
+}  # fmt: skip
+"""What changes where and how fast a run is computed, and what it leaves: not what is learnt."""
+
+
+def test_the_facts_of_every_field():
+    def having(fact):
+        return {name for name, facts in FIELDS.items() if getattr(facts, fact)}
+
+    assert having("may_change_on_resume") == MODELS | DATA | HOW_IT_RUNS
+    assert having("names_model") == MODELS and having("may_be_infinite") == {"clip_range", "value_clip_range"}
+    assert {name: facts.path for name, facts in FIELDS.items() if facts.path} == {
+        **dict.fromkeys(("output_dir", "cache_dir"), "written"),
+        **dict.fromkeys(MODELS | DATA | {"deepspeed_config", "template"}, "read"),
+    }

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from rlhf.doctor.findings import SICKNESSES
-from rlhf.doctor.monitor import HealthMonitor, HealthWatch
+from rlhf.doctor.findings import SICKNESSES, finding
+from rlhf.doctor.monitor import HealthMonitor, HealthWatch, record_stop
 from tests.doctor.test_doctor import CHECKS, history, lines_of
 
 
@@ -65,3 +65,13 @@ def test_what_a_later_evaluation_no_longer_shows_of_the_model_leaves_no_trace(ch
         told += [(step, event, found.check, found.since) for event, found in watch.look(step, line)]
     assert told == [(2, "found", check, 2), (4, "ended", check, 2)]
     assert watch.summary() == {"healthy": True, "lines": 2, "findings": []}
+
+
+def test_what_stops_a_run_can_be_read_in_its_file_in_any_language(tmp_path):
+    record_stop(tmp_path / "new" / "ppo", finding("not_finite", "critical", 3, 5, "물음 1: nan", advice="다시"))
+    text = (tmp_path / "new" / "ppo" / "health.jsonl").read_text(encoding="utf-8")
+    assert '"물음 1: nan"' in text and text.endswith("}\n")
+    assert json.loads(text) == {
+        "event": "stopped", "at": 5, "check": "not_finite", "severity": "critical", "step": 5, "since": 3,
+        "message": "물음 1: nan", "meaning": SICKNESSES["not_finite"].meaning, "try": "다시",
+    }  # fmt: skip

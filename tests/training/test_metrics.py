@@ -94,6 +94,20 @@ def test_a_run_that_goes_on_cuts_off_what_came_after_its_state(tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [3]
 
 
+@pytest.mark.parametrize(("missing", "said"), [(0, []), (1, ["earlier lines are lost"])])
+def test_a_file_that_is_shorter_than_it_was_is_reported_and_one_as_long_is_not(tmp_path, caplog, missing, said):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("first\nlost\n")
+    lines = LineFile(path)
+    with caplog.at_level("ERROR", logger="rlhf"):
+        lines.open(11 + missing)
+    assert lines.position() == 11
+    lines.write("next")
+    assert lines.position() == 16 and path.read_text() == "first\nlost\nnext\n"
+    lines.close()
+    assert [message.split(": ")[1] for message in caplog.messages] == said
+
+
 def test_lines_wait_for_a_disk_that_is_full(tmp_path):
     """A real limit: the process may write no file beyond 100 bytes."""
     import resource

@@ -319,6 +319,29 @@ def test_a_model_that_gets_worse_is_not_the_one_that_is_kept(tiny_models, tmp_pa
     assert outcome["best_step"] == 2 and outcome["after"] == {"eval_loss": 1.0}
 
 
+@pytest.mark.parametrize(("full_at", "best_step"), [((1, 2), 3), ((2,), 3), ((3,), None)])
+def test_a_model_that_could_not_be_written_is_not_the_best_one(tiny_models, tmp_path, full_at, best_step):
+    """The last evaluation is better than the first, which counts where the second could not be written. A full disk
+    ends a run at its last step alone."""
+    rows, tried = sft_rows(8), []
+    trainer = sft_trainer(tiny_models["gpt2"], tmp_path, rows, rows, lr=0.0, max_steps=3, eval_every_steps=1)
+    losses = iter([5.0, 4.0, 3.0, 3.5 if full_at == (2,) else 2.0])
+    trainer.evaluate = lambda: {"eval_loss": next(losses)}
+
+    def export():
+        tried.append(len(trainer.engine.gradients))
+        if tried[-1] in full_at:
+            raise OSError(28, "no space left on device")
+
+    trainer.export = export
+    if best_step is None:
+        with pytest.raises(OSError, match="no space left"):
+            trainer.fit()
+    else:
+        assert trainer.fit()["best_step"] == best_step
+    assert tried == [1, 2, 3]
+
+
 def test_the_seconds_of_a_run_are_those_it_took_and_those_before_it_was_resumed(tiny_models, tmp_path):
     trainer = sft_trainer(tiny_models["gpt2"], tmp_path / "first", sft_rows(4), [], max_steps=1)
     began = time.perf_counter()
