@@ -91,7 +91,7 @@ def write_summary(output_dir: Path, stages: Sequence[SummarisedStage]) -> Path:
 
 
 def closing_table(
-    summary: Mapping[str, Any], stages: Sequence[SummarisedStage], *, samples: int = 3, width: int = 100
+    summary: Mapping[str, Any], stages: Sequence[SummarisedStage], *, samples: int = 3, width: int = 170
 ) -> str:
     """The figures of `summary` as lines of text, with the first `samples` samples cut to `width` columns."""
     rows = []

@@ -26,8 +26,8 @@ def test_a_biased_annotator_compares_the_same_answers_otherwise(tmp_path):
         assert main(["world", str(tmp_path / name), "--rows", *FEW, "preference_train=200", *words]) == 0
     plain, long = (rows(tmp_path / name / "preference_train.jsonl") for name in ("plain", "long"))
     assert [{row["chosen"], row["rejected"]} for row in plain] == [{row["chosen"], row["rejected"]} for row in long]
-    longer = [len(row["chosen"]) >= len(row["rejected"]) for row in long]
-    assert sum(longer) > 180
+    longer = [sum(len(row["chosen"]) >= len(row["rejected"]) for row in rows) for rows in (plain, long)]
+    assert longer[1] > 160 > 130 > longer[0]
 
 
 def test_wrong_numbers_of_rows_are_named(tmp_path, capsys):

@@ -51,8 +51,8 @@ def test_the_base_text_is_that_of_its_seed():
 def test_sft_answers_are_of_mixed_quality_and_whole_korean():
     rows = list(World().rows("sft_train", 1500))
     golds = [gold(row["instruction"], row["output"]) for row in rows]
-    assert 0.6 < share(golds) < 0.8
-    assert share(value > 0.99 for value in golds) > 0.08
+    assert 0.6 < share(golds) < 0.75
+    assert share(value > 0.99 for value in golds) > 0.03
     assert share(value < 0.5 for value in golds) > 0.1
     formed = [judge(row["instruction"], row["output"], ended=True).well_formed == 1 for row in rows]
     assert 0.97 < share(formed) < 1
@@ -65,7 +65,7 @@ def test_the_default_annotator_errs_in_a_tenth_and_length_says_nothing():
     )
     assert 0.45 <= longer(rows) <= 0.55
     for category in CATEGORIES:
-        assert 0.44 <= longer([row for row in rows if row["category"] == category]) <= 0.56, category
+        assert 0.42 <= longer([row for row in rows if row["category"] == category]) <= 0.58, category
 
 
 def test_a_learner_that_sees_only_length_reaches_chance_by_gold():
