@@ -254,7 +254,9 @@ def test_top_level_is_the_plan():
     if git.returncode != 0 or not git.stdout:
         pytest.skip("not a git checkout: what belongs to the project is not known")
     names = {line.split("/")[0] for line in git.stdout.splitlines()}
-    files = "setup.cfg pyproject.toml README.md CONTRIBUTING.md LICENSE .pre-commit-config.yaml .gitignore .ci"
+    files = (
+        "setup.cfg pyproject.toml README.md README.ko.md CONTRIBUTING.md LICENSE .pre-commit-config.yaml .gitignore .ci"
+    )
     folders = "rlhf step1_sft step2_reward step3_ppo training_scripts tests benchmarks docs"
     assert names <= set(f"{files} {folders}".split()), f"not in the plan: {names - set(f'{files} {folders}'.split())}"
 
