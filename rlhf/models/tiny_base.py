@@ -37,8 +37,8 @@ USUAL_TIME = "four to six minutes on two cores"
 class TinyRecipe:
     """Every constant of the tiny base; a changed one makes another model under another name.
 
-    The matrices of the layers learn by Muon (Jordan et al. 2024), embeddings and vectors by AdamW. With AdamW alone
-    the same steps leave the model at words: 12% of its answers are on the topic after 1.4M tokens, with Muon 64%.
+    The matrices of the layers learn by Muon (Jordan et al. 2024), embeddings and vectors by AdamW: after 358k tokens
+    the training loss is 0.95 and 12% of the answers are on the topic, with AdamW alone (at 3e-3) 1.04 and 2%.
     """
 
     version: int = 2
