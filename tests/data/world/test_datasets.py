@@ -1,5 +1,6 @@
 """The data sets: deterministic by seed, of mixed quality, compared by annotators who err, and no shortcut in them."""
 
+import math
 import random
 from collections import Counter
 from itertools import combinations
@@ -106,6 +107,17 @@ def test_pairs_are_drawn_as_bradley_and_terry_say():
     )
     wins = share(annotator.ranks(situation, [bad, good], chance)[1] == 0 for _ in range(6000))
     assert wins == pytest.approx(1 / (1 + 2.718281828**-difference), abs=0.02)
+
+
+def test_rankings_are_drawn_as_plackett_and_luce_say():
+    """The first place goes to an answer with probability softmax(utilities): Gumbel's noise, and not its mirror."""
+    chance, annotator = random.Random(6), Annotator(sharpness=4.0)
+    situation = draw_situation(chance, held_out=False, category="law")
+    answers = [write_answer(situation, chance, WHOLE), "그건 그때그때 달라요.", "잘 알아보시면 될 거예요.", "한심하다."]
+    seen = [math.exp(annotator.utility(situation, answer)) for answer in answers]
+    firsts = Counter(annotator.ranks(situation, answers, chance).index(0) for _ in range(20_000))
+    shares = [firsts[place] / 20_000 for place in range(4)]
+    assert shares == pytest.approx([value / sum(seen) for value in seen], abs=0.012)
 
 
 def test_rankings_are_whole_and_agree_with_gold_mostly():
