@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         f"Write {', '.join(DATASETS)} and {BASE} (text for a base model) into DIRECTORY, a JSON object a line. The "
         "held-out files hold combinations of which none occurs in the others. Without options they hold what "
-        "`sample:NAME` reads. Exit status: 0 written, 2 a wrong command line."
+        "`sample:NAME` reads. Exit status: 0 written, 2 a wrong command line, or a directory that cannot be written."
     )
     parser.add_argument("directory", metavar="DIRECTORY", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="another seed, other rows (default 0)")
@@ -39,10 +39,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Write the files; the exit status."""
     try:
-        counts = _counts(arguments.rows)
-    except ValueError as error:
+        _write(arguments, _counts(arguments.rows))
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    return 0
+
+
+def _write(arguments: argparse.Namespace, counts: dict[str, int]) -> None:
+    """Write the files. ValueError where there are not so many rows, OSError where the directory cannot be written."""
     annotator = Annotator(arguments.sharpness, arguments.length_bias, arguments.agreement_bias)
     world = World(arguments.seed, annotator)
     for name, count in counts.items():
@@ -54,7 +59,6 @@ def run(arguments: argparse.Namespace) -> int:
         with replaced_file(path) as part:
             part.write_text("\n".join([*lines, ""]), encoding="utf-8")
         print(f"{path}: {len(lines)} rows")
-    return 0
 
 
 def _counts(given: list[str]) -> dict[str, int]:

@@ -35,3 +35,9 @@ def test_wrong_numbers_of_rows_are_named(tmp_path, capsys):
         assert main(["world", str(tmp_path), "--rows", word]) == 2
         assert f"--rows {word}: needed is NAME=N" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_said(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["world", str(tmp_path / "file"), "--rows", *FEW]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
