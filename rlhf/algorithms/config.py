@@ -157,6 +157,16 @@ class PPOConfig:
     """Decay of the averaged actor, saved as `actor_ema` (DeepSpeed-Chat: 0.992); 0 keeps none."""
     eval_every_steps: int = 0
     """Iterations between evaluations on held-out prompts; 0 evaluates before and after only."""
+    held_out_reward_model: str | None = setting(None, may_change_on_resume=True, path="read")
+    """A second reward model that training never asks, best of other data: its scores of the held-out prompts'
+    responses, `held_out_score`, tell what the first one's are worth (Gao et al., arXiv 2210.10760)."""
+    keep_best: Literal["gold", "held_out_score", "reward"] | None = None
+    """The figure of an evaluation by which the best actor is the one exported: `gold` (prompts of the embedded world),
+    `held_out_score`, or `reward`, what PPO optimises. Unset: the last one."""
+    stop_when: Literal["gold", "held_out_score", "reward"] | None = None
+    """The figure whose best stays unreached for `patience` evaluations when the run ends early. Unset: it does not."""
+    patience: int = 3
+    """Evaluations in a row that do not reach the best by `stop_when`, after which the run ends."""
     eval_prompts: int = 256
     """Held-out prompts of an evaluation, the same ones every time, chosen with `seed`; 0 takes all of them."""
     eval_samples_per_prompt: int = 4
@@ -176,7 +186,7 @@ class PPOConfig:
         require_at_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "entropy_coef", "ptx_coef")
         require_at_least(self, 0, "eval_prompts", "critic_warmup_iterations")
         require_at_least(self, 0, "overlong_penalty", "overlong_buffer_tokens")
-        require_at_least(self, 1, "eval_samples_per_prompt", "kl_horizon")
+        require_at_least(self, 1, "eval_samples_per_prompt", "kl_horizon", "patience")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must lie in [0, 1]")
@@ -184,6 +194,19 @@ class PPOConfig:
             raise ConfigError(f"ema_decay={self.ema_decay} must lie in [0, 1); 0 keeps no average")
         if self.kl_target is not None and self.kl_target <= 0:
             raise ConfigError(f"kl_target={self.kl_target} must be above 0 nats, or unset for a fixed kl_coef")
+
+        for name in ("keep_best", "stop_when"):
+            measure = getattr(self, name)
+            if measure == "held_out_score" and self.held_out_reward_model is None:
+                raise ConfigError(
+                    f"{name}=held_out_score needs a second reward model: train one with step 2 on other data, and name "
+                    "its directory with held_out_reward_model"
+                )
+            if measure is not None and self.eval_every_steps < 1:
+                raise ConfigError(
+                    f"{name}={measure} chooses between evaluations, and eval_every_steps={self.eval_every_steps} makes "
+                    "none on the way: set eval_every_steps to 10, say"
+                )
 
     @property
     def zero_critic_head(self) -> bool:

@@ -27,7 +27,7 @@ from rlhf.training.data_order import DataOrder, Plan, planned_steps
 from rlhf.training.loop import RunContext
 from rlhf.training.metrics import MeanMeter
 from rlhf.training.nonfinite import check_rollout
-from rlhf.training.on_policy import OnPolicyTrainer
+from rlhf.training.on_policy import OnPolicyTrainer, Selection
 from rlhf.training.rollouts import RolloutWorker, ScoredRollout
 from rlhf.training.scoring import label_loss, response_logprobs, response_logprobs_and_entropy, response_values
 from rlhf.training.step import accumulate_step, learning_rate
@@ -234,7 +234,8 @@ class PPOTrainer(OnPolicyTrainer):
         self.optimizer_step = 0
         self.first_log_ratios: list[torch.Tensor] | None = None  # collected over the first minibatch of an update
         self._export = export
-        super().__init__(context, total_steps=iterations, eval_every_steps=config.eval_every_steps)
+        selection = Selection(config.eval_every_steps, config.keep_best, config.stop_when, config.patience)
+        super().__init__(context, total_steps=iterations, selection=selection)
 
     @property
     def device(self) -> torch.device:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rlhf.doctor.findings import Finding
 from rlhf.doctor.held_out_checks import (
+    over_optimised,
     reward_model_at_chance,
     reward_model_is_shortcut,
     score_below_start,
@@ -52,7 +53,7 @@ ON_POLICY: tuple[Check, ...] = (
     *EVERY_STAGE, ratio_not_one, sampling_mismatch, kl_negative, kl_explodes, kl_dead, clip_fraction_high,
     value_function_useless, entropy_collapse, eos_rate_falls, length_exploited, score_is_length, repetition,
     empty_responses, score_out_of_range, scores_alike, advantages_equal,
-    score_below_start,
+    score_below_start, over_optimised,
 )  # fmt: skip
 """Training on responses that the model samples itself."""
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -80,8 +81,9 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "reward_model_at_chance": ("eval_accuracy_low",),
     "reward_model_is_shortcut": ("eval_over_shortcut",),
     "score_below_start": ("eval_score_gain_error",),
+    "over_optimised": ("eval_gold or eval_held_out_score",),
 }
-"""Metrics without which a check says nothing."""
+"""Metrics without which a check says nothing; "A or B": one of the two is enough."""
 
 
 def examine(checks: Sequence[Check], history: History) -> list[Finding]:
@@ -94,6 +96,7 @@ def unchecked(checks: Sequence[Check], history: History) -> dict[str, list[str]]
     """Names of the checks that a history has no metrics for, and which metrics are missing."""
     known = {name for line in history for name in line}
     missing = {
-        check.__name__: [name for name in NEEDS.get(check.__name__, ()) if name not in known] for check in checks
+        check.__name__: [name for name in NEEDS.get(check.__name__, ()) if known.isdisjoint(name.split(" or "))]
+        for check in checks
     }
     return {name: names for name, names in missing.items() if names}

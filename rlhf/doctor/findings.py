@@ -220,6 +220,14 @@ SICKNESSES: Mapping[str, Sickness] = {
         "before PPO is the better one.",
         of_the_model=True,
     ),
+    "over_optimised": Sickness(
+        "the score rises and the answers get worse",
+        "A measure that training does not see has turned down while the optimised score goes on rising: the actor now "
+        "earns the score by what the reward model gets wrong (over-optimisation, arXiv 2210.10760).",
+        "keep_best and stop_when by that measure; a higher kl_coef, fewer iterations; a reward model of more and "
+        "better pairs.",
+        of_the_model=True,
+    ),
     "run_incomplete": Sickness(
         "the stage has not come to its end",
         "Nothing runs any more and there is no result: the model is missing, or is that of an evaluation on the way.",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from rlhf.doctor.findings import Finding, Severity, finding
-from rlhf.doctor.history import History, Line, best_evaluation
-from rlhf.doctor.limits import FALL_ERRORS, FALL_ERRORS_FEW, FALL_SPREADS, FEW_ROWS, JUDGED_FROM
+from rlhf.doctor.history import History, Line, bad_end, best_evaluation, kept_evaluation
+from rlhf.doctor.limits import FALL_ERRORS, FALL_ERRORS_FEW, FALL_SPREADS, FEW_ROWS, JUDGED_FROM, PAST_BEST_LINES
 from rlhf.numerics.intervals import Z95, wilson_interval
 
 
@@ -83,12 +83,11 @@ def _beside_shortcut(line: Line) -> str:
 
 
 def score_below_start(history: History) -> list[Finding]:
-    """The newest held-out score against that before training, prompt by prompt: lower by more than its standard error,
-    and by enough to matter."""
-    lines = [line for line in history if "eval_score_gain_error" in line]
-    if not lines:
+    """The held-out score of the actor that is kept against that before training, prompt by prompt: lower by more than
+    its standard error, and by enough to matter."""
+    line = kept_evaluation(history)
+    if line is None or "eval_score_gain_error" not in line:
         return []
-    line = lines[-1]
     gain, error, rows = line["eval_score_gain"], line["eval_score_gain_error"], line["eval_rows"]
     start = next((each for each in history if each["step"] == 0 and "eval_score" in each), None)
     spread = 0.0 if start is None else start["eval_score_std"]
@@ -99,6 +98,41 @@ def score_below_start(history: History) -> list[Finding]:
     message = f"{_fall(start, line)} on {rows:.0f} prompts, standard error {error:.3g}{in_spreads}"
     step = int(line["step"])
     return [finding("score_below_start", "warning", step, step, message, -gain / max(error, 1e-9))]
+
+
+def over_optimised(history: History) -> list[Finding]:
+    """A measure that training does not see stays below its best while the score that is optimised rises."""
+    gold = _past_best(history, "gold", "gold")
+    return gold or _past_best(history, "held_out_score", "the score of the held-out reward model")
+
+
+def _past_best(history: History, name: str, what: str) -> list[Finding]:
+    """Below by more standard errors than the best of n evaluations lies above the others by luck, sqrt(2 ln n).
+
+    Nothing where the actor that is kept is that best one.
+    """
+    lines = [line for line in history if f"eval_{name}" in line]
+    limit = math.sqrt(2 * math.log(max(2, len(lines))))
+    points = [(int(line["step"]), _errors_below(line, name)) for line in lines]
+    below = bad_end(points, lambda errors: errors > limit)
+    if len(below) < PAST_BEST_LINES:
+        return []
+    fall, error, peak, rise = (
+        lines[-1][f"eval_{name}_{part}"] for part in ("fall", "fall_error", "fall_since", "fall_score")
+    )
+    if rise <= 0 or lines[-1].get("eval_kept_step") == peak:
+        return []
+    message = (
+        f"{what} is {lines[-1][f'eval_{name}']:.3f}, {fall:.3f} (standard error {error:.3f}) below that of iteration "
+        f"{peak:.0f}, while the score rose by {rise:.3f}"
+    )
+    (since, _), (step, errors) = below[0], below[-1]
+    return [finding("over_optimised", "warning", since, step, message, errors / limit)]
+
+
+def _errors_below(line: Line, name: str) -> float:
+    """How many standard errors a measure lies below its best; 0 at the best."""
+    return line.get(f"eval_{name}_fall", 0.0) / max(line.get(f"eval_{name}_fall_error", 0.0), 1e-9)
 
 
 def _fall(start: Line | None, line: Line) -> str:

@@ -23,9 +23,10 @@ def series(history: History, name: str) -> list[Point]:
 
 
 def condensed(history: History) -> list[Line]:
-    """The lines that checks look at, in order: the first and the last of training and of evaluation, and the best."""
-    best = best_evaluation(history)
-    kept = {index for index, line in enumerate(history) if line is best}
+    """The lines that checks look at, in order: the first and the last of training and of evaluation, and that of the
+    model that is kept."""
+    models = (best_evaluation(history), kept_evaluation(history))
+    kept = {index for index, line in enumerate(history) if any(line is one for one in models)}
     for evaluation in (False, True):
         places = [index for index, line in enumerate(history) if _is_evaluation(line) == evaluation]
         kept.update(places[:KEPT_FIRST], places[-KEPT_LAST:])
@@ -36,6 +37,15 @@ def best_evaluation(history: History) -> Line | None:
     """The evaluation after training began whose loss is the lowest: that of the model that is kept. None before one."""
     lines = [line for line in history if line["step"] > 0 and math.isfinite(line.get("eval_loss", math.nan))]
     return min(lines, key=lambda line: line["eval_loss"], default=None)
+
+
+def kept_evaluation(history: History) -> Line | None:
+    """The evaluation of the actor that an on-policy run keeps; None before one. An earlier release kept the last."""
+    lines = [line for line in history if "eval_score" in line]
+    if not lines:
+        return None
+    step = lines[-1].get("eval_kept_step", lines[-1]["step"])
+    return next((line for line in lines if line["step"] == step), lines[-1])
 
 
 def mean_value(points: Sequence[Point]) -> float:

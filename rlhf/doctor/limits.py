@@ -65,3 +65,6 @@ FALL_ERRORS, FALL_ERRORS_FEW = 1.0, 3.0
 """Standard errors that it must have too, on FEW_ROWS prompts or more, and on fewer, whose error is itself uncertain
 (Student's t with 3 degrees of freedom: 3.2). One error is passed by chance 16 times in 100: PPO is to raise the score,
 and a run that did not is worth a look."""
+PAST_BEST_LINES = 2
+"""Evaluations in a row that lie below the best by more than luck. On a plateau 3 to 9 runs of 100 with 4 to 20
+evaluations are found so by chance (simulated, the error paired by prompt), and half of those have a falling score."""

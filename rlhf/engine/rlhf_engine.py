@@ -28,7 +28,8 @@ from rlhf.numerics.cpu import WORKERS, can_run_side_by_side, side_by_side
 
 
 class RLHFEngine:
-    """Holds `actor` and `critic` (training engines), `reference` and `reward` (frozen), and `averaged_actor`.
+    """Holds `actor` and `critic` (training engines), `reference`, `reward` and `held_out_reward` (frozen), and
+    `averaged_actor`.
 
     All but the actor may be None: an algorithm without a critic or a reference has none in memory. With
     `reference_is_actor_without_adapter` the actor carries a LoRA adapter, and is the reference while that is off.
@@ -41,6 +42,7 @@ class RLHFEngine:
         critic: Any = None,
         reference: nn.Module | None = None,
         reward: nn.Module | None = None,
+        held_out_reward: nn.Module | None = None,
         reference_is_actor_without_adapter: bool = False,
         ema_decay: float = 0.0,
         side_by_side: bool = False,
@@ -53,6 +55,7 @@ class RLHFEngine:
         self.critic = critic
         self.reference = reference
         self.reward = reward
+        self.held_out_reward = held_out_reward
         self.reference_is_actor_without_adapter = reference_is_actor_without_adapter
         self.averaged_actor = AveragedWeights(actor, ema_decay) if ema_decay != 0.0 else None
         pays = side_by_side and can_run_side_by_side(device_of(actor), ranks=world_size())
@@ -66,6 +69,7 @@ class RLHFEngine:
         *,
         critic_model: str | Path | None = None,
         reward_model: str | Path | None = None,
+        held_out_reward_model: str | Path | None = None,
         with_reference: bool = True,
         model: ModelConfig,
         engine: EngineConfig,
@@ -83,12 +87,14 @@ class RLHFEngine:
         The critic starts from another critic or a reward model, head included, or from a causal LM, which gets a new
         head drawn with `seed`; with `zero_critic_head` its values start at 0. It learns at `critic_learning_rate` over
         `critic_total_steps`, None: as the actor does.
-        With LoRA, models on one base share it: see `rlhf.models.shared.adapted_roles`. Raises ConfigError for what
+        With LoRA, models on one base share it: see `rlhf.models.shared.adapted_roles`; the held-out reward model is a
+        whole one of its own, unquantised. Raises ConfigError for what
         cannot be loaded or does not go together.
         """
         check_together(model, engine)
-        if reward_model is not None:
-            check_scalar_directory(reward_model)
+        for directory in (reward_model, held_out_reward_model):
+            if directory is not None:
+                check_scalar_directory(directory)
         if model.model_dropout or model.lora_dropout:
             logger.info("PPO: dropout is off (with it the ratio would not start at 1), whatever the configuration says")
         model = replace(model, model_dropout=0.0, lora_dropout=0.0)
@@ -102,6 +108,11 @@ class RLHFEngine:
         else:
             with loading():
                 roles = _whole_models(actor_model, reward_model, critic_model, with_reference, model, dtype, seed)
+        held_out_reward = None
+        if held_out_reward_model is not None:
+            with loading():
+                whole = replace(model, quantization="none")
+                held_out_reward = ScalarModel.from_pretrained(held_out_reward_model, whole, dtype=dtype)
         if zero_critic_head and isinstance(roles.critic, ScalarModel):
             roles.critic.zero_head()
         training = partial(
@@ -118,6 +129,7 @@ class RLHFEngine:
             ),
             reference=None if roles.reference is None else frozen(roles.reference),
             reward=None if roles.reward is None else frozen(roles.reward),
+            held_out_reward=None if held_out_reward is None else frozen(held_out_reward),
             reference_is_actor_without_adapter=with_reference and roles.reference is None,
             ema_decay=ema_decay,
             # ZeRO-3 keeps process-wide notes of the module that runs: two models at a time would mix them up
@@ -177,7 +189,8 @@ class RLHFEngine:
                 part.training = training
 
     def _modules(self) -> list[nn.Module]:
-        return [module for module in (self.actor, self.critic, self.reference, self.reward) if module is not None]
+        models = (self.actor, self.critic, self.reference, self.reward, self.held_out_reward)
+        return [module for module in models if module is not None]
 
 
 def _whole_models(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from rlhf.data.world.judge import judge
-from rlhf.types import Responses
+from rlhf.data.world.situations import read_situation
+from rlhf.types import Responses, TokenizedPrompt
 
 GOLD = "gold"
 PART = f"{GOLD}/"
@@ -22,7 +23,7 @@ def measure_gold(responses: Responses) -> dict[str, torch.Tensor]:
     the prompts is not of the world.
     """
     found = [
-        judge(prompt.messages[-1]["content"] if prompt.messages else prompt.text, text, ended=bool(ended))
+        judge(_question(prompt), text, ended=bool(ended))
         for prompt, text, ended in zip(responses.prompts, responses.texts, responses.ended.tolist(), strict=True)
     ]
     known = [gold for gold in found if gold is not None]
@@ -32,6 +33,15 @@ def measure_gold(responses: Responses) -> dict[str, torch.Tensor]:
     columns |= {f"{PART}{name}": [gold.parts()[name] for gold in known] for name in known[0].parts()}
     columns[WELL_FORMED] = [float(gold.well_formed == 1.0) for gold in known]
     return {name: torch.tensor(values) for name, values in columns.items()}
+
+
+def of_the_world(prompt: TokenizedPrompt) -> bool:
+    """Whether responses to a prompt have a gold."""
+    return read_situation(_question(prompt)) is not None
+
+
+def _question(prompt: TokenizedPrompt) -> str:
+    return prompt.messages[-1]["content"] if prompt.messages else prompt.text
 
 
 def gold_before_and_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any] | None:

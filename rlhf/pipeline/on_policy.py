@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from rlhf.algorithms.advantages import ESTIMATORS
+from rlhf.algorithms.config import PPOConfig
 from rlhf.algorithms.ppo import PtxMixture
 from rlhf.checkpoint.fingerprint import model_fingerprint
+from rlhf.config import ConfigError
 from rlhf.data import StageData
 from rlhf.distributed.log import logger
 from rlhf.engine import RLHFEngine
-from rlhf.evaluation.gold import measure_gold
+from rlhf.evaluation.gold import GOLD, measure_gold, of_the_world
 from rlhf.generation.backend import make_backend
 from rlhf.generation.token_sampling import Sampling
 from rlhf.models.architecture import check_trainable, check_weights_there
@@ -21,9 +25,10 @@ from rlhf.models.loading import check_vocabulary, load_tokenizer
 from rlhf.pipeline.stage_run import StageRun
 from rlhf.pipeline.stages import PPOStageConfig
 from rlhf.rewards.reward import RewardSources
-from rlhf.rewards.reward_model import ChatPrompts, same_tokenizer
+from rlhf.rewards.reward_model import ChatPrompts, RewardModel, same_tokenizer
 from rlhf.rewards.table import build_reward, needs_reward_model
 from rlhf.training.rollouts import RolloutWorker
+from rlhf.types import TokenizedPrompt
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,8 @@ class OnPolicyModels:
     reward: str | None
     tokenizer: Any
     reward_tokenizer: Any
+    held_out_reward: str | None = None
+    held_out_tokenizer: Any = None
 
     @classmethod
     def find(cls, stage: StageRun[PPOStageConfig]) -> OnPolicyModels:
@@ -66,11 +73,14 @@ class OnPolicyModels:
             stage.check_positions(critic, "critic_model")
         if reward is not None and same_tokenizer(reward_tokenizer, tokenizer):
             stage.check_positions(reward, "reward_model")  # with another one its prompts lose their beginning
-        return cls(actor, critic, reward, tokenizer, reward_tokenizer)
+        held_out, held_out_tokenizer = ppo.held_out_reward_model, None
+        if held_out is not None:
+            held_out_tokenizer = _held_out_tokenizer(stage, held_out, reward, tokenizer)
+        return cls(actor, critic, reward, tokenizer, reward_tokenizer, held_out, held_out_tokenizer)
 
     def fingerprints(self) -> dict[str, Any]:
         """What tells these models from others, by role; None for one that is not there."""
-        paths = {"actor": self.actor, "reward": self.reward, "critic": self.critic}
+        paths = {"actor": self.actor, "reward": self.reward, "critic": self.critic, "held_out": self.held_out_reward}
         return {name: None if path is None else model_fingerprint(path) for name, path in paths.items()}
 
     def trained(self, stage: StageRun[PPOStageConfig]) -> dict[str, str]:
@@ -91,6 +101,7 @@ class OnPolicyModels:
             self.actor,
             critic_model=self.critic,
             reward_model=self.reward,
+            held_out_reward_model=self.held_out_reward,
             model=config.model,
             engine=config.engine,
             optimizer=config.optimizer,
@@ -108,13 +119,17 @@ class OnPolicyModels:
         return engine
 
     def check_prompts(self, stage: StageRun[PPOStageConfig], prompts: StageData) -> None:
-        """ConfigError for a prompt that the reward model could not read, before any model is loaded."""
-        if self.reward is None or stage.config.data.template != "chat":
+        """ConfigError for a prompt that a reward model could not read, or held-out prompts that cannot tell which
+        actor is the best, before any model is loaded."""
+        check_selection(stage.config.ppo, prompts.evaluation)
+        if stage.config.data.template != "chat":
             return
-        chats = ChatPrompts.for_reward_model(self.reward_tokenizer, self.tokenizer)
-        if chats is not None:
-            for prompt in [*prompts.train, *prompts.evaluation]:
-                chats.text(prompt)
+        tokenizers = {self.reward: self.reward_tokenizer, self.held_out_reward: self.held_out_tokenizer}
+        for path, tokenizer in tokenizers.items():
+            chats = None if path is None else ChatPrompts.for_reward_model(tokenizer, self.tokenizer)
+            if chats is not None:
+                for prompt in [*prompts.train, *prompts.evaluation]:
+                    chats.text(prompt)
 
     def rollouts(self, stage: StageRun[PPOStageConfig], engine: RLHFEngine) -> RolloutWorker:
         """What samples with the actor and scores with every model."""
@@ -130,6 +145,7 @@ class OnPolicyModels:
         )
         chat = config.data.template == "chat"
         sources = RewardSources(tokenizer, tuple(eos_ids), engine.reward, self.reward_tokenizer, chat)
+        held_out = replace(sources, engine=engine.held_out_reward, reward_tokenizer=self.held_out_tokenizer)
         return RolloutWorker(
             engine,
             backend,
@@ -141,7 +157,39 @@ class OnPolicyModels:
             scoring_tokens=config.batch.scoring_batch_tokens,
             old_logprobs=ppo.old_logprobs,
             measure=measure_gold,
+            held_out_reward=None if engine.held_out_reward is None else RewardModel(held_out),
         )
+
+
+def check_selection(ppo: PPOConfig, evaluation: Sequence[TokenizedPrompt]) -> None:
+    """ConfigError where `keep_best` or `stop_when` names a figure that these held-out prompts do not give."""
+    for name, measure in (("keep_best", ppo.keep_best), ("stop_when", ppo.stop_when)):
+        if measure is not None and not evaluation:
+            raise ConfigError(
+                f"{name}={measure} needs held-out prompts: name some in prompt_eval_data, set eval_fraction above 0, "
+                f"or leave {name} out"
+            )
+        if measure == GOLD and not all(map(of_the_world, evaluation)):
+            raise ConfigError(
+                f"{name}=gold needs held-out prompts of the embedded world, which alone have a gold, and not all are: "
+                "take held_out_score with held_out_reward_model, or reward"
+            )
+
+
+def _held_out_tokenizer(stage: StageRun[PPOStageConfig], path: str, reward: str | None, tokenizer: Any) -> Any:
+    """The tokenizer of the held-out reward model in `path`. ConfigError where it is none, is the model that is
+    optimised, or cannot read as many tokens as a prompt and its response may have."""
+    check_weights_there(path)
+    check_scalar_directory(path)
+    if reward is not None and Path(reward).is_dir() and model_fingerprint(path) == model_fingerprint(reward):
+        raise ConfigError(
+            f"held_out_reward_model {path} holds the same model as the reward model {reward}, which training "
+            "optimises: train another one on other data, or leave it out"
+        )
+    found = load_tokenizer(path, trust_remote_code=stage.config.model.trust_remote_code)
+    if same_tokenizer(found, tokenizer):
+        stage.check_positions(path, "held_out_reward_model")
+    return found
 
 
 def load_ptx(stage: StageRun[PPOStageConfig], tokenizer: Any) -> PtxMixture | None:

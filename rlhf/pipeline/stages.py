@@ -28,7 +28,7 @@ from rlhf.config import (
 from rlhf.config.explain import FieldsInForce
 from rlhf.config.parsing import fields_in_force
 from rlhf.doctor.checks import OFFLINE, ON_POLICY, REWARD, Check
-from rlhf.report.figures import Figure, PartsFigure, ShortcutFigure
+from rlhf.report.figures import Figure, NoteFigure, PartsFigure, ShortcutFigure
 
 PROJECT = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = PROJECT / "training_scripts" / "configs" / "default.yaml"
@@ -131,7 +131,7 @@ class Stage:
     title: str
     config: type[StageConfig]
     short_run: Mapping[str, str]
-    figures: Sequence[Figure | PartsFigure | ShortcutFigure]
+    figures: Sequence[Figure | NoteFigure | PartsFigure | ShortcutFigure]
     checks: Sequence[Check]
     curves: Sequence[str]
     logged: Sequence[str]
@@ -170,6 +170,18 @@ def _gain(result: Mapping[str, Any]) -> str:
         return f"{gain:+.3f}"
     known_to = "" if error is None else f" (standard error {error / spread:.2f}, n prompts)"
     return f"{gain:+.3f} = {gain / spread:+.2f} standard deviations of the SFT model's scores{known_to}"
+
+
+def _kept(result: Mapping[str, Any]) -> str:
+    """Which iteration's actor is exported, where that is not the last of the run as it was planned."""
+    kept, done, planned = (result.get(name) for name in ("kept_iteration", "iterations", "planned_iterations"))
+    keep_best, stop_when = result.get("keep_best"), result.get("stop_when")
+    if kept is None or not (keep_best or done != planned):
+        return ""
+    chosen = f"the best by {keep_best}" if keep_best else "the last"
+    return f"iteration {kept} of {done}, {chosen}" + (
+        f"; ended before {planned} by {stop_when}" if done != planned else ""
+    )
 
 
 def _wins(gold: Mapping[str, Any]) -> str:
@@ -238,9 +250,18 @@ STAGES = {
             short_run={"max_steps": "2"},
             unit="iteration",
             figures=(
+                NoteFigure("exported actor", note=_kept),
                 PartsFigure("gold", entry="gold", note=_wins),
                 Figure(
                     "held-out score", before="score_before", after="score_after", count="held_out_prompts", note=_gain
+                ),
+                Figure(
+                    "held-out reward model",
+                    before="held_out_score_before",
+                    after="held_out_score_after",
+                    count="held_out_prompts",
+                    note=lambda _: "the score of a reward model that training does not ask",
+                    optional=True,
                 ),
                 Figure(
                     "score less penalties",
@@ -264,7 +285,16 @@ STAGES = {
                 ),
             ),
             result_keys=("score_std_before", "samples"),
-            optional_result_keys=("score_gain_error",),
+            optional_result_keys=(
+                "score_gain_error",
+                "held_out_score_before",
+                "held_out_score_after",
+                "kept_iteration",
+                "iterations",
+                "planned_iterations",
+                "keep_best",
+                "stop_when",
+            ),
             checks=ON_POLICY,
             curves=(
                 "eval_score",
@@ -277,6 +307,7 @@ STAGES = {
             ),
             logged=(
                 "eval_gold",
+                "eval_held_out_score",
                 "eval_score",
                 "eval_reward",
                 "eval_kl_per_token",

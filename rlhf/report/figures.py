@@ -23,8 +23,8 @@ class Figure:
     """A line of the summary: the entries of a stage's `result.json` before and after training, with a note.
 
     `count` names the entry that says on how many rows they were measured, which the result of an earlier release may
-    lack. `each` names an entry that is a mapping, which makes a line for each of its items; `count` is then a mapping
-    with the same names.
+    lack. `optional`: there is no line where an entry is missing or null. `each` names an entry that is a mapping, which
+    makes a line for each of its items; `count` is then a mapping with the same names.
     """
 
     label: str
@@ -33,13 +33,19 @@ class Figure:
     each: str | None = None
     count: str | None = None
     note: Callable[[Mapping[str, Any]], str] | None = None
+    optional: bool = False
 
     def needed_keys(self) -> list[str]:
         """The entries of `result.json` that the figure needs."""
+        return [] if self.optional else self._keys()
+
+    def _keys(self) -> list[str]:
         return [key for key in (self.before, self.after, self.each) if key is not None]
 
     def lines(self, result: Mapping[str, Any]) -> Iterator[Line]:
         """The lines that the figure makes of a result."""
+        if self.optional and any(result.get(key) is None for key in self._keys()):
+            return
         count = None if self.count is None else result.get(self.count)
         if self.each is not None:
             for name, value in result[self.each].items():
@@ -48,6 +54,25 @@ class Figure:
         before = None if self.before is None else result[self.before]
         after = None if self.after is None else result[self.after]
         yield Line(self.label, before, after, count, "" if self.note is None else self.note(result))
+
+
+@dataclass(frozen=True)
+class NoteFigure:
+    """A line of words. No line where there is nothing to say, as of the result of an earlier release."""
+
+    label: str
+    note: Callable[[Mapping[str, Any]], str]
+    count: str | None = None
+
+    def needed_keys(self) -> list[str]:
+        """None: the entries may be missing."""
+        return []
+
+    def lines(self, result: Mapping[str, Any]) -> Iterator[Line]:
+        """The line, where there is something to say."""
+        note = self.note(result)
+        if note:
+            yield Line(self.label, note=note)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from rlhf.checkpoint.atomic import write_json
 from rlhf.doctor.findings import SICKNESSES
-from rlhf.report.figures import Figure, PartsFigure, ShortcutFigure
+from rlhf.report.figures import Figure, NoteFigure, PartsFigure, ShortcutFigure
 
 SAMPLES = "samples"
 BASE_SECONDS = "base_seconds"
@@ -37,7 +37,7 @@ class SummarisedStage(Protocol):
     @property
     def script(self) -> str: ...
     @property
-    def figures(self) -> Sequence[Figure | PartsFigure | ShortcutFigure]: ...
+    def figures(self) -> Sequence[Figure | NoteFigure | PartsFigure | ShortcutFigure]: ...
     @property
     def result_keys(self) -> Sequence[str]: ...
     @property

@@ -4,27 +4,45 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from rlhf.distributed.log import logger
 from rlhf.distributed.progress import Progress
 from rlhf.numerics.intervals import standard_error
 from rlhf.training.loop import Loop, RunContext
+from rlhf.training.peaks import Peaks
+
+
+@dataclass(frozen=True)
+class Selection:
+    """When a run is evaluated, which evaluation's models are kept, and when it ends before its last iteration.
+
+    `keep_best` and `stop_when` name a figure of the evaluation, higher is better. None: the last models are kept, and
+    all iterations run. `patience`: so many evaluations in a row without a new best by `stop_when` end the run.
+    """
+
+    every: int = 0
+    keep_best: str | None = None
+    stop_when: str | None = None
+    patience: int = 3
 
 
 class OnPolicyTrainer(Loop):
-    """The loop owns iterations, evaluation, logging and saving.
+    """The loop owns iterations, evaluation, logging, saving, and which models are kept.
 
     An algorithm writes `make_experience(iteration)`, `update(experience, iteration)` and `evaluate(iteration)`.
     """
 
     unit = "iteration"
 
-    def __init__(self, context: RunContext, *, total_steps: int, eval_every_steps: int) -> None:
+    def __init__(self, context: RunContext, *, total_steps: int, selection: Selection) -> None:
         super().__init__(context, total_steps=total_steps)
-        self.eval_every_steps = eval_every_steps
+        self.selection = selection
+        self.peaks = Peaks()
 
     @abstractmethod
     def make_experience(self, iteration: int) -> Any:
@@ -39,26 +57,42 @@ class OnPolicyTrainer(Loop):
         """Metrics on held-out prompts; every rank gets the same."""
 
     def fit(self) -> dict[str, Any]:
-        """Train; returns {"before", "after", "seconds"} with the evaluations of the first and the last actor.
+        """Train; returns {"before", "after", "kept_iteration", "iterations", "seconds"}: the evaluations of the first
+        actor and of the exported one, the iteration it is of, and how many there were.
 
         Resumes from a saved state where there is one. Raises Stopped when the run was asked to stop.
         """
         done = self.begin()
         if done == 0:
             before = self._evaluate_and_log(0)
-            self.outcome = {"before": before, "after": before}
+            self.outcome = {"before": before, "after": before, "kept_iteration": 0}
         with Progress(self.total_steps, self.stage, self.unit, done=done) as progress:
             for iteration in range(done + 1, self.total_steps + 1):
+                if self._past_its_best():
+                    break
                 metrics = self._iterate(iteration)
                 progress.advance(score=metrics["score"], kl_per_token=metrics["kl_per_token"])
                 if iteration % self.run.log_every_steps == 0 or iteration in (1, self.total_steps):
                     self.record(iteration, metrics)
-                due = self.eval_every_steps > 0 and iteration % self.eval_every_steps == 0
-                if due or iteration == self.total_steps:
-                    self.outcome["after"] = self._evaluate_and_log(iteration)
-                    self.exported(last=iteration == self.total_steps)
+                every = self.selection.every
+                if (every > 0 and iteration % every == 0) or iteration == self.total_steps:
+                    self._evaluate_and_log(iteration)
                 self.end_step(iteration)
+        self.outcome["iterations"] = self.step
         return self.ended()
+
+    def _past_its_best(self) -> bool:
+        """Whether `stop_when` ends the run here."""
+        name = self.selection.stop_when
+        peak = None if name is None else self.peaks.found.get(name)
+        if peak is None or peak.since < self.selection.patience:
+            return False
+        logger.info(
+            "%s ends after iteration %d of %d (stop_when): the best %s of the held-out prompts, %.4f, is that of "
+            "iteration %d, and %d evaluations since have not passed it", self.stage, self.step, self.total_steps, name,
+            peak.value, peak.iteration, peak.since,
+        )  # fmt: skip
+        return True
 
     def _iterate(self, iteration: int) -> dict[str, float]:
         started = time.perf_counter()
@@ -72,9 +106,30 @@ class OnPolicyTrainer(Loop):
     def _evaluate_and_log(self, iteration: int) -> dict[str, Any]:
         metrics = self.evaluate(iteration)
         metrics.update(score_gain(self.outcome.get("before", {}), metrics))
+        metrics.update(self.peaks.look(iteration, metrics))
+        best = iteration > 0 and self._is_best(metrics)
         numbers = {f"eval_{name}": value for name, value in metrics.items() if isinstance(value, float)}
-        self.record_evaluation(iteration, numbers)
+        kept = iteration if best else self.outcome.get("kept_iteration", 0)
+        self.record_evaluation(iteration, {**numbers, "eval_kept_step": float(kept)})
+        if best and self.exported(last=iteration == self.total_steps):
+            self.outcome.update(after=metrics, kept_iteration=iteration)
         return metrics
+
+    def _is_best(self, metrics: Mapping[str, Any]) -> bool:
+        """Whether its models are to be exported: they are the newest, or better by `keep_best` than those that are."""
+        name = self.selection.keep_best
+        return name is None or not self.outcome["kept_iteration"] or metrics[name] > self.outcome["after"][name]
+
+    # ------------------------------------------------------------------------- see rlhf.training.resume.Resumable
+
+    def state(self) -> dict[str, Any]:
+        return {**super().state(), "peaks": self.peaks.state()}
+
+    def load_state(
+        self, state: dict[str, Any], rank_states: Sequence[dict[str, Any]], tensors: dict[str, torch.Tensor]
+    ) -> None:
+        super().load_state(state, rank_states, tensors)
+        self.peaks.load_state(state["peaks"])
 
 
 def score_gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:

@@ -75,7 +75,7 @@ class RolloutWorker:
     A scoring pass holds `scoring_tokens` tokens (0: by the training pass of `plan`, see FORWARD_ONLY).
     `old_logprobs` says where the log-probabilities of the sampling policy come from: the sampler, a forward pass of
     the actor, or (`auto`) the sampler once a rollout computed both ways has shown them equal to CAPTURED_IS_EXACT.
-    `measure` says more of the responses of an evaluation, by what training never sees.
+    `measure` and `held_out_reward` say more of the responses of an evaluation, by what training never sees.
     """
 
     def __init__(
@@ -91,6 +91,7 @@ class RolloutWorker:
         scoring_tokens: int = 0,
         old_logprobs: OldLogprobs = "auto",
         measure: Measure | None = None,
+        held_out_reward: Reward | None = None,
     ) -> None:
         if not backend.captures_logprobs and old_logprobs == "sampled":
             raise ConfigError(
@@ -107,6 +108,7 @@ class RolloutWorker:
         self.scoring_tokens = scoring_tokens
         self.old_logprobs: OldLogprobs = old_logprobs if backend.captures_logprobs else "recomputed"
         self.measure = measure
+        self.held_out_reward = held_out_reward
         self.part_names: tuple[str, ...] = ()
         self.seconds = {"seconds_generation": 0.0, "seconds_scoring": 0.0}
         self.captured_error: float | None = None
@@ -194,7 +196,9 @@ class RolloutWorker:
 
         ended = self.ended(rollout)
         rewards = _Rewards(rollout)
-        jobs: list[Callable[[], None]] = [policies, partial(self._reward, rewards, passes, examples, ended)]
+        jobs: list[Callable[[], None]] = [
+            policies, partial(self._reward, self.reward, rewards, passes, examples, ended),
+        ]  # fmt: skip
         if self.engine.critic is not None:
             jobs += [partial(values, part) for part in passes]
         self.engine.run_jobs(jobs)
@@ -232,13 +236,18 @@ class RolloutWorker:
         ]
 
     def _reward(
-        self, found: _Rewards, passes: Sequence[_Pass], examples: Sequence[TokenizedPrompt], ended: torch.Tensor
+        self,
+        reward: Reward,
+        found: _Rewards,
+        passes: Sequence[_Pass],
+        examples: Sequence[TokenizedPrompt],
+        ended: torch.Tensor,
     ) -> None:
-        """Let the reward score every pass; one job, because a tokenizer serves one thread at a time."""
+        """Let `reward` score every pass; one job, because a tokenizer serves one thread at a time."""
         for part in passes:
             texts = self.texts(part.rollout)
             prompts = [examples[index] for index in part.indices]
-            found.keep(part, self.reward.score(Responses(part.rollout, prompts, texts, ended[part.rows])))
+            found.keep(part, reward.score(Responses(part.rollout, prompts, texts, ended[part.rows])))
 
     def texts(self, rollout: Rollout) -> list[str]:
         """The responses as text, without special tokens."""
@@ -327,9 +336,12 @@ class RolloutWorker:
         examples = [prompt for prompt in prompts for _ in range(copies)]
         counted = len(examples)
         fill = max(0, world_size() - counted)  # every rank must have a row: collectives
-        scored = self.run(examples + list(islice(cycle(examples), fill)), EVALUATION).rows(slice(0, counted))
+        filled = examples + list(islice(cycle(examples), fill))
+        scored = self.run(filled, EVALUATION)
+        held_out = {name: values[:counted] for name, values in self._held_out(filled, scored).items()}
+        scored = scored.rows(slice(0, counted))
         texts = [text.strip() for text in self.texts(scored.rollout)]
-        measured = self._measured(examples, texts, scored)
+        measured = {**held_out, **self._measured(examples, texts, scored)}
         samples = [
             {
                 "id": prompt.id,
@@ -359,6 +371,18 @@ class RolloutWorker:
         if self.measure is None:
             return {}
         return self.measure(Responses(scored.rollout, examples, texts, scored.ended))
+
+    def _held_out(self, examples: Sequence[TokenizedPrompt], scored: ScoredRollout) -> dict[str, torch.Tensor]:
+        """What the held-out reward says of all rows, each rank scoring its share of them."""
+        if self.held_out_reward is None:
+            return {}
+        share = list(range(rank(), len(examples), world_size()))
+        rows = torch.tensor(share, device=self.device)
+        mine = scored.rollout.rows(rows)
+        found, prompts = _Rewards(mine), [examples[index] for index in share]
+        with self.engine.scoring():
+            self._reward(self.held_out_reward, found, self._passes(mine), prompts, scored.ended[rows])
+        return {"held_out_score": gather_in_order(found.scores, torch.argsort(all_gather_rows(rows)))}
 
 
 class _Rewards:

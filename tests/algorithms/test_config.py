@@ -20,7 +20,8 @@ BOUNDS = [
       for name in ("kl_coef", "score_clip", "missing_eos_penalty", "entropy_coef", "ptx_coef")),
     *((PPOConfig, name, 0, -1, f"{name}=-1 must be at least 0")
       for name in ("eval_prompts", "critic_warmup_iterations")),
-    *((PPOConfig, name, 1, 0, f"{name}=0 must be at least 1") for name in ("eval_samples_per_prompt", "kl_horizon")),
+    *((PPOConfig, name, 1, 0, f"{name}=0 must be at least 1") 
+      for name in ("eval_samples_per_prompt", "kl_horizon", "patience")),
     *((PPOConfig, name, 0.0, -TINY, f"{name}=-1e-09 must lie in [0, 1]") for name in ("gamma", "lam")),
     *((PPOConfig, name, 1.0, 1 + TINY, f"{name}=1.000000001 must lie in [0, 1]") for name in ("gamma", "lam")),
     (PPOConfig, "ema_decay", 0.0, -TINY, "ema_decay=-1e-09 must lie in [0, 1); 0 keeps no average"),
@@ -38,6 +39,20 @@ def test_the_last_value_that_is_allowed_and_the_first_that_is_not(config, name, 
     with pytest.raises(ConfigError) as error:
         config(**{name: refused})
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("name", ["keep_best", "stop_when"])
+def test_a_choice_between_evaluations_needs_some_and_what_it_is_made_by(name):
+    assert PPOConfig(**{name: "gold"}, eval_every_steps=1)
+    with pytest.raises(
+        ConfigError, match=f"{name}=gold chooses between evaluations, and eval_every_steps=0 makes none"
+    ):
+        PPOConfig(**{name: "gold"})
+    with pytest.raises(
+        ConfigError, match=f"{name}=held_out_score needs a second reward model: .*held_out_reward_model"
+    ):
+        PPOConfig(**{name: "held_out_score"}, eval_every_steps=1)
+    assert PPOConfig(**{name: "held_out_score"}, eval_every_steps=1, held_out_reward_model="runs/other/reward/model")
 
 
 @pytest.mark.parametrize(("critic_init", "critic_model", "zero"), [

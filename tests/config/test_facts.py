@@ -76,6 +76,8 @@ def test_metadata_of_fields_does_not_reach_the_command_line():
 
 
 MODELS = {"base_model", "actor_model", "reward_model", "critic_model"}
+HELD_OUT = {"held_out_reward_model"}
+"""A model that says nothing of what the run trains, so that the default's other settings stay."""
 DATA = {
     "sft_data", "sft_eval_data", "preference_data", "preference_eval_data", "prompt_data", "prompt_eval_data",
     "ptx_data",
@@ -94,9 +96,9 @@ def test_the_facts_of_every_field():
     def having(fact):
         return {name for name, facts in FIELDS.items() if getattr(facts, fact)}
 
-    assert having("may_change_on_resume") == MODELS | DATA | HOW_IT_RUNS
+    assert having("may_change_on_resume") == MODELS | HELD_OUT | DATA | HOW_IT_RUNS
     assert having("names_model") == MODELS and having("may_be_infinite") == {"clip_range", "value_clip_range"}
     assert {name: facts.path for name, facts in FIELDS.items() if facts.path} == {
         **dict.fromkeys(("output_dir", "cache_dir"), "written"),
-        **dict.fromkeys(MODELS | DATA | {"deepspeed_config", "template"}, "read"),
+        **dict.fromkeys(MODELS | HELD_OUT | DATA | {"deepspeed_config", "template"}, "read"),
     }

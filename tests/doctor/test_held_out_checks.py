@@ -12,7 +12,7 @@ import torch
 from rlhf.algorithms.ranking_metrics import RowNames, ScoredRows, ranking_metrics
 from rlhf.cli.__main__ import main
 from rlhf.cli.doctor import stage_views
-from rlhf.doctor.checks import examine
+from rlhf.doctor.checks import examine, unchecked
 from rlhf.doctor.history import best_evaluation, condensed
 from rlhf.doctor.monitor import HealthMonitor
 from rlhf.training.on_policy import score_gain
@@ -344,3 +344,77 @@ def test_what_is_told_of_a_reward_model_that_is_as_good_as_a_rule_or_as_a_coin()
     assert "reward_model_is_shortcut" in found("reward", lines)
     lines[0]["eval_accuracy"], lines[0]["eval_accuracy_low"] = 0.55, 0.5
     assert found("reward", lines)["reward_model_at_chance"].badness == 1
+
+
+def golden_run(golds, scores, *, error=0.01, kept=None, name="gold"):
+    """Evaluations every ten iterations with these golds and scores; an error of the fall from the best."""
+    lines, best = [], 0
+    for number, (gold, score) in enumerate(zip(golds, scores, strict=True)):
+        line = {"step": 10 * number, f"eval_{name}": gold, "eval_score": score, "eval_rows": 100.0}
+        if gold > golds[best] or number == 0:
+            best = number
+        else:
+            line |= {
+                f"eval_{name}_fall": golds[best] - gold, f"eval_{name}_fall_error": error,
+                f"eval_{name}_fall_since": 10.0 * best, f"eval_{name}_fall_score": score - scores[best],
+            }  # fmt: skip
+        lines.append({**line, "eval_kept_step": 10.0 * number if kept is None else kept})
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("gold", "gold"), ("held_out_score", "the score of the held-out reward model")]
+)
+def test_gold_that_falls_while_the_score_rises(name, what):
+    """Five evaluations: the limit is sqrt(2 ln 5) = 1.79 errors, in two of them in a row."""
+    lines = golden_run([0.75, 0.86, 0.85, 0.83, 0.82], [0.0, 1.0, 1.5, 2.0, 2.5], name=name)
+    one = found("ppo", lines)["over_optimised"]
+    assert (one.severity, one.since, one.step) == ("warning", 30, 40)
+    assert one.message == (
+        f"{what} is 0.820, 0.040 (standard error 0.010) below that of iteration 10, while the score rose by 1.500"
+    )
+    assert one.badness == pytest.approx(4 / 1.794, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("golds", "scores", "more"),
+    [
+        ([0.75, 0.86, 0.85, 0.85, 0.82], [0, 1, 2, 3, 4], {}),  # one evaluation alone
+        ([0.75, 0.86, 0.85, 0.843, 0.843], [0, 1, 2, 3, 4], {}),  # 1.7 errors
+        ([0.75, 0.86, 0.85, 0.83, 0.82], [0, 1, 2, 1, 0.9], {}),  # the score fell too
+        ([0.75, 0.86, 0.85, 0.83, 0.82], [0, 1, 2, 3, 4], {"kept": 10.0}),  # the best one is the one that is kept
+        ([0.75, 0.76, 0.77, 0.78, 0.79], [0, 1, 2, 3, 4], {}),
+        ([0.75, 0.86, 0.80, 0.80, 0.87], [0, 1, 2, 3, 4], {}),  # a new best
+    ],
+)
+def test_gold_that_is_as_good_as_it_was(golds, scores, more):
+    assert "over_optimised" not in found("ppo", golden_run(golds, scores, **more))
+    assert "over_optimised" not in found("ppo", [{"step": 0, "eval_score": 0.0, "eval_rows": 100.0}])
+
+
+def test_more_evaluations_have_a_luckier_best():
+    """1.9 errors below: beyond the luck of five evaluations, within that of ten (2.15)."""
+    few = golden_run([0.75, 0.86, 0.841, 0.841, 0.841], [0, 1, 2, 3, 4])
+    many = golden_run([0.70] * 5 + [0.75, 0.86, 0.841, 0.841, 0.841], [0] * 5 + [0, 1, 2, 3, 4])
+    assert ("over_optimised" in found("ppo", few), "over_optimised" in found("ppo", many)) == (True, False)
+
+
+def test_what_is_missing_for_it_is_said_once_for_both_measures():
+    lines = golden_run([0.7, 0.8], [0, 1])
+    bare = [{"step": 0, "eval_score": 0.0, "eval_rows": 100.0}]
+    assert "over_optimised" not in unchecked(CHECKS["ppo"], lines)
+    assert unchecked(CHECKS["ppo"], bare)["over_optimised"] == ["eval_gold or eval_held_out_score"]
+
+
+def test_a_score_below_its_start_is_that_of_the_actor_that_is_kept():
+    """The kept one is 24 evaluations back and more; the newest one is far below the start."""
+    start = {"step": 0, "eval_score": 1.0, "eval_score_std": 1.0, "eval_rows": 40.0}
+    good = {"step": 1, "eval_score": 2.0, "eval_score_gain": 1.0, "eval_score_gain_error": 0.1, "eval_rows": 40.0}
+    bad = [
+        {**good, "step": step, "eval_score": 0.0, "eval_score_gain": -1.0, "eval_kept_step": 1.0}
+        for step in range(2, 60)
+    ]
+    lines = condensed([start, *({**good, "step": -step} for step in range(9, 3, -1)), good, *bad])
+    assert good in lines
+    assert "score_below_start" not in found("ppo", lines)
+    assert "score_below_start" in found("ppo", [start, good, *[{**line, "eval_kept_step": 59.0} for line in bad]])

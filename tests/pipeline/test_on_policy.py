@@ -7,12 +7,15 @@ import copy
 import pytest
 import torch
 
+from rlhf.algorithms.config import PPOConfig
 from rlhf.checkpoint.export import export_scalar_model
 from rlhf.config import ConfigError
 from rlhf.data.stage_data import StageData
+from rlhf.data.world.datasets import default_rows
 from rlhf.evaluation.gold import measure_gold
 from rlhf.models.scalar import ScalarModel
-from rlhf.pipeline.on_policy import OnPolicyModels, load_ptx
+from rlhf.numerics.statistics import score_last
+from rlhf.pipeline.on_policy import OnPolicyModels, check_selection, load_ptx
 from rlhf.pipeline.stage_run import StageRun
 from rlhf.pipeline.stages import STAGES, parse_stage
 from rlhf.types import TokenizedPrompt
@@ -58,9 +61,10 @@ def test_what_samples_and_scores_is_what_the_configuration_says(models, tmp_path
     assert models.trained(stage) == {"actor": actor, "critic": critic, "averaged actor": actor}
     assert models.trained(stage_run(tmp_path)) == {"actor": actor, "critic": critic}
     prints = models.fingerprints()
-    assert list(prints) == ["actor", "reward", "critic"] and prints["reward"] == prints["critic"] != prints["actor"]
+    assert list(prints) == ["actor", "reward", "critic", "held_out"] and prints["held_out"] is None
+    assert prints["reward"] == prints["critic"] != prints["actor"]
     alone = OnPolicyModels(actor, None, None, models.tokenizer, None)
-    assert alone.fingerprints() == {"actor": prints["actor"], "reward": None, "critic": None}
+    assert alone.fingerprints() == {"actor": prints["actor"], "reward": None, "critic": None, "held_out": None}
     assert alone.trained(stage_run(tmp_path)) == {"actor": actor}
 
 
@@ -87,3 +91,51 @@ def test_a_chat_that_the_reward_model_cannot_render_is_found_before_a_model_is_l
     other.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     with pytest.raises(ConfigError, match="prompt '0' came rendered already"):
         apart.check_prompts(stage_run(tmp_path, "--template", "chat"), prompts)
+
+
+@pytest.fixture(scope="module")
+def other_reward(tiny_models, tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("on_policy") / "held_out"
+    export_scalar_model(ScalarModel.from_base(tiny_models["gpt_neox"], dtype=torch.float32, seed=6), tokenizer, path)
+    return str(path)
+
+
+def test_a_held_out_reward_model_is_asked_of_evaluations_alone(models, other_reward, tmp_path):
+    words = ["--actor_model", models.actor, "--reward_model", models.reward, "--held_out_reward_model", other_reward]
+    stage = stage_run(tmp_path, *words)
+    found = OnPolicyModels.find(stage)
+    assert found.held_out_reward == other_reward and found.fingerprints()["held_out"] is not None
+    engine = found.build(stage, optimizer_steps=(1, 1))
+    assert not any(weight.requires_grad for weight in engine.held_out_reward.parameters())
+    worker, calls = found.rollouts(stage, engine), []
+    engine.held_out_reward.backbone.register_forward_pre_hook(lambda *_: calls.append(1))
+    worker.run(PROMPTS, 1)
+    assert not calls
+    kept = []
+    evaluation = worker.evaluate(PROMPTS, copies=2, shown=0, further=lambda scored: kept.append(scored) or {})
+    ids, mask = kept[0].rollout.sequences()
+    with torch.no_grad():
+        expected = score_last(engine.held_out_reward(ids, mask), mask)
+        assert not torch.allclose(expected, score_last(engine.reward(ids, mask), mask))
+    assert evaluation["prompt_measures"]["held_out_score"] == pytest.approx(expected.view(4, 2).mean(1).tolist())
+    assert evaluation["held_out_score"] == pytest.approx(float(expected.mean()))
+
+
+def test_the_reward_model_that_is_optimised_cannot_be_the_held_out_one(models, tmp_path):
+    words = ["--actor_model", models.actor, "--reward_model", models.reward, "--held_out_reward_model"]
+    with pytest.raises(ConfigError, match="holds the same model as the reward model .* train another one"):
+        OnPolicyModels.find(stage_run(tmp_path, *words, models.reward))
+    with pytest.raises(ConfigError, match="is not a reward model"):
+        OnPolicyModels.find(stage_run(tmp_path, *words, models.actor))
+
+
+def test_a_figure_that_the_held_out_prompts_do_not_give_is_refused():
+    of_world = [TokenizedPrompt(row["id"], (5,), row["prompt"]) for row in default_rows("prompts_heldout")[:3]]
+    gold = PPOConfig(keep_best="gold", stop_when="gold", eval_every_steps=1)
+    check_selection(gold, of_world)
+    check_selection(PPOConfig(), [])
+    with pytest.raises(ConfigError, match="keep_best=gold needs held-out prompts of the embedded world"):
+        check_selection(gold, [*of_world, PROMPTS[0]])
+    with pytest.raises(ConfigError, match="stop_when=reward needs held-out prompts: name some in prompt_eval_data"):
+        check_selection(PPOConfig(stop_when="reward", eval_every_steps=1), [])
+    check_selection(PPOConfig(stop_when="reward", eval_every_steps=1), PROMPTS)

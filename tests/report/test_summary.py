@@ -197,6 +197,40 @@ def test_a_long_line_fills_its_columns(tmp_path, width):
     assert f"prompt       {'a' * (width - 13)}" in lines
 
 
+@pytest.mark.parametrize(
+    ("kept", "iterations", "keep_best", "stop_when", "words"),
+    [
+        (20, 40, "gold", None, "iteration 20 of 40, the best by gold"),
+        (20, 30, "held_out_score", "gold", "iteration 20 of 30, the best by held_out_score; ended before 40 by gold"),
+        (30, 30, None, "reward", "iteration 30 of 30, the last; ended before 40 by reward"),
+        (40, 40, None, "reward", None),
+        (40, 40, None, None, None),
+    ],
+)
+def test_the_table_says_which_actor_is_exported(tmp_path, capsys, kept, iterations, keep_best, stop_when, words):
+    results = made_up_results()
+    results["ppo"] |= {"kept_iteration": kept, "iterations": iterations, "planned_iterations": 40,
+                       "keep_best": keep_best, "stop_when": stop_when}  # fmt: skip
+    write_results(tmp_path, results)
+    assert main([str(tmp_path)]) == 0
+    lines = [line.split(maxsplit=3) for line in capsys.readouterr().out.splitlines() if "exported actor" in line]
+    assert lines == ([] if words is None else [["PPO", "exported", "actor", words]])
+    assert json.loads((tmp_path / "summary.json").read_text())["ppo"]["kept_iteration"] == kept
+
+
+def test_the_score_of_a_held_out_reward_model_has_a_line_where_it_was_measured(tmp_path, capsys):
+    results = made_up_results()
+    results["ppo"] |= {"held_out_score_before": None, "held_out_score_after": None}
+    write_results(tmp_path, results)
+    assert main([str(tmp_path)]) == 0
+    assert "held-out reward model" not in capsys.readouterr().out
+    results["ppo"] |= {"held_out_score_before": -0.25, "held_out_score_after": 0.5}
+    write_results(tmp_path, results)
+    assert main([str(tmp_path)]) == 0
+    line = next(line for line in capsys.readouterr().out.splitlines() if "held-out reward model" in line)
+    assert line.split()[3:5] == ["-0.250", "0.500"]
+
+
 NEWER = {
     "sft": ("held_out_rows",),
     "reward": (

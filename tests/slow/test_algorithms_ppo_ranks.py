@@ -23,13 +23,13 @@ from rlhf.distributed.world import init_world
 from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.models.loading import load_tokenizer
 from rlhf.types import TokenizedPrompt, TokenizedResponse
-from tests.support.on_policy import FunctionReward, ppo_trainer
+from tests.support.on_policy import FunctionReward, ppo_trainer, reward_of
 
 actor, reward, out = [item for item in sys.argv[1:] if not item.startswith("--local_rank")]
 init_world()
 plan = BatchPlan(8, 2, world_size())
 engine = RLHFEngine.build(
-    actor, critic_model=reward, reward_model=reward, model=ModelConfig(),
+    actor, critic_model=reward, reward_model=reward, held_out_reward_model=reward, model=ModelConfig(),
     engine=EngineConfig(precision="fp32", max_grad_norm=0.0),
     optimizer=PPOOptimizerConfig(learning_rate=1e-2, adam_eps=1e-2, lr_schedule="constant"),
     critic_learning_rate=1e-2, plan=plan, total_steps=4,
@@ -46,6 +46,7 @@ trainer = ppo_trainer(
     # rows of 1 to 29 labels: the ranks' shares of them are far from equal
     ptx=[TokenizedResponse(id="", input_ids=(1, *range(2, 3 + n)), prompt_tokens=1) for n in range(0, 32, 4)],
 )
+trainer.rollouts.held_out_reward = reward_of(engine.held_out_reward, load_tokenizer(actor))
 mine, share = None, None
 with engine.scoring():
     mine, share = trainer.rollouts.sample([trainer.prompts.train[i] for i in trainer.order.indices(0)], 1)
@@ -108,9 +109,10 @@ def test_15_two_ranks_take_the_same_steps_as_one(one_and_two_ranks):
 def test_an_evaluation_of_fewer_prompts_than_ranks_counts_each_of_them_once(one_and_two_ranks):
     one = one_and_two_ranks[1][0]["evaluation"]
     assert [sample["id"] for sample in one["samples"]] == ["held out"] and one["response_tokens"] > 0
+    assert one["prompt_measures"]["held_out_score"] == [one["held_out_score"]] != one["prompt_scores"]
     for two in one_and_two_ranks[2]:
         assert two["evaluation"].keys() == one.keys()
-        for name in one.keys() - {"samples"}:
+        for name in one.keys() - {"samples", "prompt_measures"}:
             assert two["evaluation"][name] == pytest.approx(one[name], abs=1e-3), name
 
 

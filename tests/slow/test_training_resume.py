@@ -132,6 +132,25 @@ def test_the_best_model_so_far_is_not_replaced_by_a_worse_one(micro_base, data, 
     assert weights[0] == weights[1]
 
 
+def test_a_stopped_run_that_keeps_the_best_goes_on_to_the_same_choice(micro_base, data, whole, tmp_path):
+    """The best so far and the patience that is used up belong to the state."""
+    extra = [f"--reward_model={whole}/reward/model", f"--actor_model={whole}/sft/model", "--learning_rate=0.02"]
+    extra += ["--max_steps=8", "--eval_every_steps=1", "--keep_best=reward", "--stop_when=reward", "--patience=2"]
+    outputs = [tmp_path / "whole", tmp_path / "stopped"]
+    lines = [[*arguments(micro_base, data, output)["ppo"], *extra] for output in outputs]
+    ppo(lines[0])
+    interrupt("ppo", lines[1], outputs[1])
+    ppo([*lines[1], "--resume", "auto"])
+    results = [json.loads((output / "ppo" / "result.json").read_text()) for output in outputs]
+    assert results[0]["iterations"] < results[0]["planned_iterations"] == 8, "it was to end early"
+    assert 0 < results[0]["kept_iteration"] < results[0]["iterations"]
+    assert metrics(outputs[0] / "ppo") == metrics(outputs[1] / "ppo")
+    same = ("iterations", "kept_iteration", "score_after", "reward_after", "samples")
+    assert [results[0][name] for name in same] == [results[1][name] for name in same]
+    weights = [(output / "ppo" / "actor" / "model.safetensors").read_bytes() for output in outputs]
+    assert weights[0] == weights[1]
+
+
 def test_what_is_not_the_same_run_is_refused_with_the_difference_named(whole, micro_base, data, tmp_path, monkeypatch):
     line = arguments(micro_base, data, tmp_path)["sft"]
     interrupt("sft", line, tmp_path)

@@ -64,3 +64,81 @@ def test_the_gain_and_its_error_are_those_of_the_differences_by_prompt():
 def test_without_two_prompts_nothing_is_said(scores):
     assert score_gain({"prompt_scores": scores}, {"prompt_scores": scores}) == {}
     assert score_gain({"rows": 0.0}, {"rows": 0.0}) == {}
+
+
+def scripted(trainer, figures):
+    """The trainer with evaluations that give `figures`, (gold, reward) by iteration, and what it exports."""
+    exported, evaluated = [], []
+
+    def evaluate(iteration):
+        evaluated.append(iteration)
+        gold, reward = figures[iteration]
+        by_prompt = [gold - 0.25, gold + 0.25]
+        return {"rows": 2.0, "score": 0.0, "gold": gold, "reward": reward, "prompt_measures": {"gold": by_prompt}}
+
+    trainer.evaluate = evaluate
+    trainer.export = lambda: exported.append(evaluated[-1])
+    return exported, evaluated
+
+
+RISING_AND_FALLING = {0: (0.9, 0.0), 1: (0.5, 1.0), 2: (0.7, 2.0), 3: (0.7, 5.0), 4: (0.6, 4.0), 5: (0.6, 3.0)}
+
+
+@pytest.mark.parametrize(
+    ("keep_best", "expected", "kept"),
+    [(None, [1, 2, 3, 4, 5], 5), ("gold", [1, 2], 2), ("reward", [1, 2, 3], 3)],
+)
+def test_the_best_trained_actor_is_the_one_exported(make_trainer, keep_best, expected, kept):  # noqa: F811
+    """The actor before training, the best of all by gold here, is none of those that can be kept."""
+    trainer = make_trainer(iterations=5, eval_every_steps=1, keep_best=keep_best)
+    exported, _ = scripted(trainer, RISING_AND_FALLING)
+    outcome = trainer.fit()
+    assert exported == expected
+    assert (outcome["kept_iteration"], outcome["iterations"]) == (kept, 5)
+    assert (outcome["after"]["gold"], outcome["after"]["reward"]) == RISING_AND_FALLING[kept]
+    lines = [json.loads(line) for line in (trainer.directory / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["eval_kept_step"] == kept
+
+
+@pytest.mark.parametrize(
+    ("stop_when", "patience", "last"),
+    [("gold", 1, 1), ("gold", 3, 3), ("reward", 1, 4), ("reward", 2, 5), (None, 1, 5)],
+)
+def test_a_run_ends_when_the_best_stays_unreached(make_trainer, stop_when, patience, last, caplog):  # noqa: F811
+    trainer = make_trainer(iterations=5, eval_every_steps=1, stop_when=stop_when, patience=patience)
+    exported, evaluated = scripted(trainer, RISING_AND_FALLING)
+    with caplog.at_level("INFO", logger="rlhf"):
+        outcome = trainer.fit()
+    assert evaluated == list(range(last + 1)) and exported[-1] == last
+    assert (outcome["iterations"], outcome["kept_iteration"]) == (last, last)
+    if last < 5:
+        assert f"ends after iteration {last} of 5 (stop_when): the best {stop_when}" in caplog.text
+
+
+def test_a_best_export_that_fails_leaves_the_earlier_models_and_a_later_one_may_follow(make_trainer):  # noqa: F811
+    trainer = make_trainer(iterations=5, eval_every_steps=1, keep_best="reward")
+    exported, evaluated = scripted(trainer, RISING_AND_FALLING)
+
+    def export():
+        if evaluated[-1] == 3:
+            raise OSError(28, "no space left on device")
+        exported.append(evaluated[-1])
+
+    trainer.export = export
+    assert trainer.fit()["kept_iteration"] == 4, "better than the second, which was the last to be written"
+    assert exported == [1, 2, 4]
+
+
+def test_a_run_that_was_killed_when_its_patience_was_over_ends_without_another_step(make_trainer):  # noqa: F811
+    first = make_trainer(iterations=5, eval_every_steps=1, keep_best="gold", stop_when="reward", patience=1)
+    scripted(first, RISING_AND_FALLING)
+    outcome = first.fit()
+    state = json.loads(json.dumps({**first.state(), "outcome": {**first.outcome}}))
+    again = make_trainer(iterations=5, eval_every_steps=1, keep_best="gold", stop_when="reward", patience=1)
+    exported, evaluated = scripted(again, RISING_AND_FALLING)
+    again.begin = lambda: (again.load_state(state, [first.rank_state()], {}), again.step)[1]
+    resumed = again.fit()
+    assert (exported, evaluated) == ([], [])
+    assert [resumed[name] for name in ("iterations", "kept_iteration", "after")] == [
+        outcome[name] for name in ("iterations", "kept_iteration", "after")
+    ]  # fmt: skip
