@@ -87,6 +87,7 @@ def _edited(answer: str, other: str, chance: random.Random) -> str:
     return " ".join(parts)
 
 
+@functools.lru_cache(maxsize=65536)
 def _says(sentence: str) -> tuple[str, ...]:
     """The kind of a sentence with the facts that it states."""
     found = readings(sentence)
