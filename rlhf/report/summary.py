@@ -93,7 +93,7 @@ def write_summary(output_dir: Path, stages: Sequence[SummarisedStage]) -> Path:
 def closing_table(
     summary: Mapping[str, Any], stages: Sequence[SummarisedStage], *, samples: int = 3, width: int = 170
 ) -> str:
-    """The figures of `summary` as lines of text, with the first `samples` samples cut to `width` columns."""
+    """The figures of `summary` as lines of text, with `samples` samples (see `spread_samples`) of `width` columns."""
     rows = []
     gold = {GOLD: summary.get(GOLD)}
     for stage in stages:
@@ -104,7 +104,13 @@ def closing_table(
     for title, line in rows:
         figures = f"{_figure(line.before)} {_figure(line.after)} {'' if line.count is None else line.count:>6}"
         lines.append(f"{title:<8}{_pad(line.label, label_columns)}  {figures}  {line.note}".rstrip())
-    for sample in summary[SAMPLES][:samples]:
+    shown = spread_samples(summary[SAMPLES], samples)
+    if 0 < len(shown) < len(summary[SAMPLES]):
+        lines += [
+            "",
+            f"{len(shown)} of {len(summary[SAMPLES])} samples, from the largest rise of the score to its largest fall",
+        ]
+    for sample in shown:
         lines += [
             "",
             f"prompt       {_cut(_one_line(sample['prompt']), width - 13)}",
@@ -114,6 +120,17 @@ def closing_table(
     lines += ["", *_health_lines(summary["health"])]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     return "\n".join([*lines, f"seconds: {seconds}; seed {summary['seed']}"])
+
+
+def spread_samples(samples: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """`count` samples evenly spaced over the changes of the score, the largest rise first and the largest fall last."""
+    ordered = sorted(samples, key=lambda sample: sample["score_sft"] - sample["score_ppo"])
+    if count >= len(ordered):
+        return ordered
+    places = [len(ordered) // 2] if count == 1 else [
+        round(number * (len(ordered) - 1) / (count - 1)) for number in range(count)
+    ]  # fmt: skip
+    return [ordered[place] for place in places]
 
 
 def _health_lines(health: Mapping[str, Any]) -> list[str]:

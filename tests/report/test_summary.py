@@ -158,16 +158,33 @@ def test_a_baseline_below_a_half_is_that_of_the_shorter_response(tmp_path, longe
     assert f"; {rule}" in summary.closing_table(summary.summarize(tmp_path, ROWS), ROWS)
 
 
-def test_the_table_shows_the_first_samples_and_as_many_as_it_is_asked_for(tmp_path):
+def test_the_table_shows_samples_from_the_largest_rise_of_the_score_to_its_largest_fall(tmp_path):
+    """Five prompts named by the rank of their rise, in another order; from 9 to 10 is less than from 0 to 2."""
     results = made_up_results()
     sample = results["ppo"]["samples"][0]
-    results["ppo"]["samples"] = [{**sample, "prompt": f"question {index}"} for index in range(5)]
+    changes = {
+        "second": (0.0, 2.0),
+        "fifth": (8.0, 5.0),
+        "first": (-4.0, 0.0),
+        "fourth": (1.0, 1.0),
+        "third": (9.0, 10),
+    }
+    results["ppo"]["samples"] = [
+        {**sample, "prompt": name, "score_sft": before, "score_ppo": after} for name, (before, after) in changes.items()
+    ]
     write_results(tmp_path, results)
     found = summary.summarize(tmp_path, ROWS)
-    for more, shown in (({}, 3), ({"samples": 0}, 0), ({"samples": 4}, 4), ({"samples": 9}, 5)):
+    for more, shown in (
+        ({}, ["first", "third", "fifth"]),
+        ({"samples": 0}, []),
+        ({"samples": 1}, ["third"]),
+        ({"samples": 2}, ["first", "fifth"]),
+        ({"samples": 9}, ["first", "second", "third", "fourth", "fifth"]),
+    ):
         lines = summary.closing_table(found, ROWS, **more).splitlines()
-        prompts = [line.split()[-1] for line in lines if line.startswith("prompt")]
-        assert prompts == [str(index) for index in range(shown)]
+        assert [line.split()[-1] for line in lines if line.startswith("prompt")] == shown
+        headed = [line for line in lines if "largest rise of the score" in line]
+        assert [line.split(" samples")[0] for line in headed] == ([f"{len(shown)} of 5"] if 0 < len(shown) < 5 else [])
 
 
 def test_a_long_prompt_and_a_long_response_show_their_beginning(tmp_path):
