@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from rlhf.data.world import phrases
 from rlhf.data.world.grammar import sentences
-from rlhf.data.world.judge import judge_response
-from rlhf.data.world.situations import Situation
 
 
 @dataclass(frozen=True)
@@ -25,16 +23,17 @@ class Annotator:
     length_bias: float = 0.0
     agreement_bias: float = 0.0
 
-    def utility(self, situation: Situation, answer: str) -> float:
-        """What this annotator sees in an answer, before chance."""
-        gold = judge_response(situation, answer, ended=True).total
+    def utility(self, answer: str, gold: float) -> float:
+        """What this annotator sees in an answer of this gold, before chance."""
         agrees = any(part in phrases.AGREEMENTS for part in sentences(answer))
         return self.sharpness * gold + self.length_bias * len(answer) / 10 + self.agreement_bias * agrees
 
-    def ranks(self, situation: Situation, answers: Sequence[str], chance: random.Random) -> list[int]:
-        """The rank of each answer, 0 the best, drawn with `chance`.
+    def ranks(self, golds: Mapping[str, float], chance: random.Random) -> list[int]:
+        """The rank of each answer, 0 the best, drawn with `chance`; `golds` are those of the answers.
 
         Sorting by u + Gumbel noise draws rankings as Plackett and Luce do; of two answers as Bradley and Terry do.
         """
-        seen = [self.utility(situation, answer) - math.log(-math.log(chance.random() or 0.5)) for answer in answers]
+        seen = [
+            self.utility(answer, gold) - math.log(-math.log(chance.random() or 0.5)) for answer, gold in golds.items()
+        ]
         return [sum(other > mine for other in seen) for mine in seen]

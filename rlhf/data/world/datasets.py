@@ -68,7 +68,7 @@ class World:
             gold = judge_response(situation, answer, ended=True).total
             if all(abs(gold - other) > SAME_GOLD for other in answers.values()):
                 answers[answer] = gold
-        return list(answers), self.annotator.ranks(situation, list(answers), chance)
+        return list(answers), self.annotator.ranks(answers, chance)
 
 
 def _edited(answer: str, other: str, chance: random.Random) -> str:

@@ -102,10 +102,9 @@ def test_pairs_are_drawn_as_bradley_and_terry_say():
     chance, annotator = random.Random(5), Annotator(sharpness=4.0)
     situation = draw_situation(chance, held_out=False, category="law")
     good, bad = write_answer(situation, chance, WHOLE), "그건 그때그때 달라요."
-    difference = 4.0 * (
-        judge_response(situation, good, ended=True).total - judge_response(situation, bad, ended=True).total
-    )
-    wins = share(annotator.ranks(situation, [bad, good], chance)[1] == 0 for _ in range(6000))
+    golds = {answer: judge_response(situation, answer, ended=True).total for answer in (bad, good)}
+    difference = 4.0 * (golds[good] - golds[bad])
+    wins = share(annotator.ranks(golds, chance)[1] == 0 for _ in range(6000))
     assert wins == pytest.approx(1 / (1 + 2.718281828**-difference), abs=0.02)
 
 
@@ -114,8 +113,9 @@ def test_rankings_are_drawn_as_plackett_and_luce_say():
     chance, annotator = random.Random(6), Annotator(sharpness=4.0)
     situation = draw_situation(chance, held_out=False, category="law")
     answers = [write_answer(situation, chance, WHOLE), "그건 그때그때 달라요.", "잘 알아보시면 될 거예요.", "한심하다."]
-    seen = [math.exp(annotator.utility(situation, answer)) for answer in answers]
-    firsts = Counter(annotator.ranks(situation, answers, chance).index(0) for _ in range(20_000))
+    golds = {answer: judge_response(situation, answer, ended=True).total for answer in answers}
+    seen = [math.exp(annotator.utility(answer, gold)) for answer, gold in golds.items()]
+    firsts = Counter(annotator.ranks(golds, chance).index(0) for _ in range(20_000))
     shares = [firsts[place] / 20_000 for place in range(4)]
     assert shares == pytest.approx([value / sum(seen) for value in seen], abs=0.012)
 
