@@ -17,7 +17,7 @@ from rlhf.data.collate import collate_rankings
 from rlhf.data.stage_data import StageData
 from rlhf.distributed.collectives import all_gather_rows, all_reduce_sum
 from rlhf.distributed.log import logger
-from rlhf.numerics.local_regression import Curve, local_regression
+from rlhf.numerics.local_regression import Curve, within_groups
 from rlhf.numerics.statistics import score_last
 from rlhf.training.offline import OfflineTrainer
 from rlhf.types import RankedBatch, TokenizedRanking
@@ -150,10 +150,10 @@ class RewardTrainer(OfflineTrainer[RankedBatch]):
         return loss.to(quality.dtype)
 
     def _length_curve(self, rows: ScoredRows) -> Curve | None:
-        """E[score | length] over `rows`; None where it is not to be taken off."""
+        """How the score of `rows` follows length among responses to one prompt; None where that is to stay."""
         if self.config.length_control != "calibrate":
             return None
-        return local_regression(rows.lengths, rows.scores, span=self.config.length_curve_span)
+        return within_groups(rows.lengths, rows.scores, rows.prompts, span=self.config.length_curve_span)
 
     # --------------------------------------------------------------------------------- evaluation and export
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf.numerics.local_regression import ROBUST_PASSES, Curve, local_regression
+from rlhf.numerics.local_regression import ROBUST_PASSES, Curve, local_regression, within_groups
 
 
 def plain_loop(x, y, places, span):
@@ -88,3 +88,37 @@ def test_what_is_no_curve_is_refused(content):
 def test_nothing_to_fit_is_an_error(points, span):
     with pytest.raises(ValueError, match="needs points, and a span"):
         local_regression(torch.ones(points), torch.ones(points), span=span)
+
+
+def centred(values, groups):
+    """Values less the mean of their group."""
+    sums = torch.zeros(int(groups.max()) + 1, dtype=torch.float64).index_add_(0, groups, values.double())
+    return values.double() - (sums / torch.bincount(groups))[groups]
+
+
+@pytest.mark.parametrize("slope", [0.05, -0.05])
+def test_what_differs_between_groups_is_no_part_of_the_curve_within_them(slope):
+    """Groups with larger x have the lower level, so that over all points y hardly follows x at all."""
+    generator = torch.Generator().manual_seed(3)
+    groups = torch.arange(300).repeat_interleave(3)
+    level = 10 * torch.randn(300, generator=generator)
+    x = 60 + level[groups] + 10 * torch.randn(900, generator=generator)
+    y = slope * x - 2 * slope * level[groups] + 0.1 * torch.randn(900, generator=generator)
+
+    def left(curve):
+        pair = torch.stack([centred(x, groups), centred(y - curve.at(x), groups)])
+        return float(torch.corrcoef(pair)[0, 1])
+
+    assert abs(left(local_regression(x, y, span=0.667))) > 0.7
+    curve = within_groups(x, y, groups, span=0.667)
+    assert abs(left(curve)) < 0.1
+    ends = curve.at(torch.tensor([45.0, 75.0]))
+    assert float(ends[1] - ends[0]) == pytest.approx(30 * slope, rel=0.1)
+
+
+def test_in_groups_that_are_alike_it_is_the_curve_over_all():
+    x = torch.arange(40.0).repeat(2)
+    y = torch.sin(x / 9)
+    groups = torch.arange(2).repeat_interleave(40)
+    plain = local_regression(x, y, span=0.4)
+    assert within_groups(x, y, groups, span=0.4).values == pytest.approx(plain.values, abs=1e-6)

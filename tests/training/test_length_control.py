@@ -202,8 +202,14 @@ def test_the_saved_model_scores_with_the_curve_taken_off(calibrated, tokenizer):
     loaded.length_curve = None
     raw = reward.score(responses_to(rollout_of(rows), tokenizer)).scores
     torch.testing.assert_close(scores, raw - curve.at(lengths))
-    before, after = (abs(torch.corrcoef(torch.stack([each, lengths.float()]))[0, 1].item()) for each in (raw, scores))
-    assert before > 0.4 and after < 0.15
+    of_two = lengths.view(-1, 2).float()
+    within = [  # of two responses to a prompt what differs is their halved difference
+        torch.corrcoef(
+            torch.stack([(each - each.mean(1, keepdim=True)).flatten() for each in (of_two, said.view(-1, 2))])
+        )
+        for said in (raw, scores)
+    ]
+    assert within[0][0, 1] > 0.4 and abs(within[1][0, 1]) < 0.1
 
 
 def test_evaluation_measures_the_corrected_scores(calibrated):
@@ -211,7 +217,7 @@ def test_evaluation_measures_the_corrected_scores(calibrated):
     with torch.no_grad():
         found = trainer.evaluate()
     raw = trainer_of_same(trainer)
-    assert abs(found["eval_score_length_correlation"]) < 0.3 < raw["eval_score_length_correlation"]
+    assert abs(found["eval_score_length_correlation"]) < 0.35 and raw["eval_score_length_correlation"] > 0.5
     assert (place / "length_curve.json").is_file()
 
 
