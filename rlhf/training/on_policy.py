@@ -69,6 +69,7 @@ class OnPolicyTrainer(Loop):
         with Progress(self.total_steps, self.stage, self.unit, done=done) as progress:
             for iteration in range(done + 1, self.total_steps + 1):
                 if self._past_its_best():
+                    self._tell_the_end()
                     break
                 metrics = self._iterate(iteration)
                 progress.advance(score=metrics["score"], kl_per_token=metrics["kl_per_token"])
@@ -83,16 +84,17 @@ class OnPolicyTrainer(Loop):
 
     def _past_its_best(self) -> bool:
         """Whether `stop_when` ends the run here."""
-        name = self.selection.stop_when
-        peak = None if name is None else self.peaks.found.get(name)
-        if peak is None or peak.since < self.selection.patience:
-            return False
+        peak = self.peaks.found.get(self.selection.stop_when or "")
+        return peak is not None and peak.since >= self.selection.patience
+
+    def _tell_the_end(self) -> None:
+        name = str(self.selection.stop_when)
+        peak = self.peaks.found[name]
         logger.info(
             "%s ends after iteration %d of %d (stop_when): the best %s of the held-out prompts, %.4f, is that of "
             "iteration %d, and %d evaluations since have not passed it", self.stage, self.step, self.total_steps, name,
             peak.value, peak.iteration, peak.since,
         )  # fmt: skip
-        return True
 
     def _iterate(self, iteration: int) -> dict[str, float]:
         started = time.perf_counter()
@@ -111,7 +113,8 @@ class OnPolicyTrainer(Loop):
         numbers = {f"eval_{name}": value for name, value in metrics.items() if isinstance(value, float)}
         kept = iteration if best else self.outcome.get("kept_iteration", 0)
         self.record_evaluation(iteration, {**numbers, "eval_kept_step": float(kept)})
-        if best and self.exported(last=iteration == self.total_steps):
+        last = iteration == self.total_steps or self._past_its_best()
+        if best and self.exported(last=last):
             self.outcome.update(after=metrics, kept_iteration=iteration)
         return metrics
 

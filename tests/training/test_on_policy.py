@@ -129,6 +129,19 @@ def test_a_best_export_that_fails_leaves_the_earlier_models_and_a_later_one_may_
     assert exported == [1, 2, 4]
 
 
+def test_a_run_that_ends_early_does_not_end_without_a_model(make_trainer):  # noqa: F811
+    trainer = make_trainer(iterations=5, eval_every_steps=1, keep_best="reward", stop_when="gold", patience=2)
+    _, evaluated = scripted(trainer, RISING_AND_FALLING)
+
+    def export():
+        raise OSError(28, "no space left on device")
+
+    trainer.export = export
+    with pytest.raises(OSError, match="no space left"):
+        trainer.fit()
+    assert evaluated == [0, 1, 2]
+
+
 def test_a_run_that_was_killed_when_its_patience_was_over_ends_without_another_step(make_trainer):  # noqa: F811
     first = make_trainer(iterations=5, eval_every_steps=1, keep_best="gold", stop_when="reward", patience=1)
     scripted(first, RISING_AND_FALLING)
