@@ -154,6 +154,19 @@ def test_a_question_beside_a_bare_prompt_makes_two_readings(header: str) -> None
         layout("prompt", header, "question")
 
 
+@pytest.mark.parametrize(("mapped", "read"), [
+    ({"prompt": "물음"}, ("prompt", "chosen", "rejected")),
+    ({"prompt": "물음", "chosen": "chosen", "rejected": "rejected"}, ("prompt", "chosen", "rejected")),
+    ({"prompt": "물음", "response": "response"}, ("prompt", "response")),
+    ({"prompt": "물음", "responses": "responses"}, ("prompt", "responses")),
+])  # fmt: skip
+def test_beside_a_named_prompt_the_answers_that_were_named_count(mapped: dict[str, str], read: tuple[str, ...]) -> None:
+    """Where an answer is a whole dialogue, the prompt is what it says before its last turn."""
+    row = dict.fromkeys(("물음", "chosen", "rejected", "responses", "response"), "글")
+    found = layout_of([Row(row, "a.jsonl", 1)], "prompt", DatasetSpec("a.jsonl", columns=mapped))
+    assert tuple(found.columns) == read and found.columns["prompt"] == "물음"
+
+
 def test_bare_headers_are_not_read_beside_a_passage_and_those_that_say_what_they_are_are() -> None:
     for name in ("prompt_answer", "question_answer", "input_output", "questions"):
         kind = "prompt" if name == "questions" else "response"
