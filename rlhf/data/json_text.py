@@ -95,7 +95,7 @@ def _parse(decoder: json.JSONDecoder, text: str, place: int) -> tuple[Any, int]:
 
 def _too_deep(value: Any) -> bool:
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(MAX_DEPTH):
         level = [
             inner
             for outer in level

@@ -24,9 +24,8 @@ def with_own_padding(tokenizer: Any, rows: int) -> Any:
         return tokenizer
     changed = copy.deepcopy(tokenizer)
     vocabulary = changed.get_vocab()
-    special = [text for text in changed.all_special_tokens if "pad" in text.lower() and text != changed.eos_token]
-    added = [str(token) for token in changed.added_tokens_decoder.values() if "pad" in str(token).lower()]
-    named = [text for text in [*special, *added] if vocabulary[text] < rows]
+    known = [*changed.all_special_tokens, *map(str, changed.added_tokens_decoder.values())]
+    named = [text for text in known if "pad" in text.lower() and text != changed.eos_token and vocabulary[text] < rows]
     bytes_known = [text for text in CONTROL_BYTES if vocabulary.get(text, rows) < rows]
     if named:
         changed.pad_token = named[0]

@@ -46,15 +46,15 @@ def test_a_reader_never_sees_a_part(write, tmp_path, monkeypatch):
 
     def looked_at(path: Path, *arguments: str) -> int:
         count = write_text(path, *arguments)
-        seen.append(content(tmp_path / "deep" / "out"))
+        seen.append(content(tmp_path / "not" / "there" / "out"))
         return count
 
     monkeypatch.setattr(Path, "write_text", looked_at)
-    write(tmp_path / "deep" / "out", "first")
-    write(tmp_path / "deep" / "out", "second")
+    write(tmp_path / "not" / "there" / "out", "first")
+    write(tmp_path / "not" / "there" / "out", "second")
     assert set(seen[: len(seen) // 2]) == {None} and set(seen[len(seen) // 2 :]) == {"first"}
-    assert content(tmp_path / "deep" / "out") == "second"
-    assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["out"]
+    assert content(tmp_path / "not" / "there" / "out") == "second"
+    assert [entry.name for entry in (tmp_path / "not" / "there").iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("replaced", [replaced_file, replaced_directory])
@@ -148,7 +148,7 @@ def test_leftovers_are_told_from_what_belongs_to_others(tmp_path):
 
 
 def test_json_files_keep_korean_readable(tmp_path):
-    path = tmp_path / "a" / "result.json"
+    path = tmp_path / "a" / "b" / "result.json"
     write_json(path, {"답": [1, "가"]})
     assert json.loads(path.read_text(encoding="utf-8")) == {"답": [1, "가"]}
     assert path.read_text(encoding="utf-8") == '{\n  "답": [\n    1,\n    "가"\n  ]\n}\n'

@@ -14,6 +14,7 @@ import yaml
 
 from rlhf.config import DataConfig
 from rlhf.data import DataError, load_stage_data
+from rlhf.data.column_options import json_text
 from rlhf.data.formats import layout_of
 from rlhf.data.headers import SAME_HEADER, guessed_role
 from rlhf.data.sources import read_rows
@@ -223,6 +224,16 @@ def test_the_option_keeps_the_file_format(tmp_path: Path) -> None:
     (option,), error = options_of("comparison", headers, tmp_path, format="csv")
     assert option["format"] == "csv" and option["columns"]["chosen"] == "chosen"
     assert 'by "format": "scored_pair" in place of "csv": first give the file the suffix .csv' in error
+
+
+def test_json_shows_letters_that_can_be_seen_and_escapes_the_rest() -> None:
+    shown = {"질문 é 👨": ["a b", "\u3000"], "\u200b\x85\uffff\U000e0001": "\U0001f469", "줄\n": None}
+    text = json_text(shown)
+    assert text == (
+        r'{"질문 é 👨": ["a b", "\u3000"], "\u200b\u0085\uffff' "\U000e0001" r'": "' "\U0001f469" r'", "줄\n": null}'
+    )
+    assert json.loads(text) == shown
+    assert json_text("half \ud83d 가") == r'"half \ud83d \uac00"', "no file can hold half a letter"
 
 
 def test_invisible_characters_of_a_header_are_written_out(tmp_path: Path) -> None:

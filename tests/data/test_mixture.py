@@ -115,6 +115,13 @@ def test_blend() -> None:
             blend([first, second], weights, seed=0)
 
 
+def test_a_blend_with_weights_is_in_no_order_of_its_data_sets() -> None:
+    first, second = prompts(60), prompts(30, start=100)
+    mixed = [int(record.meta["prompt_key"].removeprefix("질문")) for record in blend([first, second], [1, 2], seed=3)]
+    changes = sum((one < 100) != (other < 100) for one, other in zip(mixed, mixed[1:], strict=False))
+    assert 40 < changes < 80  # 60 and 60 in a random order change sides 60 times of 119, give or take 5.5
+
+
 def test_drop_leaked() -> None:
     train, heldout = prompts(10) + prompts(3), prompts(5, start=8)
     kept, dropped = drop_leaked(train, heldout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import subprocess
 import sys
 
@@ -67,3 +68,50 @@ except Exception as error:
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "File too large" in done.stdout and "raise the limit" in done.stdout, done.stderr
+
+
+def test_the_place_of_an_error_is_the_innermost_line_of_the_project():
+    from tests.support.mutants import drawn
+
+    with pytest.raises(TypeError) as caught:
+        drawn(0, 1, None)  # fails inside pathlib
+    assert re.fullmatch(r"tests/support/mutants\.py:\d+ drawn", failures.place_of(caught.value))
+    with pytest.raises(SyntaxError) as elsewhere:
+        compile("(", "x", "exec")
+    elsewhere.value.__traceback__ = None
+    assert failures.place_of(elsewhere.value) == "an unknown place"
+
+
+def test_a_path_outside_the_project_keeps_its_last_two_parts():
+    assert failures.short_path(str(failures.PROJECT / "rlhf" / "types.py")) == "rlhf/types.py"
+    assert failures.short_path("/usr/lib/python3/site-packages/torch/nn/module.py") == "nn/module.py"
+    assert failures.short_path("/x.py") == "//x.py" and failures.short_path("x.py") == "x.py"
+
+
+@pytest.mark.parametrize(("error", "told"), [
+    (ValueError(" one.\n two"), "ValueError: one"), (ValueError(), "ValueError"), (KeyError("a"), "KeyError: 'a'"),
+    (RuntimeError("x" * 400), "RuntimeError: " + "x" * 300),
+])  # fmt: skip
+def test_an_error_is_told_by_its_type_and_first_line(error, told):
+    assert failures.summary_of(error) == told
+
+
+@pytest.mark.parametrize(("error", "begins"), [
+    (RuntimeError("CUDA error: out of memory"), "ran out of device memory: CUDA error: out of memory; lower micro"),
+    (torch.OutOfMemoryError("cap"), "ran out of device memory: cap; lower micro_batch_size"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: out of memory"), "ran out of memory: DefaultCPU"),
+    (MemoryError(), "ran out of memory: MemoryError; lower micro_batch_size"),
+    (ValueError("out of memory"), None), (OSError("CUBLAS_STATUS_ALLOC_FAILED"), None),
+])  # fmt: skip
+def test_which_memory_ran_out_is_told_from_the_message(error, begins):
+    found = failures.memory_failure(error)
+    assert found is None if begins is None else found.startswith(begins), found
+
+
+def test_the_reason_below_a_storage_error_counts():
+    low = OSError(errno.EDQUOT, "Disk quota exceeded", "/x")
+    high = RuntimeError("saving failed")
+    high.__cause__ = low
+    expected = "[Errno 122] Disk quota exceeded: '/x': make room in the quota"
+    assert failures.storage_failure(high) == failures.storage_failure(low) == expected
+    assert failures.storage_failure(OSError(errno.ECONNRESET, "reset")) is None

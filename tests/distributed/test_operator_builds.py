@@ -230,14 +230,18 @@ def test_a_compiler_that_outlives_its_process_is_waited_for(lock, tmp_path_facto
     owner = dataclasses.replace(Owner.this_process(), started=0)
     lock.write_text(json.dumps(dataclasses.asdict(owner)), encoding="utf-8")
     ninja = tmp_path_factory.mktemp("bin") / "ninja"
-    ninja.write_bytes(Path("/bin/sleep").read_bytes())
+    ninja.write_bytes(Path("/bin/cat").read_bytes())
     ninja.chmod(0o755)
-    process = subprocess.Popen([ninja, "60"], cwd=lock.parent)
+    process = subprocess.Popen([ninja], cwd=lock.parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b"it runs\n")
+        process.stdin.flush()
+        process.stdout.readline()  # Popen returns before the kernel gives the process its program's name
         assert f"the compiler that a killed process left (process {process.pid})" == holder_of(lock)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
     assert holder_of(lock) is None
 
 

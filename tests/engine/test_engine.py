@@ -240,6 +240,16 @@ def test_learning_rate_of_every_step(schedule, warmup, expected):
     assert rates == pytest.approx(expected, abs=1e-9)
 
 
+@pytest.mark.parametrize(("warmup", "total", "late"), [(2, 3, False), (2, 2, True), (5, 3, True), (1, 1, False)])
+def test_a_warm_up_that_fills_the_run_is_said(warmup, total, late, caplog):
+    """Not of a single step, which learns at the peak."""
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
+    with caplog.at_level("WARNING", logger="rlhf"):
+        build_schedule(optimizer, OptimizerConfig(warmup_steps=warmup), total)
+    said = f"warm-up of {warmup} steps and a run of {total}: the peak learning rate comes late"
+    assert caplog.messages == ([said] if late else [])
+
+
 def test_schedule_errors():
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
     with pytest.raises(ConfigError, match="'square' is not one of cosine, linear, constant"):

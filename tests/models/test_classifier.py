@@ -394,6 +394,15 @@ def test_a_token_that_was_added_for_padding_pads_though_nobody_says_that_it_is_s
     assert changed.pad_token == "<pad>" and len(changed) == len(known)
 
 
+def test_the_end_of_sequence_does_not_pad_whatever_its_name_says(tokenizer):
+    known = make_tokenizer()
+    known.add_special_tokens({"eos_token": "<|end_or_pad|>", "pad_token": "<|end_or_pad|>"})
+    changed = with_own_padding(known, ROWS)
+    assert changed.pad_token == PAD_TEXT and changed.pad_token_id == TOKENS + 1
+    known.add_tokens(["<pad>"])
+    assert with_own_padding(known, ROWS).pad_token == "<pad>"
+
+
 def test_without_any_room_rows_are_scored_one_by_one(tokenizer, tmp_path):
     base = save_tiny_model(tmp_path / "base", "llama", tokenizer, vocab_size=TOKENS)
     export_scalar_model(trained_reward(base), tokenizer, tmp_path / "reward")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from rlhf.checkpoint.export import export_causal_lm, export_scalar_model
 from rlhf.config import ConfigError, ModelConfig
 from rlhf.models.forward import forward_logits
-from rlhf.models.loading import check_vocabulary, load_causal_lm, load_tokenizer
+from rlhf.models.loading import backbone_of, check_vocabulary, load_backbone, load_causal_lm, load_tokenizer
 from rlhf.models.pretrained import return_freed_memory
 from rlhf.models.scalar import ScalarHead, ScalarModel
 from rlhf.numerics.statistics import score_last
@@ -245,11 +245,28 @@ def test_quantised_logits_are_near_the_full_ones(quantization, tokenizer, tmp_pa
     small = load_causal_lm(path, ModelConfig(quantization=quantization, lora_rank=1), dtype=torch.bfloat16).eval()
     kinds = {parameter.dtype for parameter in small.gpt_neox.layers.parameters() if parameter.dim() == 2}
     assert kinds == {torch.int8 if quantization == "8bit" else torch.uint8}
+    if quantization == "4bit":  # as QLoRA has it: NF4, its constants quantised once more
+        states = [weight.quant_state for weight in small.gpt_neox.layers.parameters() if hasattr(weight, "quant_state")]
+        assert {(state.quant_type, state.nested) for state in states} == {("nf4", True)}
     with torch.no_grad():
         wanted, found = forward_logits(full, ids, mask)[mask].float(), forward_logits(small, ids, mask)[mask].float()
     correlation = torch.corrcoef(torch.stack([wanted.flatten(), found.flatten()]))[0, 1]
     assert correlation > (0.99 if quantization == "8bit" else 0.9)
     assert not torch.equal(wanted, found)
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+def test_a_backbone_within_a_causal_lm_is_marked_as_one_that_was_loaded_alone(quantization, tokenizer, tmp_path):
+    """peft looks at the marks of quantisation, which transformers sets on the outer model alone."""
+    if quantization != "none":
+        pytest.importorskip("bitsandbytes")
+    path = save_tiny_model(tmp_path / "model", "gpt_neox", tokenizer, hidden_size=64, intermediate_size=128)
+    config = ModelConfig(quantization=quantization, lora_rank=1)
+    alone, within = load_backbone(path, config, dtype=FP32), backbone_of(load_causal_lm(path, config, dtype=FP32))
+    names = ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized", "quantization_method")
+    marks = [{name: getattr(model, name, None) for name in names} for model in (alone, within)]
+    assert marks[0] == marks[1] and bool(marks[0]["is_quantized"]) == (quantization != "none")
+    assert type(getattr(alone, "hf_quantizer", None)) is type(getattr(within, "hf_quantizer", None))
 
 
 def test_unknown_quantization_lists_the_choices(tiny_models):

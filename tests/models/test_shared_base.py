@@ -258,6 +258,28 @@ def test_who_trains_what(models):
     assert optimized == {id(critic[name]) for name in trainable}
 
 
+def test_the_log_says_who_shares_which_base(models, tokenizer, caplog):
+    caplog.set_level("INFO", "rlhf")
+    base, trained = base_key(models.base), "the critic trains the adapter it starts from, with its rank and targets"
+
+    def said(*given: Any, **options: Any) -> list[str]:
+        caplog.clear()
+        build(*given, **options)
+        return [line for line in caplog.messages if line.startswith(("one base", "share_base", "the critic trains"))]
+
+    everyone = f"one base for actor, reference, critic, reward: {base}"
+    assert said(models.base, models.reward) == [everyone, f"{trained}: {models.reward}"]
+    assert said(models.base, models.reward, models.base) == [everyone], "a critic of its own has a new adapter"
+    assert said(models.base, models.whole_reward) == [
+        f"one base for actor, reference: {base}", f"one base for critic, reward: {base_key(models.whole_reward)}"
+    ]  # fmt: skip
+    assert said(models.base, models.reward, share_base=False) == [
+        "share_base is off: actor, critic, reference and reward model load a copy of their base each"
+    ]
+    pytest.importorskip("bitsandbytes")
+    assert said(models.base, models.reward, quantization="8bit")[0] == f"{everyone} in 8bit"
+
+
 @pytest.mark.parametrize("quantization", ["8bit", "4bit"])
 def test_a_quantised_base_is_shared(quantization, models, tokenizer):
     pytest.importorskip("bitsandbytes")

@@ -1,10 +1,13 @@
 """The embedded base model: trained on the spot, reproducible, an ordinary Hugging Face directory."""
 
 import logging
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf.distributed import progress
@@ -49,6 +52,53 @@ def test_it_learns_its_texts(built, tmp_path):
     barely = TinyRecipe(**{**SMALL.__dict__, "steps": 1, "learning_rate": 0.0, "matrix_learning_rate": 0.0})
     untrained = build_tiny_base(TEXTS, tmp_path, progress=False, recipe=barely)
     assert loss_of(untrained, TEXTS[0]) > 5 > 2 > loss_of(built, TEXTS[0])
+
+
+def steps_of(recipe: TinyRecipe, place: Path) -> list[dict]:
+    """Of each step of an optimizer while the base is trained: the optimizer, its groups, the norm of all gradients."""
+    seen: list[dict] = []
+
+    def look(optimizer, *_):
+        groups = [
+            {**group, "params": [tuple(each.shape) for each in group["params"]]} for group in optimizer.param_groups
+        ]
+        squares = [float(each.grad.pow(2).sum()) for group in optimizer.param_groups for each in group["params"]]
+        seen.append({"kind": type(optimizer), "groups": groups, "squares": sum(squares)})
+
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        build_tiny_base(TEXTS, place, progress=False, recipe=recipe)
+    finally:
+        handle.remove()
+    return seen
+
+
+def test_matrices_of_the_layers_learn_by_muon_and_only_matrices_decay(tmp_path):
+    steps = steps_of(replace(SMALL, weight_decay=0.25, steps=1, warmup_steps=0), tmp_path)
+    assert [step["kind"] for step in steps] == [torch.optim.Muon, torch.optim.AdamW]
+    (layers,), (embeddings, vectors) = (step["groups"] for step in steps)
+    assert sorted(layers["params"]) == [(32, 32), (32, 64), (64, 32), (96, 32)]
+    assert embeddings["params"] == [(384, 32), (384, 32)], "what tokens become, and what becomes tokens"
+    assert all(len(shape) == 1 for shape in vectors["params"]) and len(vectors["params"]) == 10
+    assert [group["weight_decay"] for group in (layers, embeddings, vectors)] == [0.25, 0.25, 0.0]
+    assert [group["lr"] for group in (layers, embeddings, vectors)] == [2e-2, 1e-2, 1e-2]
+    assert embeddings["betas"] == vectors["betas"] == (0.9, 0.95)
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_as_a_cosine(tmp_path):
+    steps = steps_of(replace(SMALL, steps=6, warmup_steps=2, learning_rate=1.0, matrix_learning_rate=3.0), tmp_path)
+    expected = [0.5, 1.0, *(0.5 + 0.5 * math.cos(math.pi * done / 4) for done in range(4))]
+    for kind, peak in ((torch.optim.Muon, 3.0), (torch.optim.AdamW, 1.0)):
+        rates = [step["groups"][0]["lr"] / peak for step in steps if step["kind"] is kind]
+        assert rates == pytest.approx(expected)
+
+
+def test_gradients_are_clipped_to_the_norm_of_the_recipe(tmp_path):
+    for limit in (0.01, 1e6):
+        steps = steps_of(replace(SMALL, steps=3, max_grad_norm=limit), tmp_path / str(limit))
+        squares = [step["squares"] for step in steps]
+        norms = [math.sqrt(squares[place] + squares[place + 1]) for place in (0, 2, 4)]
+        assert norms == pytest.approx([0.01] * 3, rel=1e-3) if limit == 0.01 else min(norms) > 0.1
 
 
 def test_tokenizer_is_lossless_and_padding_is_not_eos(built):

@@ -10,7 +10,7 @@ from rlhf.models.forward import forward_logits
 from rlhf.models.scalar import ScalarModel
 from rlhf.models.token_logprobs import PLAIN_HEADS, token_logprobs
 from rlhf.numerics.logprobs import entropy_from_logits, logprobs_from_logits
-from rlhf.numerics.packed_rows import FLASH, PACKABLE, PACKED_SDPA, pack, packed_sdpa
+from rlhf.numerics.packed_rows import FLASH, PACKABLE, PACKED_SDPA, PackedRows, pack, packed_arguments, packed_sdpa
 
 SHARED = {"vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 LLAMA_LIKE = {
@@ -155,6 +155,27 @@ def test_the_head_runs_over_scored_positions_only_and_in_pieces(monkeypatch):
     assert shapes == [5, 5, 3] and sum(shapes) == int(scored.sum())
     loss.backward()
     assert shapes == [5, 5, 3] * 2  # no logits are kept for the backward pass: they are computed again
+
+
+@pytest.mark.parametrize("attention", [PACKED_SDPA, *FLASH])
+def test_every_argument_lies_where_the_rows_lie(attention):
+    """On another device than the default one, and with the bounds of each row where attention asks for them."""
+    config = transformers.LlamaConfig(attn_implementation=attention if attention in FLASH else "sdpa")
+    config._attn_implementation = attention
+    ids = torch.arange(9, device="meta")
+    given = packed_arguments(PackedRows(ids, ids, (4, 2, 3), (3, 4)), config)
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    assert len(tensors) == (4 if attention in FLASH else 3) and {one.device.type for one in tensors.values()} == {
+        "meta"
+    }
+    given = packed_arguments(PackedRows(torch.arange(9), torch.arange(9), (4, 2, 3), (3, 4)), config)
+    assert given["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2]] and given["use_cache"] is False
+    if attention in FLASH:
+        assert given["cu_seq_lens_q"].tolist() == given["cu_seq_lens_k"].tolist() == [0, 4, 6, 9]
+        assert given["cu_seq_lens_q"].dtype == torch.int32 and given["attention_mask"] is None
+        assert given["max_length_q"] == given["max_length_k"] == 4
+    else:
+        assert given["row_lengths"] == (4, 2, 3)
 
 
 def test_eager_attention_gets_padded_rows_and_the_same_numbers():

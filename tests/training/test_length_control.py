@@ -279,7 +279,9 @@ def test_a_critic_has_no_curve_and_a_reward_model_keeps_it(calibrated, tokenizer
         export_scalar_model(model, tokenizer, tmp_path / name)
     assert not (tmp_path / "critic" / "length_curve.json").exists()
     saved = [json.loads((each / "length_curve.json").read_text()) for each in (place, tmp_path / "reward")]
-    assert saved[0] == saved[1]
+    assert saved[0] == saved[1] == again.length_curve.content()
+    text = (place / "length_curve.json").read_text()
+    assert text.startswith('{\n  "places": [\n    ') and text.endswith("\n  ]\n}\n"), "a file for people too"
     assert "length_curve.json" in model_fingerprint(str(place)), "PPO on another curve is another run"
 
 
