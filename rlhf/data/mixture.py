@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import TypeVar
@@ -37,7 +37,7 @@ def split_by_prompt(records: Sequence[RecordT], shares: Sequence[float], seed_te
     last = max(index for index, share in enumerate(shares) if share > 0)
     parts: list[list[RecordT]] = [[] for _ in shares]
     for record in records:
-        place = _place(_key(record), seed_text)
+        place = text_place(_key(record), seed_text)
         part = next((index for index in range(last) if place < bounds[index]), last)
         parts[part].append(record)
     return parts
@@ -96,14 +96,20 @@ def blend(datasets: Sequence[Sequence[RecordT]], weights: Sequence[float], seed:
         return [record for dataset in datasets for record in dataset]
     mixed: list[RecordT] = []
     for index, (dataset, weight) in enumerate(zip(datasets, weights, strict=True)):
-        count = math.floor(weight * len(dataset) + 0.5)
-        copies, rest = divmod(count, len(dataset)) if dataset else (0, 0)
-        for copy in range(copies):
-            mixed.extend(_copy(record, copy) for record in dataset)
-        drawn = sorted(random.Random(f"{seed}/{index}").sample(range(len(dataset)), rest))
-        mixed.extend(_copy(dataset[position], copies) for position in drawn)
+        mixed.extend(_copy(dataset[position], copy) for copy, position in drawn(len(dataset), weight, seed, index))
     random.Random(f"{seed}/blend").shuffle(mixed)
     return mixed
+
+
+def drawn(rows: int, weight: float, seed: int, index: int) -> Iterator[tuple[int, int]]:
+    """What data set `index` of `rows` rows gives at `weight`: copy (from 0) and position of round(weight * rows) rows.
+
+    Whole copies come first, then the rest, drawn by `seed` and `index`, in the order of the rows.
+    """
+    copies, rest = divmod(math.floor(weight * rows + 0.5), rows) if rows else (0, 0)
+    for copy in range(copies):
+        yield from ((copy, position) for position in range(rows))
+    yield from ((copies, position) for position in sorted(random.Random(f"{seed}/{index}").sample(range(rows), rest)))
 
 
 def drop_leaked(train: Sequence[RecordT], heldout: Sequence[RecordT]) -> tuple[list[RecordT], int]:
@@ -122,9 +128,9 @@ def _key(record: Record) -> str:
     return key if isinstance(key, str) else prompt_key(record.prompt)
 
 
-def _place(key: str, salt: str) -> float:
+def text_place(text: str, salt: str) -> float:
     """A number in [0, 1) that depends on the two texts alone, on every machine and Python."""
-    digest = hashlib.sha256(f"{salt}\0{key}".encode()).digest()
+    digest = hashlib.sha256(f"{salt}\0{text}".encode()).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 
 

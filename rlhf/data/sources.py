@@ -6,18 +6,24 @@ file named `.json`, gzip with or without `.gz`. Only CSV and TSV need their suff
 
 from __future__ import annotations
 
-import gzip
 import io
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from rlhf.data.file_bytes import (
+    BOM,
+    SAVE_AS_UTF8,
+    named_file_errors,
+    open_unpacked,
+    refuse_no_text,
+    refuse_nothing,
+)
 from rlhf.data.json_text import JsonError, parse_elements, parse_json
 from rlhf.data.spec import FILE_FORMATS, DataError, DatasetSpec, Row, SkippedRow
 from rlhf.data.splits import files_of_split
-from rlhf.data.text_tables import SAVE_AS_UTF8, table_rows
+from rlhf.data.text_tables import table_rows
 from rlhf.data.world.datasets import DATASETS, default_rows
 
 __all__ = ["FILE_FORMATS", "DataError", "DatasetSpec", "Row", "SkippedRow", "read_rows"]
@@ -35,8 +41,6 @@ METADATA_FILES = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json"
 """JSON files that describe a data set and hold no rows of it; passed over when a directory is read."""
 DEFAULT_SPLIT = "train"
 """Of a hub data set and of a saved DatasetDict."""
-LFS_HEADER = b"version https://git-lfs"
-BOM = b"\xef\xbb\xbf"
 
 
 class _Problems:
@@ -178,31 +182,22 @@ def _table_rows(table: Any, name: str) -> Iterator[Row]:
 
 
 def _read_file(path: Path, name: str, spec: DatasetSpec, problems: _Problems) -> Iterator[Row]:
-    try:
+    with named_file_errors(name):
         yield from _read_open_file(path, name, spec, problems)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{name}: broken or cut gzip data ({error}); copy or download the file again") from error
-    except OSError as error:
-        raise DataError(f"{name}: cannot be read ({error.strerror or error})") from error
 
 
 def _read_open_file(path: Path, name: str, spec: DatasetSpec, problems: _Problems) -> Iterator[Row]:
-    with _open(path) as stream:
+    with open_unpacked(path) as stream:
         head = stream.read(8192)
         begins = head.removeprefix(BOM).lstrip()[:1]
         while not begins and (more := stream.read(65536)):
             begins = more.lstrip()[:1]
-    if not head:
-        raise DataError(f"{name}: empty file")
-    if head.startswith(LFS_HEADER):
-        raise DataError(f"{name}: a git-lfs pointer, not the data; run `git lfs pull` where the file came from")
+    refuse_nothing(head, name)
     file_format = "parquet" if head.startswith(b"PAR1") else _file_format(name, head, spec)
+    if file_format != "parquet":
+        refuse_no_text(head, name, ", ".join(FILE_FORMATS))
     if file_format == "parquet":
         rows = _read_parquet(path, name)
-    elif head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError(f"{name}: not UTF-8 (it begins with a UTF-16 mark); save it as UTF-8")
-    elif b"\0" in head:
-        raise DataError(f"{name}: a binary file; needed: {', '.join(FILE_FORMATS)}, plain or gzip")
     elif not begins:
         raise DataError(f"{name}: empty file (only white space)")
     elif file_format in ("csv", "tsv"):
@@ -221,13 +216,6 @@ def _read_open_file(path: Path, name: str, spec: DatasetSpec, problems: _Problem
         yield row
     if not found:
         raise DataError(f"{name}: empty, no usable row in it")
-
-
-def _open(path: Path) -> IO[bytes]:
-    """The bytes of a file, unpacked where they are gzip data (told by their first two bytes, not by the name)."""
-    with path.open("rb") as stream:
-        packed = stream.read(2) == b"\x1f\x8b"
-    return gzip.open(path, "rb") if packed else path.open("rb")  # type: ignore[return-value]
 
 
 def _file_format(name: str, head: bytes, spec: DatasetSpec) -> str:
@@ -249,7 +237,7 @@ def _file_format(name: str, head: bytes, spec: DatasetSpec) -> str:
 
 
 def _read_parquet(path: Path, name: str) -> Iterator[Row]:
-    with _open(path) as stream:
+    with open_unpacked(path) as stream:
         content = io.BytesIO(stream.read())
     line = 0
     for part in _parquet_parts(content, name):
@@ -284,7 +272,7 @@ def _lines(path: Path, name: str, problems: _Problems) -> Iterator[tuple[int, st
 
 
 def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    with _open(path) as stream:
+    with open_unpacked(path) as stream:
         for number, raw in enumerate(stream, start=1):
             yield number, raw.removeprefix(BOM) if number == 1 else raw
 
@@ -335,7 +323,7 @@ def _read_json_lines(path: Path, name: str, problems: _Problems) -> Iterator[Row
 
 def _whole_file(path: Path) -> str | None:
     """What a file holds that is one JSON value over several lines; None where it is not that."""
-    with _open(path) as stream:
+    with open_unpacked(path) as stream:
         try:
             content = parse_json(stream.read().decode("utf-8-sig"))
         except ValueError:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.data.file_bytes import LFS_HEADER
 from rlhf.data.json_text import JsonError, parse_json
 from rlhf.data.row_values import shown
-from rlhf.data.sources import LFS_HEADER, DataError
+from rlhf.data.spec import DataError
 from rlhf.types import Message
 
 ROLES = ("system", "user", "assistant")

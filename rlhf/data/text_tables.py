@@ -7,9 +7,9 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
+from rlhf.data.file_bytes import SAVE_AS_UTF8
 from rlhf.data.spec import DataError, Row
 
-SAVE_AS_UTF8 = "save the file as UTF-8 (Korean files are often CP949: `iconv -f cp949 -t utf-8`)"
 _UNDECODED = re.compile("[\udc80-\udcff]")
 """Bytes that are not UTF-8, as "surrogateescape" decodes them; UTF-8 itself cannot give these characters."""
 

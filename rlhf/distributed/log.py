@@ -13,10 +13,11 @@ logger = logging.getLogger("rlhf")
 
 
 class _BesideProgressBars(logging.Handler):
-    """Prints above a running progress bar instead of into it."""
+    """Prints above a running progress bar instead of into it, at once also where the output is a file or a pipe."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stdout)
+        sys.stdout.flush()
 
 
 def setup_logging() -> None:

@@ -22,6 +22,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 from rlhf.checkpoint.atomic import replaced_directory
 from rlhf.config import ConfigError
+from rlhf.data.spec import DataError
 from rlhf.distributed.collectives import rank_zero_first
 from rlhf.distributed.log import logger
 from rlhf.distributed.progress import Progress
@@ -71,9 +72,9 @@ def build_tiny_base(
     """The directory of the tiny base trained on `texts`, in the Hugging Face layout; trained first if it is not there.
 
     The same texts, seed and recipe give the same bytes on one machine. Rank 0 trains, other ranks wait.
-    Raises ValueError when the texts make less than one row of tokens, ConfigError where torch is older than 2.9.
+    Raises DataError when the texts make less than one row of tokens, ConfigError where torch is older than 2.9.
     """
-    _check_torch()
+    check_torch()
     recipe = recipe or TinyRecipe()
     path = tiny_base_path(texts, cache_dir, seed=seed, recipe=recipe)
 
@@ -91,10 +92,9 @@ def write_untrained_tiny_base(texts: Sequence[str], directory: Path) -> None:
 
     The tokenizer is that of the trained one, so what is tokenised for the one serves the other.
     """
-    _check_torch()
-    tokenizer = _tokenizer(texts, TinyRecipe())
-    GPTNeoXForCausalLM(_model_config(TinyRecipe(), tokenizer)).save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    check_torch()
+    tokenizer = recipe_tokenizer(texts, TinyRecipe())
+    save_base(untrained_model(TinyRecipe(), tokenizer), tokenizer, directory)
 
 
 def announcement(recipe: TinyRecipe, path: Path) -> str:
@@ -127,30 +127,46 @@ def train_tokenizer(texts: Sequence[str], vocabulary_size: int) -> PreTrainedTok
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS_TEXT, pad_token=PAD_TEXT)
 
 
-def _tokenizer(texts: Sequence[str], recipe: TinyRecipe) -> PreTrainedTokenizerFast:
+def recipe_tokenizer(texts: Sequence[str], recipe: TinyRecipe) -> PreTrainedTokenizerFast:
+    """The tokenizer of `recipe`, trained on the texts."""
     tokenizer = train_tokenizer(texts, recipe.vocabulary_size)
     tokenizer.model_max_length = recipe.max_positions
     return tokenizer
 
 
+def token_documents(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each text with an end of sequence."""
+    return [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
+
+
 def _train_and_save(texts: Sequence[str], directory: Path, recipe: TinyRecipe, seed: int, progress: bool) -> None:
-    tokenizer = _tokenizer(texts, recipe)
-    documents = [[*ids, tokenizer.eos_token_id] for ids in tokenizer(list(texts), verbose=False)["input_ids"]]
-    tokens = sum(len(document) for document in documents)
-    if tokens < recipe.row_tokens:
-        raise ValueError(
-            f"the corpus of the tiny base has {tokens} tokens; it needs at least one row of {recipe.row_tokens}"
-        )
-    with _own_random_state(seed, recipe.threads):
-        model = GPTNeoXForCausalLM(_model_config(recipe, tokenizer))
-        losses = _train(model, documents, recipe, progress)
+    tokenizer = recipe_tokenizer(texts, recipe)
+    documents = token_documents(tokenizer, texts)
+    with own_random_state(seed, recipe.threads):
+        model = untrained_model(recipe, tokenizer)
+        losses = fit(model, documents, recipe, "embedded base model", progress=progress)
     logger.info(
-        f"tiny base: {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f}M weights, {len(texts)} texts, "
-        f"{tokens} tokens; loss {losses[0]:.2f} -> {sum(losses[-20:]) / len(losses[-20:]):.2f}"
+        f"tiny base: {weight_count(model) / 1e6:.1f}M weights, {len(texts)} texts, "
+        f"{sum(map(len, documents))} tokens; loss {losses[0]:.2f} -> {sum(losses[-20:]) / len(losses[-20:]):.2f}"
     )
+    save_base(model, tokenizer, directory)
+
+
+def weight_count(model: torch.nn.Module) -> int:
+    """How many weights a model has."""
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def save_base(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
+    """Write the model and its tokenizer in the Hugging Face layout."""
     model.eval()
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def untrained_model(recipe: TinyRecipe, tokenizer: PreTrainedTokenizerFast) -> GPTNeoXForCausalLM:
+    """A GPT-NeoX of the sizes of `recipe`, its weights drawn from torch's random state."""
+    return GPTNeoXForCausalLM(_model_config(recipe, tokenizer))
 
 
 def _model_config(recipe: TinyRecipe, tokenizer: PreTrainedTokenizerFast) -> GPTNeoXConfig:
@@ -174,20 +190,34 @@ def _model_config(recipe: TinyRecipe, tokenizer: PreTrainedTokenizerFast) -> GPT
     )
 
 
-def _train(
-    model: GPTNeoXForCausalLM, documents: Sequence[Sequence[int]], recipe: TinyRecipe, progress: bool
+def fit(
+    model: GPTNeoXForCausalLM,
+    documents: Sequence[Sequence[int]],
+    recipe: TinyRecipe,
+    what: str,
+    *,
+    progress: bool = True,
+    bfloat16: bool = False,
 ) -> list[float]:
-    """Causal language modelling on packed rows; returns the loss of every step."""
+    """Causal language modelling on packed rows, shown as `what`; returns the loss of every step.
+
+    `bfloat16` computes the matrix products in it; weights and optimizer states are float32 either way. Raises DataError
+    when the documents make less than one row of tokens.
+    """
+    tokens = sum(map(len, documents))
+    if tokens < recipe.row_tokens:
+        raise DataError(f"the texts have {tokens} tokens; training needs at least one row of {recipe.row_tokens}")
     optimizers = _optimizers(model, recipe)
     factor = partial(_learning_rate_factor, recipe=recipe)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, factor) for optimizer in optimizers]
     rows = _packed_rows(documents, recipe)
     model.train()
     losses = []
-    with Progress(recipe.steps, "embedded base model", "step", shown=progress) as shown:
+    with Progress(recipe.steps, what, "step", shown=progress) as shown:
         for _ in range(recipe.steps):
             input_ids = torch.tensor([next(rows) for _ in range(recipe.rows_per_step)])
-            loss = model(input_ids=input_ids, labels=input_ids).loss
+            with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+                loss = model(input_ids=input_ids, labels=input_ids).loss
             model.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
@@ -218,11 +248,11 @@ def _optimizers(model: GPTNeoXForCausalLM, recipe: TinyRecipe) -> list[torch.opt
     ]
 
 
-def _check_torch() -> None:
+def check_torch() -> None:
     """ConfigError where torch is too old to train the base."""
     if not hasattr(torch.optim, "Muon"):
         raise ConfigError(
-            f"the embedded base model is trained with torch.optim.Muon, which came with torch 2.9; this is torch "
+            f"base models are trained with torch.optim.Muon, which came with torch 2.9; this is torch "
             f"{torch.__version__}: install a newer one, or name a model with base_model"
         )
 
@@ -246,7 +276,7 @@ def _learning_rate_factor(step: int, recipe: TinyRecipe) -> float:
 
 
 @contextmanager
-def _own_random_state(seed: int, threads: int) -> Iterator[None]:
+def own_random_state(seed: int, threads: int) -> Iterator[None]:
     """Seeded, and on as many threads as the recipe says: sums depend on it, and waiting ranks need none."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(threads, os.cpu_count() or 1))
