@@ -50,7 +50,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--eval_every_steps", type=int, default=4, help="iterations between points of a curve")
     parser.add_argument("--target_gold", type=float, default=0.8, help="gold to whose first reach seconds are counted")
     parser.add_argument("--low_kl_coef", type=float, default=0.01, help="of C")
-    parser.add_argument("--long_iterations", type=int, default=100, help="of C")
+    parser.add_argument("--long_iterations", type=int, default=60, help="of C")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), help="of D: fields of step 3, NAME=VALUE")
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of either side")
     parser.add_argument("--peer", choices=("trl", "none"), default="trl")
@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     arguments = parse(argv)
     wants_peer = arguments.peer == "trl" and not arguments.report and {"A", "B"} & set(arguments.sections)
     workplace = Workplace(
-        directory=arguments.work_dir.resolve(),
+        directory=arguments.work_dir.resolve() / ("quick" if arguments.quick else ""),
         threads=arguments.threads,
         base_model=arguments.base_model,
         cache_dir=arguments.cache_dir.resolve(),

@@ -1,6 +1,6 @@
 """What `learning.py` runs: models made once by the stages' own scripts, and runs of either side kept as JSON.
 
-A run is known by what it is made of (`Run.key`). Its file in `<work_dir>/results` has a point for each evaluation:
+A run is known by what it is made of (`Run.key`). Its file under `<work_dir>/results` has a point for each evaluation:
 iteration, training seconds up to it (sampling, scoring, optimizer steps; neither evaluation nor the process's start),
 KL to the SFT model in nats per response, the reward model's score, gold. A run that is there is not run again.
 """
@@ -150,7 +150,8 @@ class Workplace:
         return options
 
     def _file(self, run: Run) -> Path:
-        return self.directory / "results" / f"{run.key}.json"
+        settings = f"threads{self.threads}-every{self.eval_every_steps}"
+        return self.directory / "results" / settings / f"{run.key}.json"
 
     def has(self, run: Run) -> bool:
         """Whether `run` is finished and kept."""
@@ -203,11 +204,20 @@ class Workplace:
         found: dict[str, Any] = self.job(BENCHMARKS / "sides" / "rlhf_judge.py", job, directory)
         return found
 
+    def _given(self, run: Run, directory: Path) -> dict[str, Any]:
+        """The prompts of `run`, its models' word on some responses, and the evaluation of its start: alike for every
+        KL coefficient, so that it is kept."""
+        path = self.directory / "given" / f"{run.reward}_seed{run.seed}_steps{run.steps}.json"
+        if not path.is_file():
+            write_job(self.judged(run, [[0, None]], directory, iterations=run.steps), path)
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return content
+
     def _peer(self, run: Run, directory: Path) -> dict[str, Any]:
         if run.changes or self.peer_python is None:
             raise SystemExit(f"{run.key}: TRL has no such run")
         config = stage_config(self.arguments(run))
-        given = self.judged(run, [[0, None]], directory, iterations=run.steps)
+        given = self._given(run, directory)
         job = {
             "actor": config.ppo.actor_model,
             "reward": config.ppo.reward_model,

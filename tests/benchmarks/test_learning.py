@@ -27,7 +27,7 @@ def result(golds, *, seconds=10.0, kls=(0, 1, 4), findings=()):
 
 
 def keep(workplace, run, content):
-    path = workplace / "results" / f"{run.key}.json"
+    path = workplace / "results" / "threads1-every4" / f"{run.key}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
 
@@ -62,7 +62,17 @@ def test_the_report_of_kept_runs_compares_them(benchmark, tmp_path):
     learning, workloads = benchmark("learning"), benchmark("learning_workloads")
     keep(tmp_path, workloads.Run("ours", 1, 0.1, 40), result([0.7, 0.8, 0.9]))
     keep(tmp_path, workloads.Run("trl", 1, 0.1, 40), result([0.7, 0.75, 0.8], seconds=40.0))
-    words = ["--report", "--sections", "A,D", "--work_dir", str(tmp_path), "--out_dir", str(tmp_path / "out")]
+    words = [
+        "--report",
+        "--threads",
+        "1",
+        "--sections",
+        "A,D",
+        "--work_dir",
+        str(tmp_path),
+        "--out_dir",
+        str(tmp_path / "out"),
+    ]
     payload = learning.main(words)
     (row,) = payload["sections"]["A"]["table"]
     # reached after 10 of 20 seconds and after 80 of 80; at d = 1 and 2 the difference is 0.05 and 0.1

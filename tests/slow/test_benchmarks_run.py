@@ -59,7 +59,7 @@ def test_quick_run_of_learning_keeps_its_runs(tmp_path, micro_base):
     (run,) = sections["A"]["runs"]
     assert [point["iteration"] for point in run["points"]] == [0, 1, 2]
     assert run["points"][-1]["seconds"] == pytest.approx(sum(run["iteration_seconds"]))
-    checked = json.loads((tmp_path / "work" / "evaluator_checked.json").read_text())
+    checked = json.loads((tmp_path / "work" / "quick" / "evaluator_checked.json").read_text())
     assert all(own == pytest.approx(again, abs=1e-3) for own, again in checked.values())
 
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.json")}
