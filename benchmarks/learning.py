@@ -139,7 +139,8 @@ def turning_rows(runs: Sequence[Run], results: Results, arguments: argparse.Name
         result, data = results[run], REWARD_DATA[run.reward]
         turn = turning_point(result["points"])
         peak, end = turn["peak"], turn["end"]
-        row: Row = {"rankings": data.rankings, "seed": run.seed, "gold before": result["points"][0]["gold"]}
+        row: Row = {"rankings": data.rankings, "reward accuracy": result["reward_accuracy"], "seed": run.seed}
+        row["gold before"] = result["points"][0]["gold"]
         row |= {"turned": "yes" if turn["turned"] else "no", "peak at iteration": peak["iteration"]}
         row |= {"peak KL": peak["kl"], "peak gold": peak["gold"], "score there": peak["score"]}
         row |= {"end KL": end["kl"], "end gold": end["gold"], "score at the end": end["score"]}

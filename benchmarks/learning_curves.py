@@ -31,20 +31,30 @@ def at_first(curve: Sequence[Point], along: str, value: float, of: str) -> float
     return None
 
 
-def equal_kl(ours: Sequence[Point], peer: Sequence[Point], *, of: str = "gold", places: int = 20) -> dict[str, float]:
-    """`of` of ours less the peer's where both have the same KL.
+def best_within(curve: Sequence[Point], distance: float, of: str = "gold") -> float:
+    """The highest `of` on the curve where d is at most `distance`, on straight lines in d between evaluations.
 
-    Each curve is read at `places` equal steps of d from 0 (without it) to the largest d that both reach, there where
-    it first reaches that d, on straight lines between evaluations in d. "mean" is over the places, "lowest" the place
-    that is worst for ours, "last" the one at the largest KL, "kl" in nats.
+    So a curve that went far and came back is judged by where it came back to. The first point must be within.
+    """
+    values = [point[of] for point in curve if point["d"] <= distance]
+    for before, after in zip(curve, curve[1:], strict=False):
+        if min(before["d"], after["d"]) <= distance < max(before["d"], after["d"]):
+            share = (distance - before["d"]) / (after["d"] - before["d"])
+            values.append(before[of] + share * (after[of] - before[of]))
+    return max(values)
+
+
+def equal_kl(ours: Sequence[Point], peer: Sequence[Point], *, of: str = "gold", places: int = 20) -> dict[str, float]:
+    """`of` of ours less the peer's where both may have the same KL.
+
+    At `places` equal steps of d, from 0 (without it) to the largest d that both reach, each side counts with
+    `best_within`. "mean" is over the places, "lowest" the place that is worst for ours, "last" the one at the largest
+    KL, "kl" in nats.
     """
     curves = [with_distance(curve) for curve in (ours, peer)]
     reach = min(max(point["d"] for point in curve) for curve in curves)
-    differences = []
-    for place in range(1, places + 1):
-        values = [at_first(curve, "d", reach * place / places, of) for curve in curves]
-        if None not in values:
-            differences.append(values[0] - values[1])  # type: ignore[operator]
+    distances = [reach * place / places for place in range(1, places + 1)]
+    differences = [best_within(curves[0], d, of) - best_within(curves[1], d, of) for d in distances]
     return {
         "kl": reach**2,
         "mean": float(np.mean(differences)),

@@ -126,6 +126,11 @@ class Workplace:
         options += ["--preference_eval_data", str(world / "preference_heldout.jsonl")]
         return self.stage("step2_reward.main", self.directory / "models" / f"seed{seed}-{name}", seed, options)
 
+    def reward_accuracy(self, run: Run) -> float:
+        """Of the reward model of `run`, on the held-out pairs of who taught it."""
+        result = self.reward_model(run.reward, run.seed).parent / "result.json"
+        return float(json.loads(result.read_text(encoding="utf-8"))["accuracy"])
+
     def world(self, data: RewardData) -> Path:
         """The files of the world in which `data` was ranked."""
         directory = self.directory / "data" / f"length-bias-{data.length_bias:g}-{data.rankings}"
@@ -167,6 +172,7 @@ class Workplace:
             load = os.getloadavg()[0]
             found = (self._ours if run.side == "ours" else self._peer)(run, directory)
             facts = {"key": run.key, "threads": self.threads, "load_average": load}
+            facts["reward_accuracy"] = self.reward_accuracy(run)
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part")
             part.write_text(json.dumps({**facts, **found}, indent=1), encoding="utf-8")

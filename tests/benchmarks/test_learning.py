@@ -23,7 +23,12 @@ def result(golds, *, seconds=10.0, kls=(0, 1, 4), findings=()):
          "eos_rate": 1.0, "tokens": 20.0, "well_formed": 0.9}
         for place, (gold, kl) in enumerate(zip(golds, kls, strict=True))
     ]  # fmt: skip
-    return {"points": points, "iteration_seconds": [seconds / 4] * 8, "findings": list(findings)}
+    return {
+        "points": points,
+        "iteration_seconds": [seconds / 4] * 8,
+        "findings": list(findings),
+        "reward_accuracy": 0.7,
+    }
 
 
 def keep(workplace, run, content):

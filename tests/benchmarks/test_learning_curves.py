@@ -41,6 +41,17 @@ def test_curves_are_compared_at_the_distances_that_both_reach(curves):
     assert back == pytest.approx({"kl": 4.0, "mean": -0.125, "lowest": -0.2, "last": -0.2})
 
 
+def test_a_curve_that_came_back_counts_with_where_it_came_back_to(curves):
+    far = curves.with_distance(points([0, 9, 1, 4], [0.5, 0.6, 0.8, 0.7]))
+    assert curves.best_within(far, 1.0) == 0.8
+    assert curves.best_within(far, 3.0) == 0.8, "more KL may be had and need not be used"
+    # to d = 0.5: a sixth of the first piece; to d = 2 the best is the point at d = 1
+    assert curves.best_within(far, 0.5) == pytest.approx(0.5 + 0.1 / 6)
+    falling = curves.with_distance(points([0, 9, 4], [0.5, 0.9, 0.6]))
+    # at d = 2.5 on the way out 0.5 + 0.4 * 2.5 / 3, on the way back half of 0.9 and 0.6
+    assert curves.best_within(falling, 2.5) == pytest.approx(0.5 + 1.0 / 3)
+
+
 def test_straight_lines_are_in_the_root_of_the_kl(curves):
     bent = points([0, 4], [0.5, 0.9])
     same = points([0, 1, 4], [0.5, 0.7, 0.9])  # at d = 1 half of the way; in the KL itself it would be a quarter
