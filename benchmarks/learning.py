@@ -11,7 +11,7 @@ A  ours (step3_ppo/main.py) beside TRL (trl==0.24.0 with transformers==4.57.*, i
 B  A with a reward model taught by a length-biased annotator.
 C  reward models of 250, 1000 and 4000 rankings at a low KL coefficient: where gold turns while the score rises, how
    that fits Gao et al. (arXiv 2210.10760), and what the doctor had said by then.
-D  variants of the default: `--variants NAME=VALUE ...`, one against the default each.
+D  variants of the default, each against it: `--variants NAME=VALUE[,NAME=VALUE] ...`.
 
 Every run is kept in `--work_dir`: a benchmark that was stopped goes on where it was, and `--report` makes the tables
 and plots of what is there. Seconds are those of sampling, scoring and optimizer steps; the two sides' runs take turns.
@@ -34,7 +34,8 @@ from measure import ENVIRONMENTS, RESULTS, markdown_table, peer_environment, wri
 
 PEER_REQUIREMENTS = ["trl==0.24.0", "transformers==4.57.*"]
 VARIANTS = ("critic_warmup_iterations=2", "learning_rate=1e-4", "learning_rate=6e-4", "whiten_rewards=true",
-            "ppo_epochs=1", "ppo_epochs=4", "global_batch_size=16", "global_batch_size=64", "score_clip=0")  # fmt: skip
+            "ppo_epochs=1", "ppo_epochs=4", "global_batch_size=16", "global_batch_size=64", "score_clip=0",
+            "critic_init=reward,critic_learning_rate=3e-4,max_grad_norm=0")  # fmt: skip
 SIZES = ("default", "rankings-1000", "rankings-250")
 
 Results = dict[Run, dict[str, Any]]
@@ -51,7 +52,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--target_gold", type=float, default=0.8, help="gold to whose first reach seconds are counted")
     parser.add_argument("--low_kl_coef", type=float, default=0.01, help="of C")
     parser.add_argument("--long_iterations", type=int, default=60, help="of C")
-    parser.add_argument("--variants", nargs="*", default=list(VARIANTS), help="of D: fields of step 3, NAME=VALUE")
+    parser.add_argument(
+        "--variants", nargs="*", default=list(VARIANTS), help="of D: fields of step 3, NAME=VALUE[,NAME=VALUE]"
+    )
     parser.add_argument("--threads", type=int, default=2, help="OpenMP threads of either side")
     parser.add_argument("--peer", choices=("trl", "none"), default="trl")
     parser.add_argument("--base_model", default="default", help="what the stages start from: the embedded base")
@@ -102,7 +105,7 @@ def varied(arguments: argparse.Namespace) -> Iterator[Run]:
     """The default of default.yaml and each variant, seed by seed of a variant."""
     for change in ("", *arguments.variants):
         for seed in arguments.seeds:
-            yield Run("ours", seed, 0.1, arguments.iterations, changes=(change,) if change else ())
+            yield Run("ours", seed, 0.1, arguments.iterations, changes=tuple(change.split(",")) if change else ())
 
 
 # ---------------------------------------------------------------------------------------------------- tables

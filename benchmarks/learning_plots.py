@@ -46,7 +46,9 @@ def plot_section(section: str, results: Results, directory: Path) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the same bytes for the same figure."""
+    """Write a small file, the same bytes for the same figure."""
+    for axis in figure.axes:
+        axis.locator_params(nbins=4)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     print(path)
@@ -60,9 +62,19 @@ def colours(values: Sequence[Any]) -> dict[Any, Any]:
 def draw(axis: Any, run: Run, result: Mapping[str, Any], along: str, of: str, colour: str) -> None:
     """One curve of one run; a name for the legend comes from its side and coefficient."""
     points = with_distance(result["points"])
-    label = f"{LABELS[run.side]}, {run.kl_coef:g}"
-    axis.plot([point[along] for point in points], [point[of] for point in points], STYLES[run.side],
-              color=colour, marker=".", markersize=3, label=label)  # fmt: skip
+    values = [[point[name] for point in points] for name in (along, of)]
+    axis.plot(*values, STYLES[run.side], color=colour, label=f"{LABELS[run.side]}, {run.kl_coef:g}")
+
+
+def zoom(axes: Any, results: Results) -> None:
+    """Show as far as our curves go and a quarter further: a peer's that runs away leaves the picture."""
+    shown = [point for run, result in results.items() for point in with_distance(result["points"])
+             if run.side == "ours"]  # fmt: skip
+    for row, of in enumerate(("gold", "score")):
+        lowest, highest = (find(point[of] for point in shown) for find in (min, max))
+        margin = 0.3 * (highest - lowest)
+        axes[row][0].set_ylim(lowest - margin, highest + margin)
+    axes[0][0].set_xlim(0, 1.25 * max(point["d"] for point in shown))
 
 
 def against_kl(results: Results, path: Path) -> None:
@@ -79,7 +91,8 @@ def against_kl(results: Results, path: Path) -> None:
         axes[1][column].set_xlabel("square root of the KL, nats per response")
     axes[0][0].set_ylabel("gold")
     axes[1][0].set_ylabel("score of the reward model")
-    axes[0][0].legend(fontsize=6, ncols=2)
+    zoom(axes, results)
+    axes[0][0].legend(fontsize=6, ncols=2, loc="lower right")
     save(figure, path)
 
 
