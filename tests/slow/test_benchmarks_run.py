@@ -1,4 +1,4 @@
-"""The benchmark of PPO, run small: a report whose figures agree with one another."""
+"""The benchmarks of PPO and of what it learns, run small: reports whose figures agree with one another."""
 
 from __future__ import annotations
 
@@ -39,3 +39,30 @@ def test_quick_run_of_our_side(tmp_path):
     assert by_name["W3"]["ours"]["response_tokens"]["mean"] < 0.9 * by_name["W3"]["job"]["workload"]["max_new_tokens"]
     table = (tmp_path / "out" / "ppo-tiny-cpu-float32.md").read_text()
     assert "| W1 | fp32 |" in table and "share of matmul rate" in table
+
+
+def test_quick_run_of_learning_keeps_its_runs(tmp_path, micro_base):
+    command = [sys.executable, str(BENCHMARKS / "learning.py"), "--quick", "--peer", "none", "--threads", "1"]
+    command += ["--sections", "A,B,C,D", "--variants", "ppo_epochs=1", "--base_model", str(micro_base)]
+    command += ["--work_dir", str(tmp_path / "work"), "--out_dir", str(tmp_path / "out")]
+    command += ["--cache_dir", str(tmp_path / "cache")]
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    content = json.loads((tmp_path / "out" / "learning-quick.json").read_text())
+    sections = content["sections"]
+    (compared,), (biased,) = sections["A"]["table"], sections["B"]["table"]
+    assert compared["gold before"] == biased["gold before"], "one SFT model, whatever the reward model"
+    assert compared["score"] != biased["score"]
+    assert [row["rankings"] for row in sections["C"]["table"]] == [4000, 1000, 250]
+    assert [row["variant"] for row in sections["D"]["table"]] == ["default", "ppo_epochs=1"]
+    (run,) = sections["A"]["runs"]
+    assert [point["iteration"] for point in run["points"]] == [0, 1, 2]
+    assert run["points"][-1]["seconds"] == pytest.approx(sum(run["iteration_seconds"]))
+    checked = json.loads((tmp_path / "work" / "quick" / "evaluator_checked.json").read_text())
+    assert all(own == pytest.approx(again, abs=1e-3) for own, again in checked.values())
+
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.json")}
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0 and "running" not in again.stderr, again.stderr[-3000:]
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("*.json")}
