@@ -1,6 +1,6 @@
 """Does PPO learn what it should: gold and score against KL over training, beside TRL's PPO, on the embedded world.
 
-python benchmarks/learning.py [--sections A,C,B,D] [--seeds 1,2,3] [--kl_coefs 0.1,0.02] [--quick] [--peer none]
+python benchmarks/learning.py [--sections A,C,B,E,D] [--seeds 1,2,3] [--kl_coefs 0.1,0.02] [--quick] [--peer none]
 
 Everything runs with training_scripts/configs/default.yaml. A seed has an SFT model and a reward model of its own, made
 by the stages' scripts. Gold is the world's judge (docs/world.md), on held-out prompts; training never sees it.
@@ -37,6 +37,7 @@ VARIANTS = ("critic_warmup_iterations=2", "learning_rate=1e-4", "learning_rate=6
             "ppo_epochs=1", "ppo_epochs=4", "global_batch_size=16", "global_batch_size=64", "score_clip=0",
             "critic_init=reward,critic_learning_rate=3e-4,max_grad_norm=0")  # fmt: skip
 SIZES = ("default", "rankings-1000", "rankings-250")
+CONTROLS = ("default", "length-biased", "length-balance", "length-calibrate", "length-odin")
 
 Results = dict[Run, dict[str, Any]]
 Row = dict[str, Any]
@@ -44,7 +45,7 @@ Row = dict[str, Any]
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", default="A,C,B,D", help="comma-separated, in the order in which they run")
+    parser.add_argument("--sections", default="A,C,B,E,D", help="comma-separated, in the order in which they run")
     parser.add_argument("--seeds", default="1,2,3")
     parser.add_argument("--kl_coefs", default="0.1,0.02,0.3,0.05", help="of A and B")
     parser.add_argument("--iterations", type=int, default=40, help="of A, B and D (default.yaml: 40)")
@@ -101,6 +102,13 @@ def overoptimised(arguments: argparse.Namespace) -> Iterator[Run]:
             yield Run("ours", seed, arguments.low_kl_coef, arguments.long_iterations, reward)
 
 
+def controlled(arguments: argparse.Namespace) -> Iterator[Run]:
+    """The default's KL coefficient on reward models with and without length control; all of a seed, then the next."""
+    for seed in arguments.seeds:
+        for reward in CONTROLS:
+            yield Run("ours", seed, 0.1, arguments.iterations, reward)
+
+
 def varied(arguments: argparse.Namespace) -> Iterator[Run]:
     """The default of default.yaml and each variant, seed by seed of a variant."""
     for change in ("", *arguments.variants):
@@ -155,6 +163,32 @@ def turning_rows(runs: Sequence[Run], results: Results, arguments: argparse.Name
     return rows
 
 
+def control_rows(runs: Sequence[Run], results: Results, arguments: argparse.Namespace) -> list[Row]:
+    """What each reward model's score follows on held-out pairs of who taught it, and where PPO with it ends."""
+    rows = []
+    for run in runs:
+        result, data = results[run], REWARD_DATA[run.reward]
+        start, end, length = result["points"][0], result["points"][-1], result["shortcuts"]["length"]
+        rows.append({
+            "length bias": data.length_bias,
+            "length_control": data.length_control,
+            "seed": run.seed,
+            "reward accuracy": result["reward_accuracy"],
+            "of like length": length["matched"]["accuracy"],
+            "shorter chosen": length["chosen_less"]["accuracy"],
+            "longer chosen": length["chosen_more"]["accuracy"],
+            "score and length, within prompts": length["correlation_within"]["value"],
+            "gold before": start["gold"],
+            "gold": end["gold"],
+            "best gold": max(point["gold"] for point in result["points"]),
+            "tokens before": start["tokens"],
+            "tokens": end["tokens"],
+            "eos_rate": end["eos_rate"],
+            "KL": end["kl"],
+        })  # fmt: skip
+    return rows
+
+
 def variant_rows(runs: Sequence[Run], results: Results, arguments: argparse.Namespace) -> list[Row]:
     """Mean over the seeds and the worst seed; gold is also given as the difference to the default of the same seed."""
     rows = []
@@ -185,6 +219,7 @@ SECTIONS = {
     "A": ("ours and TRL", lambda arguments: compared(arguments, "default"), compare_rows),
     "B": ("length-biased annotator", lambda arguments: compared(arguments, "length-biased"), compare_rows),
     "C": ("over-optimisation", overoptimised, turning_rows),
+    "E": ("length control", controlled, control_rows),
     "D": ("variants", varied, variant_rows),
 }
 

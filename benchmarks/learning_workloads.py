@@ -35,11 +35,13 @@ SAME = 1e-3
 
 @dataclass(frozen=True)
 class RewardData:
-    """The rankings of four that teach a reward model, in how many epochs, and the bias of who ranked them."""
+    """The rankings of four that teach a reward model, in how many epochs, the bias of who ranked them, and what the
+    reward stage does about it."""
 
     rankings: int
     epochs: int
     length_bias: float = 0.0
+    length_control: str = "none"
 
 
 REWARD_DATA = {
@@ -47,6 +49,7 @@ REWARD_DATA = {
     "rankings-1000": RewardData(1000, 4),
     "rankings-250": RewardData(250, 4),
     "length-biased": RewardData(4000, 1, LENGTH_BIAS),
+    **{f"length-{control}": RewardData(4000, 1, LENGTH_BIAS, control) for control in ("balance", "calibrate", "odin")},
 }
 
 
@@ -114,22 +117,27 @@ class Workplace:
 
     def sft_model(self, seed: int) -> Path:
         """The model that every run of `seed` starts from."""
-        return self.stage("step1_sft.main", self.directory / "models" / f"seed{seed}", seed, [])
+        return self.stage("step1_sft.main", self._models(seed), seed, [])
 
     def reward_model(self, name: str, seed: int) -> Path:
         """The reward model of `seed` that the data `name` teaches; the best of its evaluations is kept."""
         data, options = REWARD_DATA[name], ["--eval_every_steps", "25"]
         if name == "default":
-            return self.stage("step2_reward.main", self.directory / "models" / f"seed{seed}", seed, [])
+            return self.stage("step2_reward.main", self._models(seed), seed, [])
         world = self.world(data)
         options += ["--preference_data", str(world / "ranked_train.jsonl"), "--epochs", str(data.epochs)]
         options += ["--preference_eval_data", str(world / "preference_heldout.jsonl")]
-        return self.stage("step2_reward.main", self.directory / "models" / f"seed{seed}-{name}", seed, options)
+        options += ["--length_control", data.length_control]
+        return self.stage("step2_reward.main", self._models(seed, name), seed, options)
 
-    def reward_accuracy(self, run: Run) -> float:
-        """Of the reward model of `run`, on the held-out pairs of who taught it."""
-        result = self.reward_model(run.reward, run.seed).parent / "result.json"
-        return float(json.loads(result.read_text(encoding="utf-8"))["accuracy"])
+    def reward_figures(self, run: Run) -> dict[str, Any]:
+        """Of the reward model of `run`, on the held-out pairs of who taught it: accuracy, what the score follows."""
+        file = self._models(run.seed, run.reward) / "reward" / "result.json"
+        result = json.loads(file.read_text(encoding="utf-8"))
+        return {"reward_accuracy": float(result["accuracy"]), "shortcuts": result["shortcuts"]}
+
+    def _models(self, seed: int, reward: str = "default") -> Path:
+        return self.directory / "models" / (f"seed{seed}" if reward == "default" else f"seed{seed}-{reward}")
 
     def world(self, data: RewardData) -> Path:
         """The files of the world in which `data` was ranked."""
@@ -172,7 +180,7 @@ class Workplace:
             load = os.getloadavg()[0]
             found = (self._ours if run.side == "ours" else self._peer)(run, directory)
             facts = {"key": run.key, "threads": self.threads, "load_average": load}
-            facts["reward_accuracy"] = self.reward_accuracy(run)
+            facts |= self.reward_figures(run)
             path.parent.mkdir(parents=True, exist_ok=True)
             part = path.with_suffix(".part")
             part.write_text(json.dumps({**facts, **found}, indent=1), encoding="utf-8")

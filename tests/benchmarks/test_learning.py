@@ -28,7 +28,9 @@ def result(golds, *, seconds=10.0, kls=(0, 1, 4), findings=()):
         "iteration_seconds": [seconds / 4] * 8,
         "findings": list(findings),
         "reward_accuracy": 0.7,
-    }
+        "shortcuts": {"length": {"matched": {"accuracy": 0.6}, "chosen_less": {"accuracy": 0.5},
+                                 "chosen_more": {"accuracy": 0.9}, "correlation_within": {"value": 0.4}}},
+    }  # fmt: skip
 
 
 def keep(workplace, run, content):
@@ -55,7 +57,7 @@ def test_the_default_of_the_variants_is_a_run_of_the_comparison(benchmark):
 
 @pytest.mark.parametrize(
     ("given", "says"),
-    [(["--sections", "A,E"], "--sections E: choose from A, B, C, D"), (["--variants", "ppo_epochs"], "NAME=VALUE")],
+    [(["--sections", "A,F"], "--sections F: choose from A, B, C, E, D"), (["--variants", "ppo_epochs"], "NAME=VALUE")],
 )
 def test_a_wrong_command_line_says_what_is_needed(benchmark, capsys, given, says):
     with pytest.raises(SystemExit) as ended:
@@ -126,6 +128,17 @@ def test_the_doctors_findings_stand_beside_the_turn(benchmark):
     (row,) = learning.turning_rows([run], {run: content}, None)
     assert (row["rankings"], row["turned"], row["peak at iteration"], row["peak KL"]) == (250, "yes", 8, 4)
     assert row["doctor (told at iteration)"] == "kl_large (12)"
+
+
+def test_length_control_is_told_with_what_the_score_follows(benchmark):
+    learning, workloads = benchmark("learning"), benchmark("learning_workloads")
+    runs = list(learning.controlled(learning.parse(["--seeds", "1"])))
+    rows = learning.control_rows(runs, {run: result([0.7, 0.9, 0.8]) for run in runs}, None)
+    assert [(row["length bias"], row["length_control"]) for row in rows] == [
+        (0.0, "none"), *((workloads.LENGTH_BIAS, control) for control in ("none", "balance", "calibrate", "odin")),
+    ]  # fmt: skip
+    assert (rows[0]["gold before"], rows[0]["gold"], rows[0]["best gold"]) == (0.7, 0.8, 0.9)
+    assert (rows[0]["of like length"], rows[0]["score and length, within prompts"]) == (0.6, 0.4)
 
 
 def test_models_that_differ_are_not_compared(benchmark):

@@ -43,7 +43,7 @@ def test_quick_run_of_our_side(tmp_path):
 
 def test_quick_run_of_learning_keeps_its_runs(tmp_path, micro_base):
     command = [sys.executable, str(BENCHMARKS / "learning.py"), "--quick", "--peer", "none", "--threads", "1"]
-    command += ["--sections", "A,B,C,D", "--variants", "ppo_epochs=1", "--base_model", str(micro_base)]
+    command += ["--sections", "A,B,C,E,D", "--variants", "ppo_epochs=1", "--base_model", str(micro_base)]
     command += ["--work_dir", str(tmp_path / "work"), "--out_dir", str(tmp_path / "out")]
     command += ["--cache_dir", str(tmp_path / "cache")]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -56,6 +56,7 @@ def test_quick_run_of_learning_keeps_its_runs(tmp_path, micro_base):
     assert compared["score"] != biased["score"]
     assert [row["rankings"] for row in sections["C"]["table"]] == [4000, 1000, 250]
     assert [row["variant"] for row in sections["D"]["table"]] == ["default", "ppo_epochs=1"]
+    assert [row["length_control"] for row in sections["E"]["table"]] == ["none", "none", "balance", "calibrate", "odin"]
     (run,) = sections["A"]["runs"]
     assert [point["iteration"] for point in run["points"]] == [0, 1, 2]
     assert run["points"][-1]["seconds"] == pytest.approx(sum(run["iteration_seconds"]))
