@@ -54,7 +54,7 @@ def test_quick_run_of_learning_keeps_its_runs(tmp_path, micro_base):
     (compared,), (biased,) = sections["A"]["table"], sections["B"]["table"]
     assert compared["gold before"] == biased["gold before"], "one SFT model, whatever the reward model"
     assert compared["score"] != biased["score"]
-    assert [row["rankings"] for row in sections["C"]["table"]] == [4000, 1000, 250]
+    assert [row["rankings"] for row in sections["C"]["table"]] == [250]
     assert [row["variant"] for row in sections["D"]["table"]] == ["default", "ppo_epochs=1"]
     (run,) = sections["A"]["runs"]
     assert [point["iteration"] for point in run["points"]] == [0, 1, 2]
