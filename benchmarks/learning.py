@@ -98,7 +98,7 @@ def compared(arguments: argparse.Namespace, reward: str) -> Iterator[Run]:
 def overoptimised(arguments: argparse.Namespace) -> Iterator[Run]:
     """Ours with a low KL coefficient, on reward models of three sizes of data; all sizes of a seed, then the next."""
     for seed in arguments.seeds:
-        for reward in SIZES:
+        for reward in SIZES[-1:] if arguments.quick else SIZES:
             yield Run("ours", seed, arguments.low_kl_coef, arguments.long_iterations, reward)
 
 
@@ -157,7 +157,7 @@ def turning_rows(runs: Sequence[Run], results: Results, arguments: argparse.Name
         row |= {"end KL": end["kl"], "end gold": end["gold"], "score at the end": end["score"]}
         for form in ("rl", "bon"):
             fit = fit_overoptimisation(result["points"], form)  # type: ignore[arg-type]
-            row |= {f"{form} {name}": value for name, value in fit.items()}
+            row |= {f"{form} {name}": value for name, value in (fit or {}).items()}
         told = [f"{found['check']} ({found['at']})" for found in result["findings"]]
         rows.append({**row, "doctor (told at iteration)": ", ".join(told) or None})
     return rows

@@ -83,17 +83,17 @@ def turning_point(curve: Sequence[Point], *, fall: float = 0.01, window: int = 3
     return {"turned": turned, "peak": peak, "end": end}
 
 
-def fit_overoptimisation(curve: Sequence[Point], form: Literal["rl", "bon"]) -> dict[str, float]:
+def fit_overoptimisation(curve: Sequence[Point], form: Literal["rl", "bon"]) -> dict[str, float] | None:
     """Gao et al., section 3.1: gold above its start = d (alpha - beta log d) ("rl") or d (alpha - beta d) ("bon").
 
     Least squares over the points with d > 0. "peak_kl" is where the fit is highest, in nats (d = exp(alpha / beta - 1)
     and alpha / (2 beta)), infinite where beta is not above 0 and the fit never turns; "r2" the share of the variance
-    of gold that it explains. Raises ValueError for fewer than three such points.
+    of gold that it explains. None of fewer than three such points: two numbers go through two of them.
     """
     points = with_distance(curve)
     moved = [point for point in points if point["d"] > 0]
     if len(moved) < 3:
-        raise ValueError(f"{len(moved)} points are away from the start: a fit of two numbers needs three")
+        return None
     d = np.array([point["d"] for point in moved])
     gold = np.array([point["gold"] for point in moved]) - points[0]["gold"]
     bend = np.log(d) if form == "rl" else d

@@ -124,6 +124,8 @@ def overoptimisation(results: Results, path: Path) -> None:
             label = f"{size} rankings" if run.seed == min(one.seed for one in results) else None
             axis.plot(distances, [point[of] for point in points], ".-", markersize=3, color=by_size[size], label=label)
         fit = fit_overoptimisation(result["points"], "rl")
+        if fit is None:
+            continue
         places = [max(distances) * place / 60 for place in range(1, 61)]
         fitted = [points[0]["gold"] + d * (fit["alpha"] - fit["beta"] * math.log(d)) for d in places]
         axes[0].plot(places, fitted, ":", color=by_size[size], linewidth=0.9)

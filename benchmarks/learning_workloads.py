@@ -121,11 +121,13 @@ class Workplace:
 
     def reward_model(self, name: str, seed: int) -> Path:
         """The reward model of `seed` that the data `name` teaches; the best of its evaluations is kept."""
-        data, options = REWARD_DATA[name], ["--eval_every_steps", "25"]
+        data, options = REWARD_DATA[name], []
         if name == "default":
             return self.stage("step2_reward.main", self._models(seed), seed, [])
         world = self.world(data)
-        options += ["--preference_data", str(world / "ranked_train.jsonl"), "--epochs", str(data.epochs)]
+        if data.epochs > 1:  # it learns its rankings by heart before the last one
+            options += ["--epochs", str(data.epochs), "--eval_every_steps", "25"]
+        options += ["--preference_data", str(world / "ranked_train.jsonl")]
         options += ["--preference_eval_data", str(world / "preference_heldout.jsonl")]
         options += ["--length_control", data.length_control]
         return self.stage("step2_reward.main", self._models(seed, name), seed, options)
@@ -144,7 +146,8 @@ class Workplace:
         directory = self.directory / "data" / f"length-bias-{data.length_bias:g}-{data.rankings}"
         if not (directory / "written").is_file():
             command = ["-m", "rlhf.cli", "world", str(directory), "--length_bias", f"{data.length_bias:g}"]
-            self.run([*command, "--rows", f"ranked_train={data.rankings}", "base=1"], directory / "world.log")
+            unread = [f"{name}=1" for name in ("sft_train", "preference_train", "prompts_train", "base")]
+            self.run([*command, "--rows", f"ranked_train={data.rankings}", *unread], directory / "world.log")
             (directory / "written").touch()
         return directory
 

@@ -54,7 +54,7 @@ def test_quick_run_of_learning_keeps_its_runs(tmp_path, micro_base):
     (compared,), (biased,) = sections["A"]["table"], sections["B"]["table"]
     assert compared["gold before"] == biased["gold before"], "one SFT model, whatever the reward model"
     assert compared["score"] != biased["score"]
-    assert [row["rankings"] for row in sections["C"]["table"]] == [4000, 1000, 250]
+    assert [row["rankings"] for row in sections["C"]["table"]] == [250]
     assert [row["variant"] for row in sections["D"]["table"]] == ["default", "ppo_epochs=1"]
     assert [row["length_control"] for row in sections["E"]["table"]] == ["none", "none", "balance", "calibrate", "odin"]
     (run,) = sections["A"]["runs"]
