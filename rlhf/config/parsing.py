@@ -68,8 +68,8 @@ def fields_in_force(
     words: Sequence[str],
     *,
     sections: Collection[str],
-    known_fields: AbstractSet[str] = frozenset(),
-    default_config: str | Path | None = None,
+    known_fields: AbstractSet[str],
+    default_config: str | Path | None,
 ) -> FieldsInForce:
     """What a file and the command line `words` give; see `parse_config`."""
     classes = tuple(config_classes)

@@ -69,6 +69,8 @@ def nested(levels: int, kind: str) -> str:
 def test_what_is_nested_up_to_the_limit_is_read_and_deeper_is_not(kind):
     assert parse_json(nested(MAX_DEPTH, kind)) == json.loads(nested(MAX_DEPTH, kind))
     assert list(parse_elements(f"[{nested(MAX_DEPTH, kind)}]")) == [(json.loads(nested(MAX_DEPTH, kind)), None)]
+    beside = f"[{nested(MAX_DEPTH - 1, kind)}, [], []]"  # more brackets than levels
+    assert parse_json(beside) == json.loads(beside)
     for levels in (MAX_DEPTH + 1, 100_000):
         for text, parse in ((nested(levels, kind), parse_json), (f"[{nested(levels, kind)}]", parse_elements)):
             with pytest.raises(JsonError, match=f"nested deeper than {MAX_DEPTH} levels") as found:

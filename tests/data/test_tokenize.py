@@ -109,6 +109,26 @@ def test_literal_eos_stays_text_where_the_tokenizer_cannot_split_it(tokenizer):
     assert tokenizer.decode(prompt_ids) == text and tokenizer.decode(response_ids[:-1]) == text
 
 
+def test_an_end_that_a_tokenizer_cannot_leave_out_is_taken_off(tokenizer):
+    """Some end every text with it, also when told to add no special tokens."""
+
+    class AlwaysEnds:
+        eos_token, pad_token, bos_token = EOS, PAD, None
+        eos_token_id, bos_token_id = tokenizer.eos_token_id, None
+        convert_tokens_to_ids = staticmethod(tokenizer.convert_tokens_to_ids)
+
+        def __call__(self, text, **options):
+            ids = tokenizer(text, **options)["input_ids"]
+            alone = isinstance(text, str)
+            return {"input_ids": [*ids, self.eos_token_id] if alone else [[*row, self.eos_token_id] for row in ids]}
+
+    found = encode(AlwaysEnds(), "안녕", "네 잘 지내요")
+    assert found == encode(tokenizer, "안녕", "네 잘 지내요") and tokenizer.eos_token_id not in found[0]
+    assert encode(AlwaysEnds(), "안녕", "네", append_eos=False)[1] == plain(tokenizer, "네"), (
+        "cut off, so without an end"
+    )
+
+
 def test_template_special_tokens_are_read_in_the_prompt_only(tokenizer):
     user = tokenizer.convert_tokens_to_ids("<|user|>")
     prompt_ids, response_ids = encode(tokenizer, "<|user|>안녕", "<|user|>네", special=True)

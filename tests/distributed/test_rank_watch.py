@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import torch
 
 from rlhf.config import RunConfig
 from rlhf.distributed import peers, rank_watch
@@ -50,6 +51,16 @@ def test_a_watch_ends_with_its_block_and_gives_the_handlers_back(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
     assert not rank_watch.stop_requested(), "the next run in this process is not asked to stop"
     assert RankBoard(tmp_path / ".ranks").read(0).finished
+
+
+def test_the_ranks_meet_on_the_named_device_or_on_their_own(tmp_path, monkeypatch):
+    met: list[str] = []
+    monkeypatch.setattr(rank_watch, "init_world", lambda: torch.device("cuda:3"))
+    monkeypatch.setattr(rank_watch, "all_reduce_max", lambda value, device: met.append(str(device)) or value)
+    for device in ("cpu", None):
+        with rank_watch.watched_ranks(tmp_path, RunConfig(), device):
+            pass
+    assert met == ["cpu", "cuda:3"]
 
 
 def test_a_watch_looks_by_itself_until_it_ends(tmp_path, monkeypatch):

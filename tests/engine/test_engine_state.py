@@ -41,6 +41,7 @@ from tests.support.engine_state_worker import (
     train,
 )
 from tests.support.launch import ROOT
+from tests.support.local_engine import skip_without_cpu_adam
 from tests.support.tiny_models import save_tiny_model
 
 ONE_RANK = Case("one-rank")
@@ -143,17 +144,14 @@ def test_an_offloaded_optimizer_goes_on_exactly(builds, models, tmp_path, monkey
 
     if not builds:
         monkeypatch.setattr(factory, "_cpu_adam_builds", lambda: False)
-    elif not factory._cpu_adam_builds():
-        pytest.skip("DeepSpeedCPUAdam cannot be compiled here")
+    else:
+        skip_without_cpu_adam()
     goes_on_exactly(Case("offload-2", 2, "bf16", offload="optimizer"), models, tmp_path)
 
 
 def test_deepspeeds_cpu_adam_is_brought_to_its_step():
     """It keeps powers of the betas to itself, which are not those that it would set anew (with 0.999 it shows)."""
-    from rlhf.engine import factory
-
-    if not factory._cpu_adam_builds():
-        pytest.skip("DeepSpeedCPUAdam cannot be compiled here")
+    skip_without_cpu_adam()
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     def steps(weight: torch.nn.Parameter, optimizer: DeepSpeedCPUAdam, first: int, last: int) -> None:

@@ -144,6 +144,15 @@ def test_built_once_and_named_after_texts_and_recipe(built):
     assert all(entry.suffix != ".part" for entry in built.parent.iterdir())
 
 
+def test_a_base_that_an_earlier_release_trained_is_found_under_its_name():
+    assert tiny_base_path(["안녕", "b"], Path("cache"), seed=3, recipe=SMALL) == Path(
+        "cache/tiny_base-2ed870f71f7de5c1"
+    )
+    others = [(["안녕", "b"], 4, SMALL), (["안녕b"], 3, SMALL), (["안녕", "b"], 3, replace(SMALL, steps=61))]
+    names = {tiny_base_path(texts, Path("cache"), seed=seed, recipe=recipe) for texts, seed, recipe in others}
+    assert len(names) == 3 and Path("cache/tiny_base-2ed870f71f7de5c1") not in names
+
+
 def test_a_failed_build_leaves_no_model_behind(tmp_path):
     with pytest.raises(ValueError, match="needs at least one row of 32"):
         build_tiny_base(["짧다"], tmp_path, progress=False, recipe=SMALL)

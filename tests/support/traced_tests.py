@@ -226,8 +226,8 @@ def traced_tests(directory: Path, trees: list[Path]) -> dict[str, dict[str, Any]
 
 def tests_for(mutant: Mutant, tests: dict[str, dict[str, Any]], budget: float) -> tuple[dict[str, float], bool]:
     """Seconds of the tests that execute the mutant, nearest and fastest first, up to `budget` seconds; whether all."""
-    folder, stem = Path(mutant.file).parent.name, Path(mutant.file).stem
-    mirror = f"tests/{folder}/" if folder != "rlhf" else "tests/"
+    stem = Path(mutant.file).stem
+    mirror = "/".join(("tests", *Path(mutant.file).parts[1:-1], ""))
     wanted = set(range(mutant.first, mutant.last + 1))
     found = [
         name
