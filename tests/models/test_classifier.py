@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -392,6 +393,20 @@ def test_a_token_that_was_added_for_padding_pads_though_nobody_says_that_it_is_s
     known.add_tokens(["<pad>"])
     changed = with_own_padding(known, ROWS)
     assert changed.pad_token == "<pad>" and len(changed) == len(known)
+
+
+@pytest.mark.parametrize(("bytes_there", "rows", "pad"), [
+    (("\u0121",), 3, "\u0121"), (("<0x00>",), 3, "<0x00>"), (("\u0121", "<0x00>"), 4, "<0x00>"),
+    (("\u0121", "<0x00>"), 3, "\u0121"), (("\u0121", "<0x00>"), 2, None), ((), 2, None), ((), 3, PAD_TEXT),
+])  # fmt: skip
+def test_where_no_row_is_to_spare_a_byte_that_ends_no_text_pads(bytes_there, rows, pad):
+    """DEL of a byte-level tokenizer, NUL of a SentencePiece one; a token without a row of the embedding is none."""
+    words = ["</s>", "a", *bytes_there]
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: number for number, word in enumerate(words)}, "a"))
+    known = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="</s>")
+    changed = with_own_padding(known, rows)
+    assert changed.pad_token == pad and known.pad_token == "</s>"
+    assert len(changed) == len(known) + (pad == PAD_TEXT)
 
 
 def test_the_end_of_sequence_does_not_pad_whatever_its_name_says(tokenizer):

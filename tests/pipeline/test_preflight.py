@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import re
 import shutil
 from pathlib import Path
@@ -152,6 +153,15 @@ def test_a_disk_that_is_too_small_is_told_before_it_is_full(check, monkeypatch):
     assert check("--keep_last", "0")[0] == 2
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=GIB))
     assert check()[0] == 0
+
+
+def test_what_every_stage_says_of_the_shared_file_is_said_once(caplog):
+    log = logging.Logger("of this test")
+    log.addFilter(preflight._Once())
+    log.addHandler(caplog.handler)
+    for name in ("a", "b", "a"):
+        log.warning("configuration: %s", name)
+    assert caplog.messages == ["configuration: a", "configuration: b"]
 
 
 def test_disk_use_by_hand():
