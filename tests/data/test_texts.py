@@ -28,8 +28,13 @@ def test_text_is_cut_into_paragraphs_and_without_blank_lines_into_lines(tmp_path
 
 
 def test_markdown_is_cut_at_headings_but_not_inside_fenced_blocks(tmp_path):
-    text = "앞\n\n# 제목\n글\n\n```bash\n# 주석\n````\n## 절\n#태그\n~~~\n# 주석\n```\n~~~ \n### 끝\n"
-    sections = ["앞", "# 제목\n글\n\n```bash\n# 주석\n````", "## 절\n#태그\n~~~\n# 주석\n```\n~~~", "### 끝"]
+    text = "앞\n\n# 제목\n글\n\n```bash\n# 주석\n```js\n# 주석\n````\n## 절\n#태그\n~~~\n# 주석\n```\n~~~ \n### 끝\n"
+    sections = [
+        "앞",
+        "# 제목\n글\n\n```bash\n# 주석\n```js\n# 주석\n````",
+        "## 절\n#태그\n~~~\n# 주석\n```\n~~~",
+        "### 끝",
+    ]
     assert cut(write(tmp_path / "a.md", text)) == ("sections", sections)
     packed = write(tmp_path / "a.MD.gz", gzip.compress(text.encode()))
     assert cut(packed) == ("sections", sections)
