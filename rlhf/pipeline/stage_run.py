@@ -23,6 +23,7 @@ from rlhf.distributed.job_exit import run_to_end
 from rlhf.distributed.log import logger, setup_logging
 from rlhf.distributed.place import is_main, world_size
 from rlhf.distributed.rank_watch import watched_ranks
+from rlhf.distributed.verdict import exit_now
 from rlhf.distributed.world import close_world, init_world, seed_everything
 from rlhf.engine import BatchPlan, check_engine, compute_dtype, training_engine, zero3_loading
 from rlhf.models.architecture import check_trainable, check_vocabulary_size, model_size
@@ -238,10 +239,17 @@ def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]
 
 
 def run_as_script(main: Callable[[], Any]) -> None:
-    """Run a stage's `main`; what a user can mend ends it with a sentence, not with a traceback."""
+    """Run a stage's `main`; what a user can mend ends it with a sentence, not with a traceback.
+
+    A rank of several leaves at once: a library's thread that outlives the interpreter would end it with an abort, and
+    a finished job with a false status.
+    """
     setup_logging()
     run_to_end(main, USER_ERRORS)
+    ranks = world_size()
     close_world()
+    if ranks > 1:
+        exit_now(0)
 
 
 @contextmanager

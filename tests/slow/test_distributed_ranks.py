@@ -247,3 +247,24 @@ rank_worker.main(Path({str(tmp_path)!r}), "train")
     assert done.returncode != 0
     assert done.stdout.count("error: ") == 1 and "Traceback" not in done.stdout, done.stdout
     assert "error: rank 1 (pid " in done.stdout and "was killed after step " in done.stdout
+
+
+ABORTS_AT_EXIT = """
+import atexit, os
+from rlhf.distributed.world import init_world
+from rlhf.pipeline.stage_run import run_as_script
+
+def main():
+    init_world()
+    atexit.register(os.abort)
+    print("trained", flush=True)
+
+run_as_script(main)
+"""
+
+
+def test_a_library_that_aborts_when_the_interpreter_ends_does_not_fail_a_finished_job(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(ABORTS_AT_EXIT)
+    done = run_ranks(script, 2, tmp_path)
+    assert done.returncode == 0 and done.stdout.count("trained") == 2, done.stdout[-2000:]
