@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,22 @@ class Figure:
         yield Line(self.label, before, after, count, "" if self.note is None else self.note(result))
 
 
+class OptionalFigure:
+    """Lines of entries that the result may lack."""
+
+    count: ClassVar[None] = None
+
+    def needed_keys(self) -> list[str]:
+        """None."""
+        return []
+
+
 @dataclass(frozen=True)
-class NoteFigure:
+class NoteFigure(OptionalFigure):
     """A line of words. No line where there is nothing to say, as of the result of an earlier release."""
 
     label: str
     note: Callable[[Mapping[str, Any]], str]
-    count: str | None = None
-
-    def needed_keys(self) -> list[str]:
-        """None: the entries may be missing."""
-        return []
 
     def lines(self, result: Mapping[str, Any]) -> Iterator[Line]:
         """The line, where there is something to say."""
@@ -76,7 +81,7 @@ class NoteFigure:
 
 
 @dataclass(frozen=True)
-class PartsFigure:
+class PartsFigure(OptionalFigure):
     """A measure with its parts, of an entry {before, after, parts_before, parts_after, prompts} of the result.
 
     No line where the entry is null or missing: it was not measured.
@@ -85,11 +90,6 @@ class PartsFigure:
     label: str
     entry: str
     note: Callable[[Mapping[str, Any]], str]
-    count: str | None = None
-
-    def needed_keys(self) -> list[str]:
-        """None: the entry may be missing."""
-        return []
 
     def lines(self, result: Mapping[str, Any]) -> Iterator[Line]:
         """A line for the measure, one for each part."""
@@ -102,18 +102,13 @@ class PartsFigure:
 
 
 @dataclass(frozen=True)
-class ShortcutFigure:
+class ShortcutFigure(OptionalFigure):
     """What an audit of shortcuts says of length, of an entry {length: {matched, chosen_more, chosen_less}, verdict}.
 
     No line where the entry is null or missing: nothing was held out, or an earlier release did not measure it.
     """
 
     entry: str
-    count: str | None = None
-
-    def needed_keys(self) -> list[str]:
-        """None: the entry may be missing."""
-        return []
 
     def lines(self, result: Mapping[str, Any]) -> Iterator[Line]:
         """Accuracy on pairs of like length, and where the chosen one is shorter and longer."""
