@@ -4,8 +4,6 @@ It takes the job's prompts in the job's order, and its policy is saved every `sa
 seconds of an iteration begin with its sampling and end with its last optimizer step; saving is off the clock.
 
 What had to be seen to, so that both sides learn from the same models and in the same steps:
-- GPT-NeoX: transformers 5 writes the share of rotary dimensions and their base into `rope_parameters`, which
-  transformers 4 does not read; it would take its defaults, another model, without a word.
 - The reward model's head has a bias (`score_bias` of its configuration), which the class of transformers has no place
   for; the layer is given one. The value model starts from the reward model, as in TRL's examples.
 - `gradient_accumulation_steps` spans minibatches: a minibatch that is to make an optimizer step of its own needs
@@ -29,36 +27,18 @@ import trl
 import trl.trainer.ppo_trainer as module
 from datasets import Dataset
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.trainer.utils import get_reward
 from trl_ppo import Clock
 
 
-def load_config(path: str) -> Any:
-    """The configuration in `path`, its rotary embedding as transformers 5 wrote it."""
-    config = AutoConfig.from_pretrained(path)
-    rope = json.loads((Path(path) / "config.json").read_text()).get("rope_parameters")
-    if rope is not None and config.model_type == "gpt_neox":
-        config.rotary_pct = config.partial_rotary_factor = rope["partial_rotary_factor"]
-        config.rotary_emb_base = config.rope_theta = rope["rope_theta"]
-    return config
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """The tokenizer in `path`, whose class transformers 4 does not know by name."""
-    names = json.loads((Path(path) / "tokenizer_config.json").read_text())
-    file, special = str(Path(path) / "tokenizer.json"), {name: names[name] for name in ("eos_token", "pad_token")}
-    return PreTrainedTokenizerFast(tokenizer_file=file, padding_side="left", **special)
-
-
 def load_scalar(path: str) -> Any:
     """The reward model in `path` with its bias."""
-    config = load_config(path)
-    model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
     head = torch.nn.Linear(model.score.in_features, 1)
     with torch.no_grad():
         head.weight.copy_(model.score.weight)
-        head.bias.fill_(config.score_bias)
+        head.bias.fill_(model.config.score_bias)
     model.score = head
     return model
 
@@ -96,12 +76,9 @@ def main(job_file: str, out_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     settings, prompts = job["settings"], job["prompts"]
     rows = len(prompts[0])
-    tokenizer = load_tokenizer(job["actor"])
+    tokenizer = AutoTokenizer.from_pretrained(job["actor"], padding_side="left")
     torch.manual_seed(job["seed"])
-    actor, reference = (
-        AutoModelForCausalLM.from_pretrained(job["actor"], config=load_config(job["actor"]), dtype=torch.float32)
-        for _ in range(2)
-    )
+    actor, reference = (AutoModelForCausalLM.from_pretrained(job["actor"], dtype=torch.float32) for _ in range(2))
     reward, value = load_scalar(job["reward"]), load_scalar(job["reward"])
     checked = check(job["checked"], actor, reward, tokenizer.pad_token_id, settings["temperature"])
     data = Dataset.from_dict({"input_ids": [ids for batch in prompts for ids in batch]})

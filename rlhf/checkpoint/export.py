@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from rlhf.checkpoint.atomic import replaced_directory
+from rlhf.checkpoint.older_names import add_older_names, name_older_tokenizer
 from rlhf.config import ConfigError
 from rlhf.distributed.collectives import any_rank
 from rlhf.distributed.place import is_main
@@ -33,7 +34,7 @@ def export_causal_lm(
 
     def write(part: Path) -> None:
         save_model(model, state, part)
-        tokenizer.save_pretrained(part)
+        save_tokenizer(tokenizer, part)
 
     _write_on_main(engine, Path(directory), write)
 
@@ -95,10 +96,22 @@ def is_adapted(model: Any) -> bool:
 def save_model(model: Any, state: StateDict, directory: Path) -> None:
     """Write a model, or the adapter on it, with the weights `state`. Raises ValueError for an adapter without any."""
     if not is_adapted(model):
-        model.save_pretrained(directory, state_dict=state)
+        save_whole_model(model, directory, state)
         return
     adapter_weights(model, state)
     model.save_pretrained(directory, state_dict=state, save_embedding_layers=False)
+
+
+def save_whole_model(model: Any, directory: Path, state: StateDict | None = None) -> None:
+    """Write a model with its own weights, or `state`, for transformers 5 and 4."""
+    model.save_pretrained(directory, state_dict=state)
+    add_older_names(directory)
+
+
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """Write a tokenizer for transformers 5 and 4."""
+    tokenizer.save_pretrained(directory)
+    name_older_tokenizer(directory, tokenizer.model_input_names)
 
 
 def adapter_weights(adapted: Any, state: StateDict) -> StateDict:

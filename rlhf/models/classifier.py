@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification
 from transformers.utils import cached_file
 
-from rlhf.checkpoint.export import adapter_weights, is_adapted, save_model
+from rlhf.checkpoint.export import adapter_weights, is_adapted, save_model, save_whole_model
 from rlhf.config import ConfigError
 from rlhf.distributed.log import logger
 from rlhf.models.directories import (
@@ -106,7 +106,7 @@ def save_classifier(
         return
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     named = {f"{prefix}.{name}": tensor for name, tensor in state.items()}
-    classifier.to(dtype).save_pretrained(directory, state_dict={**named, "score.weight": head.weight})
+    save_whole_model(classifier.to(dtype), directory, {**named, "score.weight": head.weight})
 
 
 def _save_adapter(

@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import deepspeed as hf_deepspeed
 
 from rlhf.checkpoint.atomic import replaced_directory
+from rlhf.checkpoint.export import save_tokenizer, save_whole_model
 from rlhf.config import ConfigError
 from rlhf.distributed.collectives import rank_zero_first
 from rlhf.models.adapters import load_adapter
@@ -103,11 +104,11 @@ def merge_adapter(
                 merged, merged.state_dict(), read_head(adapter_dir), part, pad_token_id=tokenizer.pad_token_id
             )
         else:
-            merged.save_pretrained(part)
+            save_whole_model(merged, part)
         for beside_adapter in (SCALAR_HEAD_FILE, SCORE_RANGE_FILE, LENGTH_CURVE_FILE):
             if (adapter_dir / beside_adapter).is_file():
                 shutil.copy2(adapter_dir / beside_adapter, part / beside_adapter)
-        tokenizer.save_pretrained(part)
+        save_tokenizer(tokenizer, part)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf.checkpoint.export import save_tokenizer
 from rlhf.config import ConfigError, ModelConfig
 from rlhf.models.classifier import (
     LENGTH_CURVE_FILE,
@@ -153,7 +154,7 @@ class ScalarModel(nn.Module):
             directory,
             pad_token_id=tokenizer.pad_token_id,
         )
-        tokenizer.save_pretrained(directory)
+        save_tokenizer(tokenizer, directory)
         if self._scores_measured:
             (directory / SCORE_RANGE_FILE).write_text(json.dumps(self.score_range, indent=2) + "\n", encoding="utf-8")
         if self.length_curve is not None:

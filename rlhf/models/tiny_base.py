@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from rlhf.checkpoint.atomic import replaced_directory
+from rlhf.checkpoint.export import save_tokenizer, save_whole_model
 from rlhf.config import ConfigError
 from rlhf.data.spec import DataError
 from rlhf.distributed.collectives import rank_zero_first
@@ -160,8 +161,8 @@ def weight_count(model: torch.nn.Module) -> int:
 def save_base(model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, directory: Path) -> None:
     """Write the model and its tokenizer in the Hugging Face layout."""
     model.eval()
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    save_whole_model(model, directory)
+    save_tokenizer(tokenizer, directory)
 
 
 def untrained_model(recipe: TinyRecipe, tokenizer: PreTrainedTokenizerFast) -> GPTNeoXForCausalLM:
