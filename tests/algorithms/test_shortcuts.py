@@ -168,6 +168,16 @@ def test_openings_are_the_commonest_first_words():
     assert numbers == [0, 1] * 10 + [0, -1] * 9, "nine responses are too few for a phrase of their own"
 
 
+def test_five_openings_get_a_name_and_the_sixth_does_not():
+    def ranking(number):
+        return TokenizedRanking("", tuple(TokenizedResponse("", (9, number), 1) for _ in range(2)), (0, 1))
+
+    examples = [ranking(number) for number in range(6) for _ in range(11 - number)]  # 22, 20, ... 12 responses
+    numbers, names = common_openings(examples, lambda ids: f"글{ids[0]}")
+    assert names == ["글0", "글1", "글2", "글3", "글4"]
+    assert sorted(set(numbers)) == [-1, 0, 1, 2, 3, 4] and numbers.count(-1) == 12
+
+
 def rows_of(scores, lengths, openings, sources):
     pairs = len(scores)
     groups = torch.arange(pairs).repeat_interleave(2)

@@ -149,3 +149,17 @@ def test_a_place_that_cannot_be_locked(tmp_path):
     (tmp_path / "run" / ".lock").mkdir(parents=True)
     with pytest.raises(ConfigError, match="Is a directory"):
         RunLock(tmp_path / "run").__enter__()
+
+
+def test_of_two_that_find_it_free_at_once_the_last_to_write_has_it(monkeypatch, tmp_path):
+    without_flock(monkeypatch)
+    waited = []
+
+    def meanwhile(seconds: float) -> None:
+        waited.append(seconds)
+        left_behind(tmp_path, pid=os.getppid())
+
+    monkeypatch.setattr("rlhf.checkpoint.run_lock.time.sleep", meanwhile)
+    with pytest.raises(ConfigError, match=f"in use by another run.*{os.getppid()}"), RunLock(tmp_path):
+        pass
+    assert waited and json.loads((tmp_path / ".lock").read_text())["pid"] == os.getppid(), "the other one's is left"

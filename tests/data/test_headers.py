@@ -187,6 +187,13 @@ def test_two_answers_are_offered_both_ways_round(tmp_path: Path) -> None:
     assert "not read: `번호`, `종류`" in error
 
 
+def test_of_several_readings_each_option_says_what_it_leaves_unread(tmp_path: Path) -> None:
+    options, error = options_of("response", "질문,답변,응답,번호", tmp_path)
+    assert [option["columns"]["response"] for option in options] == ["답변", "응답"]
+    assert error.count("not read: ") == 2
+    assert "not read: `응답`, `번호`" in error and "not read: `답변`, `번호`" in error
+
+
 @pytest.mark.parametrize(
     ("headers", "columns", "unread"),
     [

@@ -123,6 +123,13 @@ def test_parquet(tmp_path: Path) -> None:
     assert read(write(tmp_path / "a.parquet.gz", gzip.compress(content))) == rows
     with pytest.raises(DataError, match=r"cut\.parquet: not a readable parquet"):
         read(write(tmp_path / "cut.parquet", content[: len(content) // 2]))
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"prompt": "처음 그대로"}]), path, write_page_checksum=True, compression="none"
+    )
+    content = path.read_bytes()
+    assert content.count("그대로".encode()) >= 1 and read(path) == [{"prompt": "처음 그대로"}]
+    with pytest.raises(DataError, match=r"bad\.parquet: not a readable parquet"):  # text still, and another one
+        read(write(tmp_path / "bad.parquet", content.replace("그대로".encode(), "바뀜요".encode())))
     pyarrow.parquet.write_table(pyarrow.table({"prompt": pyarrow.array([], pyarrow.string())}), path)
     with pytest.raises(DataError, match="no usable row"):
         read(path)

@@ -29,6 +29,7 @@ def test_a_long_or_korean_text_fits_into_a_record(tmp_path):
     board = RankBoard(tmp_path)
     record = replace(own_record(3), beat="단계 " * 500, place="x" * 5000)
     board.write(record)
+    assert (board.read(3).beat, board.read(3).place) == (("단계 " * 500)[:160], "x" * 160)
     board.write(replace(record, beat="짧다", pulse=2))
     assert (board.read(3).beat, board.read(3).pulse) == ("짧다", 2)
     assert (tmp_path / "rank_00003.json").stat().st_size == rank_board._RECORD_BYTES

@@ -54,6 +54,12 @@ def test_it_learns_what_is_held_out_and_says_so(tmp_path):
     assert report["tokens_seen"] == 40 * 4 * 32 and report["seed"] == 0 and report["recipe"]["hidden_size"] == 32
 
 
+def test_the_training_loss_is_that_of_the_first_step_and_of_the_last_twenty(tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.models.own_base.fit", lambda *_, **__: [8.0] + [float(n) for n in range(29)])
+    report = build_own_base([documents(SENTENCES)], tmp_path / "base", SMALL, progress=False)
+    assert report["training_loss"] == {"first": 8.0, "last_20": sum(range(9, 29)) / 20}
+
+
 def test_the_held_out_loss_is_that_of_transformers_row_by_row(tmp_path):
     build_own_base([documents(SENTENCES)], tmp_path / "base", SMALL, progress=False)
     model, tokenizer = (kind.from_pretrained(tmp_path / "base") for kind in (AutoModelForCausalLM, AutoTokenizer))

@@ -97,13 +97,21 @@ def test_head_of_bfloat16_normalises_in_float32():
 def test_sums_of_many_pieces_keep_their_digits_in_16_bits(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(2000, 16, generator=generator), torch.randn(50, 16, generator=generator)
-    targets = torch.randint(0, 50, (2000,), generator=generator)
+    values, targets = (
+        (hidden, weight, torch.randn(50, generator=generator)),
+        torch.randint(0, 50, (2000,), generator=generator),
+    )
+    exact = [value.bfloat16().double().requires_grad_() for value in values]
+    logits = exact[0] @ exact[1].T + exact[2]
+    logits.log_softmax(-1).gather(1, targets[:, None]).sum().backward()
     errors = []
-    exact = weight.bfloat16().double().requires_grad_()
-    (hidden.bfloat16().double() @ exact.T).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
     for rows in (2000, 20):
-        leaf = weight.bfloat16().requires_grad_()
+        leaves = [value.bfloat16().requires_grad_() for value in values]
         monkeypatch.setattr(rlhf.numerics.vocabulary_head, "PIECE_ELEMENTS", rows * 50)
-        linear_logprobs(hidden.bfloat16(), leaf, None, targets)[0].sum().backward()
-        errors.append(float((leaf.grad.double() - exact.grad).norm() / exact.grad.norm()))
-    assert errors[1] < 1.5 * errors[0] < 0.02
+        linear_logprobs(*leaves, targets)[0].sum().backward()
+        errors.append([
+            float((leaf.grad.double() - other.grad).norm() / other.grad.norm())
+            for leaf, other in zip(leaves[1:], exact[1:], strict=True)
+        ])  # fmt: skip
+    for whole, in_pieces in zip(*errors, strict=True):  # of the weight, of the bias
+        assert in_pieces < 1.5 * whole < 0.02

@@ -79,6 +79,32 @@ def test_a_critic_starts_from_the_reward_model_or_from_what_is_named(models, tmp
     assert load_ptx(stage_run(tmp_path), models.tokenizer) is None
 
 
+def test_the_sft_rows_beside_ppo_are_those_of_the_sft_stage(models, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(f'{{"prompt": "q{n}", "response": "a{n}"}}\n' for n in range(80)), encoding="utf-8")
+    words = [
+        "--ptx_data",
+        str(path),
+        "--seed",
+        "3",
+        "--cache_dir",
+        str(tmp_path / "cache"),
+        "--stage_split",
+        "3,1,2",
+        "--eval_fraction",
+        "0",
+    ]
+    stage = stage_run(tmp_path, *words, "--ptx_coef", "0.5")
+    (tmp_path / "ppo").mkdir(exist_ok=True)
+    found = load_ptx(stage, models.tokenizer)
+    assert (found.coef, found.pad_token_id) == (0.5, models.tokenizer.pad_token_id)
+    shares = {name: stage.load_data("response", [str(path)], [], models.tokenizer, stage=name) for name in STAGES}
+    assert [row.id for row in found.rows] == [row.id for row in shares["sft"].train]
+    assert sum(len(share.train) for share in shares.values()) == 80 > len(found.rows) > len(shares["ppo"].train)
+    (micro,) = found.micro_batches(1, torch.device("cpu"), sharers=1)
+    assert micro.input_ids.shape[0] == 4, "as many as a minibatch of PPO has"
+
+
 def test_a_chat_that_the_reward_model_cannot_render_is_found_before_a_model_is_loaded(models, tokenizer, tmp_path):
     other = copy.deepcopy(tokenizer)
     other.add_tokens(["<|more|>"])

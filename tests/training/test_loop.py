@@ -62,6 +62,7 @@ def test_a_run_that_is_stopped_saves_its_state_and_goes_on_where_it_was(tmp_path
         file.write('{"step": 6, "loss": 99}\n')  # of a process that died after its last state
     loop = Counting(tmp_path, save_every_steps=4, resume="auto")
     outcome = loop.fit()
+    assert loop.writer._lines._file is None, "closed, and its last events of TensorBoard with it"
     assert lines(tmp_path) == [(3, 2.0), (6, 5.0), (9, 8.0), (12, 11.0), (15, 14.0), (18, 17.0)]
     assert outcome.pop("seconds") > 0
     assert outcome == {"before": -1, "health": {"healthy": True, "lines": 6, "findings": []}}

@@ -445,6 +445,8 @@ def test_margins_count_where_they_are_asked_for_and_nowhere_else(tiny_models, tm
     loss = trainer.loss_sum(trainer.collate([dataclasses.replace(example, margin=margin)]))
     expected = math.log1p(math.exp(worse - better + margin * use_margins))
     assert loss.item() == pytest.approx(expected, abs=1e-5)
+    means = trainer.meter.means()  # what the log says of training: without the margins of the data
+    assert means["margin"] == pytest.approx(better - worse, abs=1e-5) and means["accuracy"] == float(better > worse)
 
 
 def test_reward_evaluation_knows_each_ranking_and_its_prompt_on_every_rank(tiny_models, tmp_path, monkeypatch):
