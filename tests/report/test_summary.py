@@ -82,6 +82,7 @@ def test_summary_has_exactly_the_promised_schema(tmp_path, capsys):
     assert "choosing the longer response: 0.500" in table
     assert "+1.200 = +2.40 standard deviations" in table, "1.2 over a standard deviation of 0.5"
     assert "(standard error 0.20, n prompts)" in table and "95% interval 0.780 to 0.900" in table
+    assert "what was optimised: clipped score, missing end, KL" in table
     assert "안녕하세요! 반가워요" in table and "seed 3" in table
     assert "doctor: nothing found in sft, reward, ppo" in table
 
