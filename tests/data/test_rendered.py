@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from rlhf.data.formats import Layout
+from rlhf.data.prompts import answers_begin_with_prompt
 from rlhf.data.records import UNFINISHED, rows_to_records
 from rlhf.data.rendered import markup_of, raw_prompt, split_rendered
 from rlhf.data.sources import DataError, DatasetSpec, Row, SkippedRow, read_rows
@@ -373,3 +375,19 @@ def test_a_prompt_with_the_shortest_answer_behind_its_marker_is_none(answer):
     prompt = "### 질문: 물은 몇 도에서 끓나요?\n\n### 답변:"
     assert markup_of(prompt) is not None and markup_of(prompt + " \n") is not None
     assert markup_of(prompt + answer) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "found"),
+    [
+        ("소음이 심해요.", "소음이 심해요. 신고하세요.", True),
+        ("소음이 심해요.", "신고하세요.", False),
+        ("", " 신고하세요.", False),  # every text begins with nothing
+        (" ", "  신고하세요.", False),
+        ("### 질문: 소음?\n\n### 답변:", "### 질문: 소음?\n\n### 답변: 신고하세요.", False),  # markers came with it
+        (3, "3 신고하세요.", False),
+    ],
+)
+def test_which_answers_begin_with_their_prompt(prompt, answer, found):
+    layout = Layout("columns", {"prompt": "q", "response": "a"})
+    assert answers_begin_with_prompt(Row({"q": prompt, "a": answer}, "a.jsonl", 1), layout) == found
