@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import unicodedata
@@ -20,10 +19,10 @@ from rlhf.data.headers import SAME_HEADER, guessed_role
 from rlhf.data.sources import read_rows
 from rlhf.data.spec import DatasetSpec, Row
 from rlhf.pipeline.stages import parse_stage
+from tests.support.published import published
 from tests.support.tiny_models import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("RLHF_DATA_DIR", ROOT.parent / "shared" / "data"))
 STAGES = {
     "response": ("sft", "sft_data"),
     "comparison": ("reward", "preference_data"),
@@ -396,11 +395,10 @@ def test_the_page_lists_the_headers_that_mean_the_same() -> None:
     ],
 )
 def test_published_files_get_an_option_that_reads_them(name: str, kind: str, columns: dict[str, str], tmp_path) -> None:
-    if not (DATA / name).is_file():
-        pytest.skip(f"published data not there: {DATA / name}")
+    path = str(published(name))
     with pytest.raises(DataError) as caught:
-        layout_of(list(read_rows(DatasetSpec(str(DATA / name)), "skip")), kind, DatasetSpec(str(DATA / name)))
-    error = caught.value.with_option("data", [str(DATA / name)], 0)
+        layout_of(list(read_rows(DatasetSpec(path), "skip")), kind, DatasetSpec(path))
+    error = caught.value.with_option("data", [path], 0)
     options = re.findall(r"^  --data (.*)$", str(error), flags=re.MULTILINE)
     assert options
     for option in options:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import os
 import subprocess
 import sys
 from functools import cache
@@ -17,9 +16,9 @@ from rlhf.data.records import rows_to_records
 from rlhf.data.sources import DataError, DatasetSpec, Row, SkippedRow
 from rlhf.data.templates import load_template
 from tests.support.property_inputs import cases, read, read_both_ways, written
+from tests.support.published import published
 
 ROOT = Path(__file__).parents[2]
-DATA = Path(os.environ.get("RLHF_DATA_DIR", ROOT.parent / "shared" / "data"))
 FILES = (
     "songys_chatbot/ChatbotData.csv", "songys_question_pair/kor_Pair_test.csv", "kobest_v1/SentiNeg/dev.tsv",
     "hrc_human_rights/counsel.jsonl.json", "ko_arena_hard/ranked.jsonl.gz", "hh_rlhf/harmless-base-test.jsonl.gz",
@@ -33,9 +32,8 @@ SIZE = 30_000
 @cache
 def beginning(name: str) -> bytes:
     """About the first 30,000 bytes of a published file, cut after a row."""
-    if not (DATA / name).is_file():
-        pytest.skip(f"published data not there: {DATA / name}")
-    with (gzip.open if name.endswith(".gz") else open)(DATA / name, "rb") as stream:
+    path = published(name)
+    with (gzip.open if name.endswith(".gz") else open)(path, "rb") as stream:
         content = stream.read()
     if content[:1] == b"[" or len(content) <= SIZE:
         return content if len(content) <= 10 * SIZE else pytest.skip(f"{name} is one large array")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import unicodedata
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +13,8 @@ from rlhf.data.records import SkippedRow, prompt_key, rows_to_records
 from rlhf.data.sources import DataError, DatasetSpec, Row, read_rows
 from rlhf.data.templates import load_template
 from rlhf.types import PreferenceRecord, PromptRecord, RankedRecord, ResponseRecord
+from tests.support.published import published
 
-DATA = Path(os.environ.get("RLHF_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 PLAIN = load_template("none")
 
 
@@ -485,9 +483,7 @@ SHEETS: dict[str, tuple[str, dict[str, Any], int, int]] = {
 
 
 def read_published(name: str, kind: str, spec: dict[str, Any]) -> tuple[list[Any], list[SkippedRow]]:
-    if not (DATA / name).is_file():
-        pytest.skip(f"published data not there: {DATA / name}")
-    dataset = DatasetSpec(str(DATA / name), **spec)
+    dataset = DatasetSpec(str(published(name)), **spec)
     skipped: list[SkippedRow] = []
     rows = read_rows(dataset, "skip", skipped)
     return rows_to_records(

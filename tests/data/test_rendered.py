@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,7 @@ from rlhf.data.token_cache import record_key_parts
 from rlhf.data.tokenize import tokenize_records
 from rlhf.models.tiny_base import train_tokenizer
 from rlhf.types import PromptRecord
-
-DATA = Path(os.environ.get("RLHF_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
+from tests.support.published import published
 
 
 def records_of(kind: str, *rows: dict[str, Any], notes: ReadingNotes | None = None, **spec: Any) -> list[Any]:
@@ -237,10 +235,8 @@ def test_every_kind_reads_one_prompt_from_whole_dialogues(answers: dict[str, Any
 
 
 def test_published_transcripts_beside_their_last_question_are_read_as_without_it() -> None:
-    published = DATA / "hh_rlhf" / "harmless-base-test.jsonl.gz"
-    if not published.is_file():
-        pytest.skip(f"published data not there: {published}")
-    rows = [dict(row.values) for row in read_rows(DatasetSpec(str(published)))][:300]
+    path = published("hh_rlhf/harmless-base-test.jsonl.gz")
+    rows = [dict(row.values) for row in read_rows(DatasetSpec(str(path)))][:300]
     rows = [
         row for row in rows if row["chosen"].rpartition("Assistant:")[0] == row["rejected"].rpartition("Assistant:")[0]
     ]

@@ -12,8 +12,8 @@ import pytest
 
 from rlhf.data.sources import DataError, DatasetSpec, SkippedRow, read_rows
 from rlhf.data.world.datasets import World
+from tests.support.published import published
 
-DATA = Path(os.environ.get("RLHF_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 ROWS = [{"prompt": "안녕?", "n": 1}, {"prompt": "둘\u2028줄", "n": 2}]
 
 
@@ -303,9 +303,7 @@ REAL = {
 
 @pytest.mark.parametrize(("name", "count"), REAL.items(), ids=REAL.keys())
 def test_published_files(name: str, count: int) -> None:
-    if not (DATA / name).is_file():
-        pytest.skip(f"published data not there: {DATA / name}")
-    rows = read(DATA / name)
+    rows = read(published(name))
     assert len(rows) == count and "" not in rows[0] and not any("\ufeff" in column for column in rows[0])
 
 
@@ -318,10 +316,8 @@ def test_published_files(name: str, count: int) -> None:
     ],
 )
 def test_published_lfs_pointers(name: str) -> None:
-    if not (DATA / name).is_file():
-        pytest.skip(f"published data not there: {DATA / name}")
     with pytest.raises(DataError, match="git lfs pull"):
-        read(DATA / name)
+        read(published(name))
 
 
 def test_a_path_may_name_an_environment_variable(monkeypatch):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf.data.sources import DataError, DatasetSpec, read_rows
-
-DATA = Path(os.environ.get("RLHF_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
+from tests.support.published import published
 
 
 def folder(path: Path, *names: str) -> Path:
@@ -93,12 +91,10 @@ def test_a_saved_data_set_is_the_split_it_was(tmp_path: Path) -> None:
 
 
 def test_published_directory() -> None:
-    if not (DATA / "kobest_v1" / "BoolQ").is_dir():
-        pytest.skip(f"published data not there: {DATA / 'kobest_v1'}")
-    path = str(DATA / "kobest_v1" / "BoolQ")
+    path = str(published("kobest_v1/BoolQ"))
     counts = {split: len(list(read_rows(DatasetSpec(path, split=split)))) for split in ("train", "dev", "test")}
     assert counts == {"train": 3665, "dev": 700, "test": 1404}
-    subset = DatasetSpec(str(DATA / "kobest_v1"), subset="BoolQ", split="test")
+    subset = DatasetSpec(str(published("kobest_v1")), subset="BoolQ", split="test")
     assert len(list(read_rows(subset))) == counts["test"]
     with pytest.raises(DataError, match="splits test, train, validation"):
         list(read_rows(DatasetSpec(path)))

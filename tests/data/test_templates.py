@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,8 @@ import pytest
 from rlhf.data.rendered import markup_of, raw_prompt, split_rendered
 from rlhf.data.sources import DataError
 from rlhf.data.templates import TEXT_TEMPLATES, load_template
+from tests.support.published import published
 
-DATA = Path(os.environ.get("RLHF_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 EXPECTED = {
     "kullm": (
         "아래는 작업을 설명하는 명령어입니다. 요청을 적절히 완료하는 응답을 작성하세요.\n\n"
@@ -61,12 +60,10 @@ def test_rendering(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["kullm", "alpaca", "alpaca_short", "vigogne"])
 def test_published_template_files(name: str) -> None:
-    path = DATA / "kullm" / f"{name}.json"
-    if not path.is_file():
-        pytest.skip(f"published data not there: {path}")
-    template, published = load_template(str(path)), json.loads(path.read_text(encoding="utf-8"))
-    assert template.render("{x} {0}") == published["prompt_no_input"].replace("{instruction}", "{x} {0}")
-    assert template.render("A", "B") == published["prompt_input"].format(instruction="A", input="B")
+    path = published(f"kullm/{name}.json")
+    template, original = load_template(str(path)), json.loads(path.read_text(encoding="utf-8"))
+    assert template.render("{x} {0}") == original["prompt_no_input"].replace("{instruction}", "{x} {0}")
+    assert template.render("A", "B") == original["prompt_input"].format(instruction="A", input="B")
     if name in TEXT_TEMPLATES:
         assert template.render("A", "B") == load_template(name).render("A", "B")
         assert template.render("A") == load_template(name).render("A")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ from rlhf.data.printed_lists import parse_printed
 from rlhf.data.records import rows_to_records
 from rlhf.data.sources import DataError, DatasetSpec, SkippedRow, read_rows
 from rlhf.data.templates import load_template
+from tests.support.published import published
 
-DATA = Path(os.environ.get("RLHF_DATA_DIR", Path(__file__).parents[3] / "shared" / "data"))
 HOSTILE = 'it\'s "so"\n} {\\ [1] {\'role\': \'user\'}\u2028{"content": "} {"} 한글'
 TURNS = [{"role": "user", "content": "질문 " + HOSTILE}, {"role": "assistant", "content": HOSTILE}]
 
@@ -53,13 +52,11 @@ def test_messages_as_pandas_writes_them_to_csv(pandas: Any, tmp_path: Path, thro
 
 @pytest.mark.parametrize("name", ["dpo_en_demo.json", "v1_dpo_demo.jsonl", "kto_en_demo.json"])
 def test_published_conversations_are_the_same_through_csv(pandas: Any, tmp_path: Path, name: str) -> None:
-    published = DATA / "llama_factory_demo" / name
-    if not published.is_file():
-        pytest.skip(f"published data not there: {published}")
-    rows = [dict(row.values) for row in read_rows(DatasetSpec(str(published)))]
+    original = published(f"llama_factory_demo/{name}")
+    rows = [dict(row.values) for row in read_rows(DatasetSpec(str(original)))]
     pandas.DataFrame(rows).to_csv(tmp_path / "a.csv", index=False)
     for kind in ("prompt", "response") if "kto" in name else ("prompt", "preference"):
-        wanted, found = (records_of(path, kind, skipped=[]) for path in (published, tmp_path / "a.csv"))
+        wanted, found = (records_of(path, kind, skipped=[]) for path in (original, tmp_path / "a.csv"))
         assert len(wanted) == len(found) >= 10
         for first, second in zip(wanted, found, strict=True):
             assert first.prompt == second.prompt
