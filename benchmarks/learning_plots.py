@@ -43,6 +43,8 @@ def plot_section(section: str, results: Results, directory: Path) -> None:
         against_seconds(results, directory / f"{TITLES[section]}-seconds.svg")
     elif section == "C":
         overoptimisation(results, directory / "overoptimisation.svg")
+    elif section == "E":
+        length_control(results, directory / "length-control.svg")
 
 
 def save(figure: Any, path: Path) -> None:
@@ -133,4 +135,25 @@ def overoptimisation(results: Results, path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("square root of the KL, nats per response")
     axes[1].legend(fontsize=7)
+    save(figure, path)
+
+
+def length_control(results: Results, path: Path) -> None:
+    """Gold and response tokens over the iterations, a curve for each seed, a colour for each reward model."""
+    names = list(dict.fromkeys(run.reward for run in results))
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.0))
+    for run, result in results.items():
+        data, first = REWARD_DATA[run.reward], min(one.seed for one in results if one.reward == run.reward)
+        taught = f"{data.length_control}, length-biased" if data.length_bias else "unbiased annotator"
+        for axis, of in zip(axes, ("gold", "tokens"), strict=True):
+            axis.plot(
+                [point["iteration"] for point in result["points"]],
+                [point[of] for point in result["points"]],
+                color=f"C{names.index(run.reward)}",
+                label=taught if run.seed == first else None,
+            )
+    for axis, title in zip(axes, ("gold", "response tokens"), strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("iteration")
+    axes[0].legend(fontsize=6)
     save(figure, path)
