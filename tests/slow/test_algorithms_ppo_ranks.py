@@ -61,7 +61,6 @@ torch.save(
     },
     Path(out) / f"rank{rank()}.pt",
 )
-torch.distributed.destroy_process_group()
 '''
 
 

@@ -16,6 +16,13 @@ LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER
 """Set by tests that made a world of one in this process, and not for a process of their own."""
 
 
+LEAVE = """
+from rlhf.distributed.world import close_world
+close_world()
+"""
+"""The end of every program given as text: a rank that only exits may be aborted by gloo's threads (PyTorch #190489)."""
+
+
 def start_ranks(
     script: str | Path, world: int, tmp_path: Path, args: Sequence[str] = (), *, port: int = 0
 ) -> subprocess.Popen[str]:
@@ -26,7 +33,7 @@ def start_ranks(
     tmp_path.mkdir(parents=True, exist_ok=True)
     path = tmp_path / "ranks.py"
     if "\n" in str(script):
-        path.write_text(str(script), encoding="utf-8")
+        path.write_text(f"{script}{LEAVE}", encoding="utf-8")
     else:
         path = Path(script)
     environment = {
