@@ -17,6 +17,11 @@ from tests.support.samples import sample_lines
 from tests.support.tiny_models import ARCHITECTURES, TOKENS, make_tokenizer, save_tiny_model
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files of tests/slow first: a long one that begins last would leave the other worker without work."""
+    items.sort(key=lambda item: "slow" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """See `make_tokenizer`."""

@@ -28,4 +28,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"  # no test needs the network; without it a wrong name would wait for one
 cd "$here/.."
 # Two files at a time: half of a test is waiting for processes to start. RLHF_TEST_WORKERS=0 runs one after the other.
-exec "$RLHF_PYTHON" -m pytest -n "${RLHF_TEST_WORKERS:-2}" --dist loadfile ${chosen[@]+"${chosen[@]}"} "$@"
+# In the order of tests/conftest.py, long files first: xdist would begin with the files of many tests.
+exec "$RLHF_PYTHON" -m pytest -n "${RLHF_TEST_WORKERS:-2}" --dist loadfile --no-loadscope-reorder ${chosen[@]+"${chosen[@]}"} "$@"
