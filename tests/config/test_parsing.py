@@ -351,6 +351,7 @@ def test_held_out_data_goes_with_the_training_data_it_belongs_to(config_file, ca
 
     assert sets() == Sets(["x"], ["y"])
     caplog.set_level("INFO", "rlhf")
+    caplog.clear()  # an earlier test may have set the level before
     assert sets("--some_data", "b") == Sets(["b"], [])
     assert "some_eval_data of default.yaml is left out: it belongs to the training data there" in told(caplog)[1]
     mine = config_file("extends: default\nsome_data: [c]\n", "mine.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.support.launch import LAUNCHER_VARIABLES
@@ -42,14 +44,21 @@ def killed_build(extensions: Path, *, compiler_too: bool) -> Path:
     """Start a build and kill it while it compiles; the lock that it leaves."""
     process = start(extensions)
     until = time.monotonic() + 300
-    while not (log := next(extensions.glob("*/.ninja_log"), None)):
+    while not compiles(process.pid):
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL) if compiler_too else process.kill()
     process.wait()
-    lock = log.parent / "lock"
-    assert lock.exists() and not list(log.parent.glob("*.so")), "the build was not killed half-way"
+    (lock,) = extensions.glob("*/lock")
+    assert not list(lock.parent.glob("*.so")), "the build was not killed half-way"
     return lock
+
+
+def compiles(pid: int) -> bool:
+    """Whether a compiler is at work below the process `pid`."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return any(child.name() == "cc1plus" for child in psutil.Process(pid).children(recursive=True))
+    return False
 
 
 @pytest.mark.parametrize("compiler_too", [True, False])
