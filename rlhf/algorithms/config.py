@@ -149,6 +149,9 @@ class PPOConfig:
     overlong_buffer_tokens: int = 0
     """Tokens over which `overlong_penalty` grows, the last ones below max_response_tokens; 0 takes a fifth of
     max_response_tokens (DAPO: 4096 of 20480)."""
+    length_calibration_prompts: int = 0
+    """Training prompts to which the first actor writes four responses each: how their scores follow length within
+    prompts is taken off all scores of the run (after arXiv 2409.17407; docs/rewards.md). 0 takes nothing off."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     ptx_coef: float = 0.0
@@ -184,7 +187,7 @@ class PPOConfig:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
         require_at_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "entropy_coef", "ptx_coef")
-        require_at_least(self, 0, "eval_prompts", "critic_warmup_iterations")
+        require_at_least(self, 0, "eval_prompts", "critic_warmup_iterations", "length_calibration_prompts")
         require_at_least(self, 0, "overlong_penalty", "overlong_buffer_tokens")
         require_at_least(self, 1, "eval_samples_per_prompt", "kl_horizon", "patience")
         for name in ("gamma", "lam"):

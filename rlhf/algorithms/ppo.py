@@ -20,6 +20,7 @@ from rlhf.config import ConfigError
 from rlhf.data.collate import collate_responses
 from rlhf.data.stage_data import StageData
 from rlhf.distributed.collectives import all_gather_rows
+from rlhf.distributed.log import logger
 from rlhf.distributed.place import rank
 from rlhf.numerics.logprobs import KLEstimator, estimate_kl
 from rlhf.numerics.statistics import last_true, masked_variance, masked_whiten
@@ -32,6 +33,9 @@ from rlhf.training.rollouts import RolloutWorker, ScoredRollout
 from rlhf.training.scoring import label_loss, response_logprobs, response_logprobs_and_entropy, response_values
 from rlhf.training.step import accumulate_step, learning_rate
 from rlhf.types import IGNORE_INDEX, Rollout, TensorBatch, TokenBatch, TokenizedPrompt
+
+CALIBRATION_COPIES = 4
+"""Responses to each of `length_calibration_prompts`."""
 
 # ------------------------------------------------------------------------------------------------ mathematics
 
@@ -265,6 +269,17 @@ class PPOTrainer(OnPolicyTrainer):
         self.rollouts.load_state(state["ppo"])
         if self.engine.averaged_actor is not None:
             self.engine.averaged_actor.load_state_dict(tensors)
+
+    def prepare(self) -> None:
+        """Fit the length curve of the first actor's responses where `length_calibration_prompts` asks for it."""
+        prompts = chosen_prompts(self.prompts.train, self.config.length_calibration_prompts, self.run.seed)
+        if self.config.length_calibration_prompts:
+            found = self.rollouts.calibrate_length(prompts, copies=CALIBRATION_COPIES)
+            logger.info(
+                "length curve of the scores of %d responses to %d prompts by the first actor: the correlation of score "
+                "and length within prompts is %+.2f, %+.2f with the curve taken off",
+                len(prompts) * CALIBRATION_COPIES, len(prompts), found.before, found.after,
+            )  # fmt: skip
 
     # -------------------------------------------------------------------------------------------- experience
 

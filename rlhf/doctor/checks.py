@@ -10,6 +10,7 @@ from rlhf.doctor.held_out_checks import (
     reward_model_at_chance,
     reward_model_is_shortcut,
     score_below_start,
+    score_follows_length,
     too_few_held_out,
 )
 from rlhf.doctor.history import History
@@ -53,7 +54,7 @@ ON_POLICY: tuple[Check, ...] = (
     *EVERY_STAGE, ratio_not_one, sampling_mismatch, kl_negative, kl_explodes, kl_dead, clip_fraction_high,
     value_function_useless, entropy_collapse, eos_rate_falls, length_exploited, score_is_length, repetition,
     empty_responses, score_out_of_range, scores_alike, advantages_equal,
-    score_below_start, over_optimised,
+    score_below_start, score_follows_length, over_optimised,
 )  # fmt: skip
 """Training on responses that the model samples itself."""
 NEEDS: Mapping[str, tuple[str, ...]] = {
@@ -81,6 +82,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "reward_model_at_chance": ("eval_accuracy_low",),
     "reward_model_is_shortcut": ("eval_over_shortcut",),
     "score_below_start": ("eval_score_gain_error",),
+    "score_follows_length": ("eval_score_length_within",),
     "over_optimised": ("eval_gold or eval_held_out_score",),
 }
 """Metrics without which a check says nothing; "A or B": one of the two is enough."""

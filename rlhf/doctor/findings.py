@@ -149,13 +149,20 @@ SICKNESSES: Mapping[str, Sickness] = {
     "length_exploited": Sickness(
         "responses grow while scores rise",
         "The reward model pays for length, and the actor collects: the score rises without better answers.",
-        "a reward model trained on pairs balanced in length, a higher kl_coef, a shorter max_response_tokens; read "
-        "samples of both ends.",
+        "length_calibration_prompts 128, a reward model with length_control, a higher kl_coef; read samples of both "
+        "ends.",
     ),
     "score_is_length": Sickness(
         "the score follows the length alone",
         "Within a rollout the score is nearly a function of the response's length: the reward model has learnt length.",
         "compare the reward model's accuracy with length_baseline_accuracy; balance its pairs in length.",
+    ),
+    "score_follows_length": Sickness(
+        "the score follows the length of the actor's responses",
+        "Whatever a held-out prompt asks, longer responses to it score higher (or shorter ones): PPO will collect that "
+        "before anything else. The reward stage's audit is of the responses in its data and may not show it.",
+        "length_calibration_prompts 128, which takes that off the scores; preference data about responses of this "
+        "actor; keep_best by a measure that training does not see.",
     ),
     "repetition": Sickness(
         "responses repeat themselves",

@@ -5,8 +5,16 @@ from __future__ import annotations
 import math
 
 from rlhf.doctor.findings import Finding, Severity, finding
-from rlhf.doctor.history import History, Line, bad_end, best_evaluation, kept_evaluation
-from rlhf.doctor.limits import FALL_ERRORS, FALL_ERRORS_FEW, FALL_SPREADS, FEW_ROWS, JUDGED_FROM, PAST_BEST_LINES
+from rlhf.doctor.history import History, Line, bad_end, best_evaluation, kept_evaluation, lasting, series
+from rlhf.doctor.limits import (
+    FALL_ERRORS,
+    FALL_ERRORS_FEW,
+    FALL_SPREADS,
+    FEW_ROWS,
+    FOLLOWS_LENGTH,
+    JUDGED_FROM,
+    PAST_BEST_LINES,
+)
 from rlhf.numerics.intervals import Z95, wilson_interval
 
 
@@ -98,6 +106,16 @@ def score_below_start(history: History) -> list[Finding]:
     message = f"{_fall(start, line)} on {rows:.0f} prompts, standard error {error:.3g}{in_spreads}"
     step = int(line["step"])
     return [finding("score_below_start", "warning", step, step, message, -gain / max(error, 1e-9))]
+
+
+def score_follows_length(history: History) -> list[Finding]:
+    """Among the responses to one held-out prompt, as the evaluation before training shows first."""
+    return lasting(
+        "score_follows_length", series(history, "eval_score_length_within"),
+        lambda value: abs(value) > FOLLOWS_LENGTH, 1, "warning",
+        lambda value: f"correlation of score and length {value:+.2f} among the actor's responses to one prompt",
+        lambda value: abs(value) / FOLLOWS_LENGTH,
+    )  # fmt: skip
 
 
 def over_optimised(history: History) -> list[Finding]:

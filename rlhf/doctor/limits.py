@@ -39,6 +39,9 @@ LENGTH_GROWTH, SCORE_GAIN, CORRELATION = 1.5, 0.5, 0.3
 length (within rollouts over the last 5 lines, or of their means over time) that together say length is exploited."""
 SCORE_IS_LENGTH = 0.9
 """Correlation (of either sign) within rollouts, five lines in a row, that leaves next to nothing but length."""
+FOLLOWS_LENGTH = 0.5
+"""Correlation (of either sign) of score and length among the responses to one held-out prompt. On the embedded world
+it is below 0.1 with an annotator who has no taste for length."""
 REPEATED = 0.3
 """Share of repeated 4-grams, three lines in a row: prose stays below 0.05, lists and code below 0.2."""
 EMPTY = 0.5

@@ -13,7 +13,6 @@ KNOTS = 33
 """Places, at equal shares of the data, at which a curve is fitted; between them it is straight."""
 ROBUST_PASSES = 3
 """Fits in which outliers weigh less each time (Cleveland 1979: two or three are enough)."""
-
 BACKFITTING_PASSES = 50
 """Turns of curve and levels. Where four fifths of the variance of x lie between groups the correlation within them
 comes from 0.69 to 0.06; where half of it does, 10 turns are enough."""
@@ -56,13 +55,16 @@ class Curve:
         return cls(places, values)
 
 
-def local_regression(x: torch.Tensor, y: torch.Tensor, *, span: float, knots: int = KNOTS) -> Curve:
+def local_regression(
+    x: torch.Tensor, y: torch.Tensor, *, span: float, knots: int = KNOTS, robust_passes: int = ROBUST_PASSES
+) -> Curve:
     """E[y | x] as a smooth curve: Cleveland 1979, "Robust Locally Weighted Regression and Smoothing Scatterplots".
 
     At each of up to `knots` quantiles x0 of `x` [N] a straight line is fitted to the ceil(span N) nearest points with
     the weights (1 - (|x - x0| / h)^3)^3, h the distance of the farthest of them. The fit is repeated with each point's
-    weight times (1 - (e / 6 m)^2)^2, e its residual and m the median of their sizes (0 beyond 6 m). Where fewer than
-    two values of x have a weight the line is the weighted mean. Raises ValueError for no points, `span` outside (0, 1].
+    weight times (1 - (e / 6 m)^2)^2, e its residual and m the median of their sizes (0 beyond 6 m), `robust_passes`
+    times; with 0 of them the curve is that of the mean, outliers and all. Where fewer than two values of x have a
+    weight the line is the weighted mean. Raises ValueError for no points, `span` outside (0, 1].
     """
     if x.numel() == 0 or not 0 < span <= 1:
         raise ValueError(f"a curve through {x.numel()} points with span={span}: needs points, and a span in (0, 1]")
@@ -73,17 +75,19 @@ def local_regression(x: torch.Tensor, y: torch.Tensor, *, span: float, knots: in
     reach = distances.sort(dim=1).values[:, near - 1].unsqueeze(1).clamp(min=1e-9)
     weights = (1 - (distances / reach).clamp(max=1) ** 3) ** 3
     robust = torch.ones_like(x)
-    for again in range(ROBUST_PASSES + 1):
+    for again in range(robust_passes + 1):
         curve = Curve(tuple(places.tolist()), tuple(_lines(x, y, weights * robust, places).tolist()))
         residuals = (y - curve.at(x).double()).abs()
         scale = 6 * float(residuals.median())
-        if scale < 1e-12 or again == ROBUST_PASSES:
+        if scale < 1e-12 or again == robust_passes:
             return curve
         robust = (1 - (residuals / scale).clamp(max=1) ** 2) ** 2
     return curve
 
 
-def within_groups(x: torch.Tensor, y: torch.Tensor, groups: torch.Tensor, *, span: float) -> Curve:
+def within_groups(
+    x: torch.Tensor, y: torch.Tensor, groups: torch.Tensor, *, span: float, robust_passes: int = ROBUST_PASSES
+) -> Curve:
     """f of y = f(x) + a level of each group, smooth as `local_regression`: how y follows x among those of one group.
 
     What differs between groups alone (some have larger x, and for that reason or another larger y) is no part of it;
@@ -94,11 +98,11 @@ def within_groups(x: torch.Tensor, y: torch.Tensor, groups: torch.Tensor, *, spa
     count = int(groups.max()) + 1 if groups.numel() else 0
     sizes = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, torch.ones_like(y, dtype=torch.float64))
     levels = torch.zeros(count, dtype=torch.float64)
-    curve = local_regression(x, y, span=span)
+    curve = local_regression(x, y, span=span, robust_passes=robust_passes)
     for _ in range(BACKFITTING_PASSES):
         left = y.double() - curve.at(x).double()
         levels = torch.zeros(count, dtype=torch.float64).index_add_(0, groups, left - left.mean()) / sizes.clamp(min=1)
-        curve = local_regression(x, y.double() - levels[groups], span=span)
+        curve = local_regression(x, y.double() - levels[groups], span=span, robust_passes=robust_passes)
     return curve
 
 

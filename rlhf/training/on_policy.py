@@ -52,6 +52,9 @@ class OnPolicyTrainer(Loop):
     def update(self, experience: Any, iteration: int) -> dict[str, float]:
         """All inner epochs over one experience; returns metrics."""
 
+    def prepare(self) -> None:
+        """What is measured of the first actor before its evaluation; nothing unless an algorithm needs it."""
+
     @abstractmethod
     def evaluate(self, iteration: int) -> dict[str, Any]:
         """Metrics on held-out prompts; every rank gets the same."""
@@ -64,6 +67,7 @@ class OnPolicyTrainer(Loop):
         """
         done = self.begin()
         if done == 0:
+            self.prepare()
             before = self._evaluate_and_log(0)
             self.outcome = {"before": before, "after": before, "kept_iteration": 0}
         with Progress(self.total_steps, self.stage, self.unit, done=done) as progress:

@@ -20,9 +20,11 @@ from rlhf.distributed.log import logger
 from rlhf.distributed.place import rank, world_size
 from rlhf.generation.backend import Backend
 from rlhf.generation.token_sampling import Sampling
+from rlhf.numerics.local_regression import Curve
 from rlhf.numerics.statistics import correlation, last_true, masked_mean, repeated_share
 from rlhf.rewards.reward import Reward
 from rlhf.training.data_order import Plan
+from rlhf.training.length_calibration import LengthCalibration, within_prompts
 from rlhf.training.scoring import response_logprobs, response_values
 from rlhf.types import Measure, Responses, Rollout, TensorBatch, TokenizedPrompt
 
@@ -38,6 +40,8 @@ FORWARD_ONLY = 4
 CPU it holds as many: larger passes are slower there, since they leave the cache."""
 EVALUATION = 2**32 - 1
 """The iteration number of evaluations: they draw the same random numbers every time, and no iteration's."""
+CALIBRATION = 2**32 - 2
+"""The iteration number of the responses that `calibrate_length` draws."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ class RolloutWorker:
         self.seconds = {"seconds_generation": 0.0, "seconds_scoring": 0.0}
         self.captured_error: float | None = None
         self.captured_error_mean: float | None = None
+        self.length_curve: Curve | None = None
 
     @property
     def device(self) -> torch.device:
@@ -133,12 +138,25 @@ class RolloutWorker:
             "old_logprobs": self.old_logprobs,
             "captured_error": self.captured_error,
             "captured_error_mean": self.captured_error_mean,
+            "length_curve": None if self.length_curve is None else self.length_curve.content(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` gave."""
         self.old_logprobs = state["old_logprobs"]
         self.captured_error, self.captured_error_mean = state["captured_error"], state["captured_error_mean"]
+        self.length_curve = None if state["length_curve"] is None else Curve.read(state["length_curve"])
+
+    def calibrate_length(self, prompts: Sequence[TokenizedPrompt], *, copies: int) -> LengthCalibration:
+        """Take off all later scores how those of `copies` responses to each prompt follow length. A collective.
+
+        Every rank gets the same curve; there are as many responses as ranks, or more.
+        """
+        examples = [prompt for prompt in prompts for _ in range(copies)]
+        scored = self.run(examples, CALIBRATION)
+        found = LengthCalibration.of(scored.scores, scored.rollout.response_mask.sum(1), copies=copies)
+        self.length_curve = found.curve
+        return found
 
     def run(self, examples: Sequence[TokenizedPrompt], iteration: int) -> ScoredRollout:
         """Sample and score `examples` over all ranks; every rank gets all rows, in the order of `examples`.
@@ -208,6 +226,8 @@ class RolloutWorker:
             columns["logprobs"] = rollout.logprobs
         if not self.engine.has_reference:
             columns["ref_logprobs"] = columns["logprobs"]
+        if self.length_curve is not None:
+            rewards.take_off_length(self.length_curve)
         self.part_names = tuple(sorted(rewards.parts))
         parts = [rewards.parts[name].unsqueeze(1) for name in self.part_names]
         parts.append(rewards.scores.new_zeros(len(rollout), 0))
@@ -310,7 +330,7 @@ class RolloutWorker:
 
     def _outside_range(self, scores: torch.Tensor) -> dict[str, float]:
         """The share of scores that the reward never gave in its training, where it knows that range."""
-        known = self.reward.training_range
+        known = self.reward.training_range if self.length_curve is None else None
         if known is None or known.get("responses", RANGE_RESPONSES) < RANGE_RESPONSES:
             return {}
         outside = (scores < known["minimum"]) | (scores > known["maximum"])
@@ -359,6 +379,7 @@ class RolloutWorker:
             "responses": float(counted),
             **self.describe(scored),
             **further(scored),
+            **follows_length(scored, copies),
             **{name: float(values.mean()) for name, values in measured.items()},
             "prompt_scores": scored.scores.view(-1, copies).mean(1).tolist(),
             "prompt_measures": {name: values.view(-1, copies).mean(1).tolist() for name, values in measured.items()},
@@ -389,6 +410,7 @@ class _Rewards:
     """What the reward says of a rollout, filled in pass by pass."""
 
     def __init__(self, rollout: Rollout) -> None:
+        self.tokens = rollout.response_mask.sum(1)
         self.scores = torch.zeros(len(rollout), device=rollout.response_ids.device)
         self.per_token = torch.zeros_like(rollout.logprobs)
         self.parts: dict[str, torch.Tensor] = {}
@@ -399,6 +421,19 @@ class _Rewards:
             self.per_token[part.rows, : output.per_token.shape[1]] = output.per_token
         for name, scores in output.parts.items():
             self.parts.setdefault(name, torch.zeros_like(self.scores))[part.rows] = scores
+
+    def take_off_length(self, curve: Curve) -> None:
+        """Less what the curve says of each length, which stands among the parts."""
+        self.parts["length_curve"] = -curve.at(self.tokens)
+        self.scores = self.scores + self.parts["length_curve"]
+
+
+def follows_length(scored: ScoredRollout, copies: int) -> dict[str, float]:
+    """How scores follow length among the `copies` responses to each prompt; nothing of one response to each."""
+    if copies < 2 or len(scored) < CORRELATED_ROWS:
+        return {}
+    tokens, prompts = scored.rollout.response_mask.sum(1), torch.arange(len(scored), device=scored.scores.device)
+    return {"score_length_within": within_prompts(scored.scores, tokens, prompts // copies)}
 
 
 def gather_in_order(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:

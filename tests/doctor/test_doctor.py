@@ -85,7 +85,7 @@ def reward_evaluation(step, *, after):
 def ppo_evaluation(step, *, after):
     gain = {"eval_score_gain": 3.1, "eval_score_gain_error": 0.1} if after else {}
     return {"step": step, "eval_score": 2.5 if after else -0.6, "eval_score_std": 1.15, "eval_reward": 1.2,
-            "eval_rows": 52.0, "eval_gold": 0.8 if after else 0.7, **gain}  # fmt: skip
+            "eval_rows": 52.0, "eval_gold": 0.8 if after else 0.7, "eval_score_length_within": 0.1, **gain}  # fmt: skip
 
 
 def changed(lines, step, **values):
@@ -215,7 +215,8 @@ def test_every_check_has_words_for_what_it_means_and_what_to_try_and_a_case_here
 
 
 HELD_OUT = {
-    *("too_few_held_out", "reward_model_at_chance", "reward_model_is_shortcut", "score_below_start", "over_optimised")
+    *("too_few_held_out", "reward_model_at_chance", "reward_model_is_shortcut", "score_below_start"),
+    *("score_follows_length", "over_optimised"),
 }
 """Those of tests/doctor/test_held_out_checks.py."""
 

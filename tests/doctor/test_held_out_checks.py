@@ -399,6 +399,18 @@ def test_more_evaluations_have_a_luckier_best():
     assert ("over_optimised" in found("ppo", few), "over_optimised" in found("ppo", many)) == (True, False)
 
 
+@pytest.mark.parametrize(("correlations", "since"), [([0.62], 0), ([-0.55, -0.7], 0), ([0.1, 0.52, 0.6], 10)])
+def test_a_score_that_follows_the_length_of_the_actors_responses(correlations, since):
+    """Told before training where it is so then already."""
+    lines = [{"step": 10 * at, "eval_rows": 100.0, "eval_score_length_within": c} for at, c in enumerate(correlations)]
+    one = found("ppo", lines)["score_follows_length"]
+    assert (one.severity, one.since, one.step) == ("warning", since, 10 * (len(lines) - 1))
+    assert one.message.startswith(f"correlation of score and length {correlations[-1]:+.2f} among")
+    assert one.badness == pytest.approx(abs(correlations[-1]) / 0.5)
+    calm = {"step": 10 * len(lines), "eval_rows": 100.0, "eval_score_length_within": 0.48}
+    assert "score_follows_length" not in found("ppo", [*lines, calm])
+
+
 def test_what_is_missing_for_it_is_said_once_for_both_measures():
     lines = golden_run([0.7, 0.8], [0, 1])
     bare = [{"step": 0, "eval_score": 0.0, "eval_rows": 100.0}]

@@ -42,7 +42,7 @@ trainer = ppo_trainer(
     [TokenizedPrompt(id="held out", input_ids=(20, 21), text="")],  # fewer than ranks
     tokenizer=load_tokenizer(actor), plan=plan, directory=Path(out) / "ppo", new_tokens=5,
     batch=PPOBatchConfig(rollout_batch_size=8, max_steps=1, ppo_epochs=2),
-    config=PPOConfig(ptx_coef=5.0, eval_samples_per_prompt=1),
+    config=PPOConfig(ptx_coef=5.0, eval_samples_per_prompt=1, length_calibration_prompts=7),
     # rows of 1 to 29 labels: the ranks' shares of them are far from equal
     ptx=[TokenizedResponse(id="", input_ids=(1, *range(2, 3 + n)), prompt_tokens=1) for n in range(0, 32, 4)],
 )
@@ -50,6 +50,7 @@ trainer.rollouts.held_out_reward = reward_of(engine.held_out_reward, load_tokeni
 mine, share = None, None
 with engine.scoring():
     mine, share = trainer.rollouts.sample([trainer.prompts.train[i] for i in trainer.order.indices(0)], 1)
+trainer.prepare()
 experience = trainer.make_experience(1)
 metrics = trainer.update(experience, 1)
 torch.save(
@@ -58,6 +59,7 @@ torch.save(
         "responses": experience.rollout.response_ids, "advantages": experience.advantages, "metrics": metrics,
         "returns": experience.returns, "actor": engine.actor.module.state_dict(),
         "critic": engine.critic.module.state_dict(), "evaluation": trainer.evaluate(1),
+        "curve": trainer.rollouts.length_curve.content(),
     },
     Path(out) / f"rank{rank()}.pt",
 )
@@ -92,6 +94,14 @@ def test_14_two_ranks_whiten_as_one(one_and_two_ranks):
         assert torch.equal(one["responses"], two["responses"])
         torch.testing.assert_close(one["advantages"], two["advantages"], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(one["returns"], two["returns"], atol=1e-5, rtol=1e-4)
+
+
+def test_two_ranks_fit_the_length_curve_of_one(one_and_two_ranks):
+    curve = one_and_two_ranks[1][0]["curve"]
+    assert any(curve["values"]), "it takes nothing off"
+    first, second = (rank["curve"] for rank in one_and_two_ranks[2])
+    assert first == second and first["places"] == curve["places"]
+    assert first["values"] == pytest.approx(curve["values"], abs=1e-4)
 
 
 def test_15_two_ranks_take_the_same_steps_as_one(one_and_two_ranks):

@@ -1,0 +1,106 @@
+"""The length curve of the first actor's own responses, and what taking it off leaves."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from rlhf.config import ConfigError
+from rlhf.algorithms.config import PPOConfig
+from rlhf.training.length_calibration import LengthCalibration, within_prompts
+from tests.algorithms.test_ppo_checklist import make_trainer  # noqa: F401  (a fixture)
+
+
+def drawn(prompts=64, copies=4, seed=0):
+    """Lengths of `copies` responses to each prompt, prompts that call for longer ones, and a quality of each."""
+    generator = torch.Generator().manual_seed(seed)
+    usual = torch.randint(5, 90, (prompts,), generator=generator).repeat_interleave(copies)
+    tokens = usual + torch.randint(0, 30, (prompts * copies,), generator=generator)
+    return tokens, usual, torch.randn(prompts * copies, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "follows", [lambda n: 0.1 * n, lambda n: -3 * torch.log(n), lambda n: (n - 60) ** 2 / 500], ids=["up", "down", "bent"]
+)  # fmt: skip
+def test_what_follows_length_within_prompts_is_gone_and_the_rest_stays(follows):
+    tokens, usual, quality = drawn()
+    longing = -0.2 * usual.double()  # prompts that call for longer answers score lower: no part of the curve
+    scores = quality + longing + follows(tokens.double())
+    found = LengthCalibration.of(scores.float(), tokens, copies=4)
+    left = scores - found.curve.at(tokens).double()
+    groups = torch.arange(len(tokens)) // 4
+    assert found.before == pytest.approx(within_prompts(scores, tokens.double(), groups), abs=1e-6)
+    assert abs(found.after) < 0.12 and found.after == pytest.approx(
+        within_prompts(left, tokens.double(), groups), abs=1e-6
+    )
+    assert float(left.mean()) == pytest.approx(0, abs=1e-4), "the first actor's mean score"
+    assert torch.corrcoef(torch.stack([left - longing, quality]))[0, 1] > 0.9
+
+
+def test_a_sharp_turn_at_the_limit_is_followed():
+    """Responses that reach the limit do not end, and a reward model that likes that likes it suddenly."""
+    tokens, _, quality = drawn()
+    tokens = tokens.clamp(max=70)
+    scores = 0.1 * quality + 4.0 * (tokens == 70)
+    assert (tokens == 70).sum() > 40
+    found = LengthCalibration.of(scores, tokens, copies=4)
+    jump = found.curve.at(torch.tensor([70])) - found.curve.at(torch.tensor([40]))
+    assert float(jump) == pytest.approx(4.0, abs=0.7)
+
+
+def test_a_constant_score_has_a_flat_curve():
+    tokens, _, _ = drawn()
+    found = LengthCalibration.of(torch.full((len(tokens),), 2.5), tokens, copies=4)
+    assert found.before == found.after == 0 and found.curve.at(tokens).tolist() == pytest.approx([2.5] * len(tokens))
+
+
+def length_score(rollout, _):
+    return 0.5 * rollout.response_mask.sum(1).float()
+
+
+def test_a_score_that_is_length_says_nothing_any_more(make_trainer):  # noqa: F811
+    trainer = make_trainer(
+        scorer=length_score, prompts=32, rollout=16, new_tokens=60, actor_eos=7, length_calibration_prompts=32
+    )
+    plain = trainer.rollouts.run(trainer.prompts.train[:16], 1)
+    assert plain.scores.std() > 0.3 and trainer.rollouts.part_names == ()
+    trainer.prepare()
+    found = trainer.rollouts.run(trainer.prompts.train[:16], 1)
+    assert torch.equal(found.rollout.response_ids, plain.rollout.response_ids)
+    assert found.scores.std() < 0.15 * plain.scores.std()
+    metrics = trainer.rollouts.describe(found)
+    assert trainer.rollouts.part_names == ("length_curve",)
+    assert metrics["score/length_curve"] == pytest.approx(float((found.scores - plain.scores).mean()), abs=1e-5)
+
+
+def test_the_curve_is_of_the_first_actor_and_goes_on_with_the_run(make_trainer, monkeypatch):  # noqa: F811
+    settings = {"scorer": length_score, "prompts": 16, "iterations": 2, "length_calibration_prompts": 16}
+    trainer = make_trainer(**settings)
+    trainer.fit()
+    curve = trainer.rollouts.length_curve
+    fresh = make_trainer(**settings)
+    fresh.prepare()
+    assert fresh.rollouts.length_curve == curve, "not fitted again on the way"
+    other = make_trainer(**settings)
+    other.load_state(trainer.state(), [], {})
+    assert other.rollouts.length_curve == curve
+    off = make_trainer(**{**settings, "length_calibration_prompts": 0})
+    off.fit()
+    assert off.rollouts.length_curve is None
+    off.load_state(off.state(), [], {})
+    assert off.rollouts.length_curve is None
+
+
+def test_a_curve_of_all_ranks_has_the_score_range_forgotten(make_trainer):  # noqa: F811
+    """The range is of scores without the curve: holding other scores against it would say nothing."""
+    trainer = make_trainer(scorer=length_score, length_calibration_prompts=4)
+    trainer.rollouts.reward.training_range = {"minimum": 0.0, "maximum": 1.0, "responses": 500}
+    found = trainer.rollouts.run(trainer.prompts.train, 1)
+    assert trainer.rollouts.describe(found)["scores_outside_range"] > 0
+    trainer.prepare()
+    assert "scores_outside_range" not in trainer.rollouts.describe(trainer.rollouts.run(trainer.prompts.train, 1))
+
+
+def test_a_negative_number_of_prompts_is_refused():
+    with pytest.raises(ConfigError, match="length_calibration_prompts"):
+        dataclasses.replace(PPOConfig(), length_calibration_prompts=-1)
