@@ -139,17 +139,19 @@ def overoptimisation(results: Results, path: Path) -> None:
 
 
 def length_control(results: Results, path: Path) -> None:
-    """Gold and response tokens over the iterations, a curve for each seed, a colour for each reward model."""
-    names = list(dict.fromkeys(run.reward for run in results))
+    """Gold and response tokens over the iterations, a curve for each seed, a colour for each control."""
+    names = list(dict.fromkeys((run.reward, run.changes) for run in results))
     figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.0))
     for run, result in results.items():
-        data, first = REWARD_DATA[run.reward], min(one.seed for one in results if one.reward == run.reward)
+        kind = (run.reward, run.changes)
+        data, first = REWARD_DATA[run.reward], min(one.seed for one in results if (one.reward, one.changes) == kind)
         taught = f"{data.length_control}, length-biased" if data.length_bias else "unbiased annotator"
+        taught += " + own curve" if run.changes else ""
         for axis, of in zip(axes, ("gold", "tokens"), strict=True):
             axis.plot(
                 [point["iteration"] for point in result["points"]],
                 [point[of] for point in result["points"]],
-                color=f"C{names.index(run.reward)}",
+                color=f"C{names.index(kind)}",
                 label=taught if run.seed == first else None,
             )
     for axis, title in zip(axes, ("gold", "response tokens"), strict=True):

@@ -134,8 +134,10 @@ def test_length_control_is_told_with_what_the_score_follows(benchmark):
     learning, workloads = benchmark("learning"), benchmark("learning_workloads")
     runs = list(learning.controlled(learning.parse(["--seeds", "1"])))
     rows = learning.control_rows(runs, {run: result([0.7, 0.9, 0.8]) for run in runs}, None)
-    assert [(row["length bias"], row["length_control"]) for row in rows] == [
-        (0.0, "none"), *((workloads.LENGTH_BIAS, control) for control in ("none", "balance", "calibrate", "odin")),
+    controls = [("none", "no"), ("balance", "no"), ("calibrate", "no"), ("odin", "no"), ("none", "yes"),
+                ("calibrate", "yes")]  # fmt: skip
+    assert [(row["length bias"], row["length_control"], row["curve of PPO"]) for row in rows] == [
+        (0.0, "none", "no"), *((workloads.LENGTH_BIAS, *control) for control in controls),
     ]  # fmt: skip
     assert (rows[0]["gold before"], rows[0]["gold"], rows[0]["best gold"]) == (0.7, 0.8, 0.9)
     assert (rows[0]["of like length"], rows[0]["score and length, within prompts"]) == (0.6, 0.4)

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from rlhf.config import ConfigError
 from rlhf.algorithms.config import PPOConfig
+from rlhf.config import ConfigError
 from rlhf.training.length_calibration import LengthCalibration, within_prompts
 from tests.algorithms.test_ppo_checklist import make_trainer  # noqa: F401  (a fixture)
 
@@ -19,9 +19,10 @@ def drawn(prompts=64, copies=4, seed=0):
     return tokens, usual, torch.randn(prompts * copies, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(
-    "follows", [lambda n: 0.1 * n, lambda n: -3 * torch.log(n), lambda n: (n - 60) ** 2 / 500], ids=["up", "down", "bent"]
-)  # fmt: skip
+FOLLOWING = {"up": lambda n: 0.1 * n, "down": lambda n: -3 * torch.log(n), "bent": lambda n: (n - 60) ** 2 / 500}
+
+
+@pytest.mark.parametrize("follows", FOLLOWING.values(), ids=FOLLOWING)
 def test_what_follows_length_within_prompts_is_gone_and_the_rest_stays(follows):
     tokens, usual, quality = drawn()
     longing = -0.2 * usual.double()  # prompts that call for longer answers score lower: no part of the curve
