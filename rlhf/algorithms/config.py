@@ -10,6 +10,9 @@ from rlhf.config import BatchConfig, ConfigError, OptimizerConfig, require_at_le
 from rlhf.generation.backend import BACKENDS
 from rlhf.rewards.table import RewardSpec
 
+FEWEST_CALIBRATION_PROMPTS = 8
+"""Fewer have too few responses for a length curve to say anything."""
+
 
 @dataclass
 class SFTConfig:
@@ -189,6 +192,11 @@ class PPOConfig:
         require_at_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "entropy_coef", "ptx_coef")
         require_at_least(self, 0, "eval_prompts", "critic_warmup_iterations", "length_calibration_prompts")
         require_at_least(self, 0, "overlong_penalty", "overlong_buffer_tokens")
+        if 0 < self.length_calibration_prompts < FEWEST_CALIBRATION_PROMPTS:
+            raise ConfigError(
+                f"length_calibration_prompts={self.length_calibration_prompts} are too few for a curve: give "
+                f"{FEWEST_CALIBRATION_PROMPTS} at least, better 128, or 0 for none"
+            )
         require_at_least(self, 1, "eval_samples_per_prompt", "kl_horizon", "patience")
         for name in ("gamma", "lam"):
             if not 0 <= getattr(self, name) <= 1:

@@ -148,12 +148,10 @@ class RolloutWorker:
         self.length_curve = None if state["length_curve"] is None else Curve.read(state["length_curve"])
 
     def calibrate_length(self, prompts: Sequence[TokenizedPrompt], *, copies: int) -> LengthCalibration:
-        """Take off all later scores how those of `copies` responses to each prompt follow length. A collective.
-
-        Every rank gets the same curve; there are as many responses as ranks, or more.
-        """
+        """Take off all later scores how those of `copies` responses to each prompt follow length. A collective; every
+        rank gets the same curve."""
         examples = [prompt for prompt in prompts for _ in range(copies)]
-        scored = self.run(examples, CALIBRATION)
+        scored = self.run(one_for_each_rank(examples), CALIBRATION).rows(slice(0, len(examples)))
         found = LengthCalibration.of(scored.scores, scored.rollout.response_mask.sum(1), copies=copies)
         self.length_curve = found.curve
         return found
@@ -355,8 +353,7 @@ class RolloutWorker:
             return {"rows": 0.0}
         examples = [prompt for prompt in prompts for _ in range(copies)]
         counted = len(examples)
-        fill = max(0, world_size() - counted)  # every rank must have a row: collectives
-        filled = examples + list(islice(cycle(examples), fill))
+        filled = one_for_each_rank(examples)
         scored = self.run(filled, EVALUATION)
         held_out = {name: values[:counted] for name, values in self._held_out(filled, scored).items()}
         scored = scored.rows(slice(0, counted))
@@ -426,6 +423,11 @@ class _Rewards:
         """Less what the curve says of each length, which stands among the parts."""
         self.parts["length_curve"] = -curve.at(self.tokens)
         self.scores = self.scores + self.parts["length_curve"]
+
+
+def one_for_each_rank(examples: list[TokenizedPrompt]) -> list[TokenizedPrompt]:
+    """The examples, the first ones again where there are fewer than ranks: scoring is a collective."""
+    return examples + list(islice(cycle(examples), max(0, world_size() - len(examples))))
 
 
 def follows_length(scored: ScoredRollout, copies: int) -> dict[str, float]:

@@ -42,7 +42,7 @@ trainer = ppo_trainer(
     [TokenizedPrompt(id="held out", input_ids=(20, 21), text="")],  # fewer than ranks
     tokenizer=load_tokenizer(actor), plan=plan, directory=Path(out) / "ppo", new_tokens=5,
     batch=PPOBatchConfig(rollout_batch_size=8, max_steps=1, ppo_epochs=2),
-    config=PPOConfig(ptx_coef=5.0, eval_samples_per_prompt=1, length_calibration_prompts=7),
+    config=PPOConfig(ptx_coef=5.0, eval_samples_per_prompt=1, length_calibration_prompts=8),
     # rows of 1 to 29 labels: the ranks' shares of them are far from equal
     ptx=[TokenizedResponse(id="", input_ids=(1, *range(2, 3 + n)), prompt_tokens=1) for n in range(0, 32, 4)],
 )

@@ -1,7 +1,5 @@
 """The length curve of the first actor's own responses, and what taking it off leaves."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -92,9 +90,9 @@ def test_the_curve_is_of_the_first_actor_and_goes_on_with_the_run(make_trainer, 
     assert off.rollouts.length_curve is None
 
 
-def test_a_curve_of_all_ranks_has_the_score_range_forgotten(make_trainer):  # noqa: F811
+def test_with_a_curve_the_score_range_of_the_reward_model_is_forgotten(make_trainer):  # noqa: F811
     """The range is of scores without the curve: holding other scores against it would say nothing."""
-    trainer = make_trainer(scorer=length_score, length_calibration_prompts=4)
+    trainer = make_trainer(scorer=length_score, length_calibration_prompts=8)
     trainer.rollouts.reward.training_range = {"minimum": 0.0, "maximum": 1.0, "responses": 500}
     found = trainer.rollouts.run(trainer.prompts.train, 1)
     assert trainer.rollouts.describe(found)["scores_outside_range"] > 0
@@ -102,6 +100,8 @@ def test_a_curve_of_all_ranks_has_the_score_range_forgotten(make_trainer):  # no
     assert "scores_outside_range" not in trainer.rollouts.describe(trainer.rollouts.run(trainer.prompts.train, 1))
 
 
-def test_a_negative_number_of_prompts_is_refused():
-    with pytest.raises(ConfigError, match="length_calibration_prompts"):
-        dataclasses.replace(PPOConfig(), length_calibration_prompts=-1)
+def test_fewer_prompts_than_a_curve_needs_are_refused():
+    with pytest.raises(ConfigError, match="length_calibration_prompts=-1 must be at least 0"):
+        PPOConfig(length_calibration_prompts=-1)
+    with pytest.raises(ConfigError, match="length_calibration_prompts=3 are too few.*give 8 at least"):
+        PPOConfig(length_calibration_prompts=3)
