@@ -23,6 +23,7 @@ from rlhf.pipeline.on_policy import OnPolicyModels, load_ptx
 from rlhf.pipeline.stage_run import StageRun, run_as_script, stage_main
 from rlhf.pipeline.stages import PPOStageConfig
 from rlhf.report.samples import paired_samples
+from rlhf.rewards.table import reward_fingerprints
 
 
 @stage_main("ppo")
@@ -51,7 +52,11 @@ def main(stage: StageRun[PPOStageConfig]) -> dict:
         batch=config.batch,
         ptx=ptx,
         export=export,
-        context=stage.context(**models.fingerprints(), data=[prompts.fingerprint, ptx and ptx.fingerprint]),
+        context=stage.context(
+            **models.fingerprints(),
+            rewards=reward_fingerprints(config.ppo.reward_specs()),
+            data=[prompts.fingerprint, ptx and ptx.fingerprint],
+        ),
     )
     outcome = trainer.fit()
     before, after = outcome["before"], outcome["after"]

@@ -105,7 +105,8 @@ class PPOConfig:
     critic_model: str | None = setting(None, may_change_on_resume=True, path="read", names_model=True)
     """A saved scalar model the critic starts from; unset copies the reward model (InstructGPT)."""
     rewards: list[str] = setting(["reward_model"])
-    """What scores a response: names of `rlhf.rewards`, or mappings {name, weight, ...}; their weighted sum counts."""
+    """What scores a response: names, functions (`file.py:function`) or mappings {name, weight, ...}, of which the
+    weighted sum counts (docs/reward_sources.md)."""
     advantage: str = "gae"
     """How advantages are estimated from rewards: a name of `rlhf.algorithms.advantages.ESTIMATORS`."""
     critic_init: Literal["reward", "zero"] | None = None

@@ -24,6 +24,7 @@ from rlhf.distributed.log import logger
 from rlhf.distributed.place import rank
 from rlhf.numerics.logprobs import KLEstimator, estimate_kl
 from rlhf.numerics.statistics import last_true, masked_variance, masked_whiten
+from rlhf.rewards.rules import overlong_penalties
 from rlhf.training.data_order import DataOrder, Plan, planned_steps
 from rlhf.training.loop import RunContext
 from rlhf.training.metrics import MeanMeter
@@ -68,15 +69,6 @@ def shape_rewards(
     last = last_true(mask).unsqueeze(1)
     has_tokens = mask.any(dim=1)
     return rewards.scatter_add(1, last, (clipped * has_tokens).to(rewards.dtype).unsqueeze(1))
-
-
-def overlong_penalties(tokens: torch.Tensor, *, max_tokens: int, buffer_tokens: int) -> torch.Tensor:
-    """What an overlong response gets, in [-1, 0]: DAPO (arXiv 2503.14476), eq. 13, the soft overlong punishment.
-
-    0 up to Lmax - Lc tokens, ((Lmax - Lc) - |y|) / Lc up to Lmax and -1 beyond, with Lmax = `max_tokens` and
-    Lc = `buffer_tokens`. `tokens` [B] count the end of sequence. Returns [B] float32.
-    """
-    return ((max_tokens - buffer_tokens - tokens.float()) / buffer_tokens).clamp(-1.0, 0.0)
 
 
 def policy_loss(

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from rlhf.data.row_values import END_OF_TEXT, without_end_marks
 from rlhf.data.spec import DataError
+
+if TYPE_CHECKING:
+    from rlhf.types import TokenizedPrompt
 
 
 @dataclass(frozen=True)
@@ -152,3 +156,11 @@ def turns_of(rendered: str) -> list[str]:
 def raw_prompt(rendered: str) -> str:
     """What was said in a rendered prompt: its turns, a line each."""
     return "\n".join(turns_of(rendered))
+
+
+def asked(prompt: TokenizedPrompt) -> str:
+    """What the data row asks: the user's last turn (instruction and input), without the template around it.
+
+    All turns, a line each, of a prompt that came with markers of its own.
+    """
+    return prompt.messages[-1]["content"] if prompt.messages else raw_prompt(prompt.text)

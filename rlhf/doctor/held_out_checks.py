@@ -109,9 +109,10 @@ def score_below_start(history: History) -> list[Finding]:
 
 
 def score_follows_length(history: History) -> list[Finding]:
-    """Among the responses to one held-out prompt, as the evaluation before training shows first."""
+    """Among the responses to one held-out prompt, of FEW_ROWS at least, as the evaluation before training shows."""
     return lasting(
-        "score_follows_length", series(history, "eval_score_length_within"),
+        "score_follows_length",
+        series([line for line in history if line.get("eval_rows", 0) >= FEW_ROWS], "eval_score_length_within"),
         lambda value: abs(value) > FOLLOWS_LENGTH, 1, "warning",
         lambda value: f"correlation of score and length {value:+.2f} among the actor's responses to one prompt",
         lambda value: abs(value) / FOLLOWS_LENGTH,

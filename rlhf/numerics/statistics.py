@@ -67,20 +67,32 @@ def correlation_ratio(values: torch.Tensor, groups: torch.Tensor) -> float:
 
 
 def repeated_share(token_ids: torch.Tensor, mask: torch.Tensor, n: int = 4) -> float:
-    """Share of the n-grams of all rows that stood earlier in their own row; `token_ids`, `mask` [B, T].
+    """Share of the n-grams of all rows that stood earlier in their own row, see `repeated_ngrams`; 0 without any."""
+    repeated, ngrams = repeated_ngrams(token_ids, mask, n)
+    return float(repeated.sum() / ngrams.sum().clamp(min=1))
 
-    `mask` is True on a prefix of each row; rows shorter than n have no n-gram, and no n-gram at all gives 0.
+
+def repeated_shares(token_ids: torch.Tensor, mask: torch.Tensor, n: int = 4) -> torch.Tensor:
+    """The same of each row: [B] float32; 0 for a row shorter than n."""
+    repeated, ngrams = repeated_ngrams(token_ids, mask, n)
+    return repeated / ngrams.clamp(min=1)
+
+
+def repeated_ngrams(token_ids: torch.Tensor, mask: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many n-grams of each row stood earlier in it, and how many it has: [B] each; `token_ids`, `mask` [B, T].
+
+    `mask` is True on a prefix of each row.
     """
-    if token_ids.shape[1] <= n:
-        return 0.0
+    if token_ids.shape[1] < n:
+        none = torch.zeros(len(token_ids), dtype=torch.int64, device=token_ids.device)
+        return none, none
     keys = torch.zeros_like(token_ids[:, n - 1 :], dtype=torch.int64)
     for offset in range(n):  # a polynomial that wraps around 2^64: two n-grams of one row hardly ever meet
         keys = keys * 1_000_000_007 + token_ids[:, offset : offset + keys.shape[1]] + 1
     inside = mask.bool()[:, n - 1 :]
     apart = -1 - torch.arange(keys.shape[1], device=keys.device)  # what lies outside repeats nothing
     ordered = torch.where(inside, keys, apart).sort(dim=1).values
-    repeated = (ordered[:, 1:] == ordered[:, :-1]).sum()
-    return float(repeated / inside.sum().clamp(min=1))
+    return (ordered[:, 1:] == ordered[:, :-1]).sum(1), inside.sum(1)
 
 
 def last_true(mask: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from rlhf.pipeline.stage_run import StageRun
 from rlhf.pipeline.stages import PPOStageConfig
 from rlhf.rewards.reward import RewardSources
 from rlhf.rewards.reward_model import ChatPrompts, RewardModel, same_tokenizer
-from rlhf.rewards.table import build_reward, needs_reward_model
+from rlhf.rewards.table import build_reward, check_rewards, needs_reward_model
 from rlhf.training.rollouts import RolloutWorker
 from rlhf.types import TokenizedPrompt
 
@@ -119,9 +119,10 @@ class OnPolicyModels:
         return engine
 
     def check_prompts(self, stage: StageRun[PPOStageConfig], prompts: StageData) -> None:
-        """ConfigError for a prompt that a reward model could not read, or held-out prompts that cannot tell which
+        """ConfigError for a prompt that a reward could not read or score, or held-out prompts that cannot tell which
         actor is the best, before any model is loaded."""
         check_selection(stage.config.ppo, prompts.evaluation)
+        check_rewards(stage.config.ppo.reward_specs(), [*prompts.train, *prompts.evaluation])
         if stage.config.data.template != "chat":
             return
         tokenizers = {self.reward: self.reward_tokenizer, self.held_out_reward: self.held_out_tokenizer}

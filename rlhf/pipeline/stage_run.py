@@ -43,6 +43,7 @@ from rlhf.pipeline.earlier_run import (
 )
 from rlhf.pipeline.stages import STAGES, Stage, StageConfig, config_files, default_run, find_stage_model, parse_stage
 from rlhf.report.summary import BASE_SECONDS
+from rlhf.rewards.reward import RewardError
 from rlhf.training.data_order import planned_steps
 from rlhf.training.loop import RunContext
 from rlhf.training.nonfinite import NonFiniteError
@@ -52,7 +53,7 @@ PREPARATION = "preparation.json"
 """What was made for the stage before it could train, and how long it took; a resumed run counts it too."""
 STATES = "states"
 """Where the training states of a stage lie, under its directory."""
-USER_ERRORS = (ConfigError, DataError, NonFiniteError, EmptyRolloutError)
+USER_ERRORS = (ConfigError, DataError, NonFiniteError, EmptyRolloutError, RewardError)
 """Errors whose message is all that a user needs."""
 
 Config = TypeVar("Config", bound=StageConfig)

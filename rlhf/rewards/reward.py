@@ -9,10 +9,16 @@ if TYPE_CHECKING:
     from rlhf.types import Responses, RewardOutput
 
 
+class RewardError(ValueError):
+    """A reward that gives no score: names the reward, the prompt and what came in its place."""
+
+
 class Reward(Protocol):
     """Scores this rank's responses. Every rank calls `score` equally often, with its own rows.
 
-    A reward names the same parts in every call and on every rank.
+    A reward names the same parts in every call and on every rank. Beside what stands here it may have
+    `check(prompts)`, which raises ConfigError, before any model is loaded, for prompts that it could not score; and a
+    `fingerprint`, by which a run that is resumed knows it again.
     """
 
     def score(self, responses: Responses) -> RewardOutput:

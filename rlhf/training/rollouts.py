@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from rlhf.config import ConfigError
 from rlhf.data.collate import collate_prompts
-from rlhf.data.rendered import raw_prompt
+from rlhf.data.rendered import asked
 from rlhf.distributed.collectives import all_gather_rows, all_reduce_max
 from rlhf.distributed.log import logger
 from rlhf.distributed.place import rank, world_size
@@ -366,6 +366,7 @@ class RolloutWorker:
                 "rendered_prompt": prompt.text,
                 "response": text,
                 "score": float(scored.scores[row]),
+                "parts": dict(zip(self.part_names, scored.part_scores[row].tolist(), strict=True)),
                 "measures": {name: float(values[row]) for name, values in measured.items()},
             }
             for prompt, text, row in zip(prompts, texts[::copies], range(0, counted, copies), strict=True)
@@ -445,19 +446,12 @@ def gather_in_order(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return all_gather_rows(tensor)[order]
 
 
-def asked(prompt: TokenizedPrompt) -> str:
-    """What the data row asks: the user's last turn (instruction and input), without the template around it.
-
-    All turns, a line each, of a prompt that came with markers of its own.
-    """
-    return prompt.messages[-1]["content"] if prompt.messages else raw_prompt(prompt.text)
-
-
 def sample_table(samples: Sequence[dict[str, Any]]) -> str:
-    """Prompts, responses and scores as text, two lines each."""
+    """Prompts, responses and scores as text, two lines each, with the parts of a score where it has several."""
     lines = []
     for sample in samples:
-        lines.append(f"  [{sample['score']:+.2f}] {_one_line(sample['prompt'])}")
+        parts = ", ".join(f"{name} {value:+.2f}" for name, value in sample.get("parts", {}).items())
+        lines.append(f"  [{sample['score']:+.2f}{parts and f': {parts}'}] {_one_line(sample['prompt'])}")
         lines.append(f"          -> {_one_line(sample['response'])}")
     return "\n".join(lines)
 

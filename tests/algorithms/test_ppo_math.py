@@ -17,7 +17,6 @@ from rlhf.algorithms.ppo import (
     PPOExperience,
     chosen_prompts,
     explained_variance,
-    overlong_penalties,
     planned_iterations,
     policy_loss,
     ppo_optimizer_steps,
@@ -25,6 +24,7 @@ from rlhf.algorithms.ppo import (
     value_loss,
 )
 from rlhf.config import ConfigError
+from rlhf.rewards.rules import overlong_penalties
 from rlhf.types import Rollout, TokenizedPrompt
 
 LOG = math.log

@@ -409,6 +409,7 @@ def test_a_score_that_follows_the_length_of_the_actors_responses(correlations, s
     assert one.badness == pytest.approx(abs(correlations[-1]) / 0.5)
     calm = {"step": 10 * len(lines), "eval_rows": 100.0, "eval_score_length_within": 0.48}
     assert "score_follows_length" not in found("ppo", [*lines, calm])
+    assert "score_follows_length" not in found("ppo", [{**line, "eval_rows": 8.0} for line in lines]), "too few to say"
 
 
 def test_what_is_missing_for_it_is_said_once_for_both_measures():

@@ -7,9 +7,10 @@ import logging
 
 import pytest
 
+from rlhf.data.rendered import asked
 from rlhf.doctor.checks import NEEDS
 from rlhf.pipeline.stages import STAGES
-from rlhf.training.rollouts import asked, sample_table
+from rlhf.training.rollouts import sample_table
 from rlhf.types import TokenizedPrompt
 from tests.algorithms.test_ppo_checklist import make_trainer  # noqa: F401  (a fixture)
 from tests.training.test_trainer import reward_trainer, sft_rows, sft_trainer
