@@ -106,6 +106,10 @@ def test_rows_that_are_skipped_are_listed_where_the_message_says(check, tmp_path
         (["--reward.offload", "all"], "stage reward: offload=all needs zero_stage 3"),
         (["--ppo.reward_model", "."], "stage ppo: .* is not a model directory"),
         (["--stages", "ppo"], "stage ppo: .*sft/model not found"),
+        (
+            ["--rewards", '{"name": "keywords", "column": "x"}'],
+            "stage ppo: keywords: prompt 'prompts-.*' has no text",
+        ),
         (["--learning_rat", "1"], "unknown option --learning_rat"),
     ],
 )
