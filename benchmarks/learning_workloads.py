@@ -275,7 +275,7 @@ def peer_settings(config: Any) -> dict[str, Any]:
         "temperature": config.ppo.temperature,
         "missing_eos_penalty": config.ppo.missing_eos_penalty,
         "kl_coef": config.ppo.kl_coef,
-        "kl_estimator": config.ppo.kl_estimator,
+        "kl_estimator": config.ppo.kl_estimate,
         "whiten_rewards": config.ppo.whiten_rewards,
         "cliprange": config.ppo.clip_range,
         "cliprange_value": config.ppo.value_clip_range,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from rlhf.algorithms.advantages import ESTIMATORS
+from rlhf.algorithms.advantages import ESTIMATORS, Estimator, KLPlace
 from rlhf.config import BatchConfig, ConfigError, OptimizerConfig, require_at_least, setting
 from rlhf.generation.backend import BACKENDS
 from rlhf.rewards.table import RewardSpec
@@ -108,7 +108,8 @@ class PPOConfig:
     """What scores a response: names, functions (`file.py:function`) or mappings {name, weight, ...}, of which the
     weighted sum counts (docs/reward_sources.md)."""
     advantage: str = "gae"
-    """How advantages are estimated from rewards: a name of `rlhf.algorithms.advantages.ESTIMATORS`."""
+    """How advantages are estimated from rewards: gae (PPO, with a critic), or without one rloo, grpo, dr_grpo,
+    reinforce_pp, reinforce_pp_baseline (docs/ppo.md)."""
     critic_init: Literal["reward", "zero"] | None = None
     """The critic's scalar head at the start: `reward`, that of the model it starts from (in the units of the normalised
     rewards; a causal LM gets a random one), or `zero`, under which it knows nothing yet. The layers below are copied
@@ -118,8 +119,11 @@ class PPOConfig:
     head of zeros none is needed (measured: docs/results.md)."""
     kl_coef: float = 0.1
     """Weight of the KL penalty (KULLM-RLHF, DeepSpeed-Chat: 0.1; InstructGPT: 0.02)."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k1"
-    """Per-token KL estimate in the rewards (Schulman 2020)."""
+    kl_in: Literal["reward", "loss"] | None = None
+    """Where the KL penalty stands: in the rewards of the tokens, or in the policy loss. Unset: as the source of
+    `advantage` has it (grpo, dr_grpo: loss; the others: reward)."""
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    """Per-token KL estimate (Schulman 2020). Unset: k1 in the rewards; k3 in the loss, where k1 says nothing."""
     kl_target: float | None = None
     """Steer `kl_coef` towards this many nats per response (Ziegler et al.: 6); unset keeps it fixed."""
     kl_horizon: int = 10_000
@@ -128,14 +132,20 @@ class PPOConfig:
     """Scores are clipped to plus and minus this before the KL penalty (DeepSpeed-Chat: 5); 0 turns it off."""
     clip_range: float = setting(0.2, may_be_infinite=True)
     """Clip range of the ratio (Schulman et al.: 0.2)."""
+    clip_range_high: float | None = setting(None, may_be_infinite=True)
+    """Clip range above 1, where it is to be another (DAPO's clip-higher: 0.28 beside 0.2); unset: `clip_range`."""
+    loss_mean: Literal["token", "sequence", "constant"] | None = None
+    """What the policy loss is a mean over: all tokens of a minibatch (DAPO), its responses, each the mean of its tokens
+    (GRPO), or its responses, each the sum over max_response_tokens (Dr. GRPO). Unset: as the source of `advantage`."""
     value_clip_range: float = setting(0.2, may_be_infinite=True)
     """Clip range of the value update (DeepSpeed-Chat, KULLM-RLHF: 0.2)."""
     gamma: float = 1.0
     """Discount (InstructGPT, KULLM-RLHF: 1)."""
     lam: float = 0.95
     """GAE's lambda (InstructGPT, KULLM-RLHF: 0.95)."""
-    whiten_advantages: bool = True
-    """Scale advantages to mean 0 and variance 1 over the whole rollout (Huang et al.)."""
+    whiten_advantages: bool | None = None
+    """Scale advantages to mean 0 and variance 1 over the whole rollout (Huang et al.). Unset: as the source of
+    `advantage` does (gae, reinforce_pp, reinforce_pp_baseline: yes)."""
     whiten_rewards: bool = False
     """Scale rewards to variance 1, keeping their mean, before GAE (Ziegler et al.)."""
     temperature: float = 1.0
@@ -187,9 +197,15 @@ class PPOConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(table)}")
         if not self.reward_specs():
             raise ConfigError("rewards is empty: name at least one, such as reward_model")
-        for name in ("clip_range", "value_clip_range", "temperature"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be above 0")
+        for name in ("clip_range", "clip_range_high", "value_clip_range", "temperature"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name}={value} must be above 0")
+        if self.kl_coef > 0 and (self.kl_place, self.kl_estimator) == ("loss", "k1"):
+            raise ConfigError(
+                "kl_estimator=k1 with the KL penalty in the loss: the gradient of k1 is 0 on average, whatever the "
+                "policies; use k3 or k2, or kl_in=reward"
+            )
         require_at_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "entropy_coef", "ptx_coef")
         require_at_least(self, 0, "eval_prompts", "critic_warmup_iterations", "length_calibration_prompts")
         require_at_least(self, 0, "overlong_penalty", "overlong_buffer_tokens")
@@ -219,6 +235,26 @@ class PPOConfig:
                     f"{name}={measure} chooses between evaluations, and eval_every_steps={self.eval_every_steps} makes "
                     "none on the way: set eval_every_steps to 10, say"
                 )
+
+    @property
+    def estimator(self) -> Estimator:
+        """The row of `advantage`."""
+        return ESTIMATORS[self.advantage]
+
+    @property
+    def whitens(self) -> bool:
+        """What `whiten_advantages` comes to."""
+        return self.estimator.whitens if self.whiten_advantages is None else self.whiten_advantages
+
+    @property
+    def kl_place(self) -> KLPlace:
+        """What `kl_in` comes to."""
+        return self.kl_in or self.estimator.kl_in
+
+    @property
+    def kl_estimate(self) -> Literal["k1", "k2", "k3"]:
+        """What `kl_estimator` comes to."""
+        return self.kl_estimator or ("k1" if self.kl_place == "reward" else "k3")
 
     @property
     def zero_critic_head(self) -> bool:

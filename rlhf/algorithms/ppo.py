@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rlhf.algorithms.advantages import ESTIMATORS, EstimatorInput
+from rlhf.algorithms.advantages import EstimatorInput, LossMean
 from rlhf.algorithms.config import PPOBatchConfig, PPOConfig
 from rlhf.config import ConfigError
 from rlhf.data.collate import collate_responses
@@ -78,17 +78,22 @@ def policy_loss(
     mask: torch.Tensor,
     *,
     clip_range: float,
+    clip_range_high: float | None = None,
+    weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Clipped surrogate (arXiv 1707.06347, eq. 7), summed over the mask; all arguments [B, T].
 
-    Per token max(-A r, -A clip(r, 1 - eps, 1 + eps)) with r = pi / pi_old. The metrics are sums over the mask as
-    well: divide both by the token count of the global batch.
+    Per token max(-A r, -A clip(r, 1 - eps, 1 + eps_high)) with r = pi / pi_old; eps_high is eps unless
+    `clip_range_high` says another (DAPO, arXiv 2503.14476, eq. 10). `weights` [B, 1] multiply the loss of a row, see
+    `loss_weights`. The metrics are sums over the mask: divide by the token count of the global batch.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + clip_range)
-    loss = torch.where(mask, torch.maximum(unclipped, clipped), torch.zeros_like(unclipped)).sum()
+    above = clip_range if clip_range_high is None else clip_range_high
+    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + above)
+    per_token = torch.where(mask, torch.maximum(unclipped, clipped), torch.zeros_like(unclipped))
+    loss = per_token.sum() if weights is None else (per_token * weights).sum()
     with torch.no_grad():
         metrics = {
             "policy_loss": loss.detach(),
@@ -97,6 +102,24 @@ def policy_loss(
             "approx_kl": ((torch.expm1(log_ratio) - log_ratio) * mask).sum(),
         }
     return loss, metrics
+
+
+def loss_weights(mask: torch.Tensor, mean: LossMean, *, max_tokens: int) -> torch.Tensor:
+    """What the loss of each row's tokens is multiplied by before it is divided by `loss_count`: [B, 1].
+
+    `token`: 1, for the mean over all tokens; `sequence`: 1 / |y|, for the mean over responses of their tokens' mean
+    (arXiv 2402.03300, eq. 3); `constant`: 1 / `max_tokens` for every response (arXiv 2503.20783), so that a token
+    weighs the same in a long response as in a short one, in this minibatch as in another.
+    """
+    if mean == "sequence":
+        return 1.0 / mask.sum(1, keepdim=True).clamp(min=1)
+    share = 1.0 if mean == "token" else 1.0 / max_tokens
+    return torch.full((len(mask), 1), share, device=mask.device)
+
+
+def loss_count(mask: torch.Tensor, mean: LossMean) -> float:
+    """What the summed, weighted loss of the rows is divided by: their tokens, or their number."""
+    return float(mask.sum()) if mean == "token" else float(len(mask))
 
 
 def value_loss(
@@ -159,11 +182,13 @@ class EmptyRolloutError(RuntimeError):
 class PPOExperience(TensorBatch):
     """What PPO learns from. Per-token fields [B, T] cover the response only.
 
-    `rollout.logprobs` holds the old log-probabilities that the ratio is taken against. `scores` [B] are what the reward
-    says, `rewards` what is learnt from. `values` and `returns` are the critic's (unused where there is none).
+    `rollout.logprobs` holds the old log-probabilities that the ratio is taken against, `ref_logprobs` the reference's.
+    `scores` [B] are what the reward says, `rewards` what is learnt from. `values` and `returns` are the critic's; where
+    there is none they are not used.
     """
 
     rollout: Rollout
+    ref_logprobs: torch.Tensor
     values: torch.Tensor
     rewards: torch.Tensor
     advantages: torch.Tensor
@@ -173,7 +198,8 @@ class PPOExperience(TensorBatch):
     def trimmed(self) -> PPOExperience:
         """Without the columns that are padding in every row."""
         rollout, columns = self.rollout.trimmed()
-        per_token = {name: getattr(self, name)[:, columns] for name in ("values", "rewards", "advantages", "returns")}
+        names = ("ref_logprobs", "values", "rewards", "advantages", "returns")
+        per_token = {name: getattr(self, name)[:, columns] for name in names}
         return PPOExperience(rollout=rollout, scores=self.scores, **per_token)
 
     def tokens(self) -> float:
@@ -220,7 +246,8 @@ class PPOTrainer(OnPolicyTrainer):
         self.config = config
         self.batch = batch
         self.ptx = ptx
-        self.estimator = ESTIMATORS[config.advantage]
+        self.estimator = config.estimator
+        self.loss_mean: LossMean = config.loss_mean or config.estimator.loss_mean
         self.kl = KLController(config.kl_coef, target=config.kl_target, horizon=config.kl_horizon)
         iterations = planned_iterations(batch, self.plan, len(prompts.train))
         lengths = [len(prompt.input_ids) for prompt in prompts.train]
@@ -289,7 +316,7 @@ class PPOTrainer(OnPolicyTrainer):
                 "at all); nothing can be learnt from them. Check the SFT data for empty responses, and kl_coef if the "
                 "actor came to this during PPO"
             )
-        rewards = self.rewards_of(scored, self.kl.value)
+        rewards = self.rewards_of(scored, self.kl.value if config.kl_place == "reward" else 0.0)
         optimised = float(rewards.sum(1).mean())
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
@@ -298,18 +325,19 @@ class PPOTrainer(OnPolicyTrainer):
             EstimatorInput(rewards, scored.values, mask, groups, gamma=config.gamma, lam=config.lam)
         )
         advantage_std = float(masked_variance(advantages, mask).sqrt())
-        if config.whiten_advantages:
+        if config.whitens:
             advantages = masked_whiten(advantages, mask)
         self.experience_metrics = {
             **self.rollouts.describe(scored),
             "reward": optimised,
             "advantage_std": advantage_std,
+            **equal_groups(scored.scores, self.batch.samples_per_prompt),
             **self._critic_metrics(scored.values, returns, mask),
             "kl_coef": self.kl.value,
             **self.rollouts.measured,
         }
         old = replace(rollout, logprobs=scored.logprobs)
-        return PPOExperience(old, scored.values, rewards, advantages, returns, scored.scores)
+        return PPOExperience(old, scored.ref_logprobs, scored.values, rewards, advantages, returns, scored.scores)
 
     def rewards_of(self, scored: ScoredRollout, kl_coef: float) -> torch.Tensor:
         """What is optimised, by token [B, T]: scores less the penalties of a missing end, of too many tokens and of
@@ -329,7 +357,7 @@ class PPOTrainer(OnPolicyTrainer):
             scored.ref_logprobs,
             scored.rollout.response_mask,
             kl_coef=kl_coef,
-            kl_estimator=config.kl_estimator,
+            kl_estimator=config.kl_estimate if config.kl_place == "reward" else "k1",
             score_clip=config.score_clip,
             penalties=penalties,
             token_rewards=scored.token_rewards,
@@ -406,7 +434,7 @@ class PPOTrainer(OnPolicyTrainer):
             accumulate_step(
                 self.engine.actor,
                 [*micro_batches, *ptx_parts],
-                count=lambda part: part.tokens() if isinstance(part, PPOExperience) else 0.0,
+                count=lambda part: self._count(part) if isinstance(part, PPOExperience) else 0.0,
                 loss_sum=loss_sum,
                 step=self.step + 1,
                 name="policy loss",
@@ -420,12 +448,15 @@ class PPOTrainer(OnPolicyTrainer):
         if self.ptx is None:
             return [], 0.0
         parts = self.ptx.micro_batches(self.optimizer_step, self.device, sharers=self.engine.jobs_at_a_time)
-        counts = [sum(part.tokens() for part in micro_batches), sum(map(ptx_count, parts))]
-        tokens, ptx_tokens = all_gather_rows(torch.tensor([counts], device=self.device)).sum(0).tolist()
-        return parts, self.ptx.coef * tokens / ptx_tokens
+        counts = [sum(map(self._count, micro_batches)), sum(map(ptx_count, parts))]
+        counted, ptx_tokens = all_gather_rows(torch.tensor([counts], device=self.device)).sum(0).tolist()
+        return parts, self.ptx.coef * counted / ptx_tokens
+
+    def _count(self, part: PPOExperience) -> float:
+        return loss_count(part.rollout.response_mask, self.loss_mean)
 
     def actor_loss(self, part: PPOExperience, meter: MeanMeter) -> torch.Tensor:
-        """Summed policy loss (less the entropy bonus) of a micro-batch."""
+        """Summed policy loss (less the entropy bonus, with the KL penalty where it is there) of a micro-batch."""
         config, rollout, mask = self.config, part.rollout, part.rollout.response_mask
         entropy: torch.Tensor | None = None
         if config.entropy_coef > 0:
@@ -434,11 +465,19 @@ class PPOTrainer(OnPolicyTrainer):
             logprobs = response_logprobs(self.engine.actor, rollout, self.rollouts.sampling)
         if self.first_log_ratios is not None:
             self.first_log_ratios.append((logprobs.detach() - rollout.logprobs)[mask])
-        loss, metrics = policy_loss(logprobs, rollout.logprobs, part.advantages, mask, clip_range=config.clip_range)
+        weights = loss_weights(mask, self.loss_mean, max_tokens=self.rollouts.sampling.max_new_tokens)
+        loss, metrics = policy_loss(
+            logprobs, rollout.logprobs, part.advantages, mask, clip_range=config.clip_range,
+            clip_range_high=config.clip_range_high, weights=weights,
+        )  # fmt: skip
+        meter.add({"policy_loss": metrics.pop("policy_loss")}, self._count(part))
+        if config.kl_place == "loss" and self.kl.value > 0:
+            kl = torch.where(mask, estimate_kl(logprobs, part.ref_logprobs, config.kl_estimate), 0.0)
+            metrics["kl_loss"] = kl.detach().sum()
+            loss = loss + self.kl.value * (kl * weights).sum()
         if entropy is not None:
-            entropy_sum = (entropy * mask).sum()
-            metrics["entropy"] = entropy_sum.detach()
-            loss = loss - config.entropy_coef * entropy_sum
+            metrics["entropy"] = (entropy * mask).sum().detach()
+            loss = loss - config.entropy_coef * (entropy * mask * weights).sum()
         meter.add(metrics, part.tokens())
         return loss
 
@@ -480,6 +519,15 @@ class PPOTrainer(OnPolicyTrainer):
         )
 
 
+def equal_groups(scores: torch.Tensor, samples_per_prompt: int) -> dict[str, float]:
+    """The share of prompts whose responses all have the same score, so that estimators that compare them learn nothing
+    from these; nothing with one response to each."""
+    if samples_per_prompt < 2:
+        return {}
+    by_prompt = scores.view(-1, samples_per_prompt)
+    return {"equal_groups": float((by_prompt == by_prompt[:, :1]).all(1).float().mean())}
+
+
 def planned_iterations(batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:
     """Iterations of a run over so many prompts. ConfigError when a rollout is no whole number of minibatches."""
     responses = batch.rollout_batch_size * batch.samples_per_prompt
@@ -507,7 +555,7 @@ def _whole_minibatches(batch: PPOBatchConfig, plan: Plan, responses: int) -> str
 
 def warmup_iterations(config: PPOConfig, batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:
     """Iterations in which the critic alone learns: 0 without a critic, and never the last one of a run."""
-    if not ESTIMATORS[config.advantage].needs_critic:
+    if not config.estimator.needs_critic:
         return 0
     return min(config.critic_warmup_iterations, planned_iterations(batch, plan, prompts) - 1)
 

@@ -27,7 +27,7 @@ BOUNDS = [
     (PPOConfig, "ema_decay", 0.0, -TINY, "ema_decay=-1e-09 must lie in [0, 1); 0 keeps no average"),
     (PPOConfig, "ema_decay", 1 - TINY, 1.0, "ema_decay=1.0 must lie in [0, 1); 0 keeps no average"),
     (PPOConfig, "kl_target", TINY, 0.0, "kl_target=0.0 must be above 0 nats, or unset for a fixed kl_coef"),
-    (PPOConfig, "advantage", "gae", "gea", "advantage='gea' is not one of gae"),
+    (PPOConfig, "advantage", "gae", "gea", f"advantage='gea' is not one of {', '.join(ESTIMATORS)}"),
     (PPOConfig, "generation_backend", "deepspeed", "vllm", "generation_backend='vllm' is not one of own, deepspeed"),
     (PPOConfig, "rewards", ["reward_model"], [], "rewards is empty: name at least one, such as reward_model"),
 ]  # fmt: skip

@@ -546,7 +546,7 @@ def experience_of(rows=8, width=6) -> PPOExperience:
     noise = [torch.randn(rollout.response_ids.shape, generator=generator) for _ in range(3)]
     return PPOExperience(
         dataclasses.replace(rollout, logprobs=torch.zeros_like(noise[0])),
-        noise[0], torch.zeros_like(noise[0]), noise[1], noise[2], torch.zeros(rows),
+        torch.zeros_like(noise[0]), noise[0], torch.zeros_like(noise[0]), noise[1], noise[2], torch.zeros(rows),
     )  # fmt: skip
 
 

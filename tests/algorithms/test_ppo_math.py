@@ -247,12 +247,13 @@ def test_trimming_an_experience_drops_only_columns_of_padding():
     mask = torch.tensor([[True, False, False, False], [True, True, False, False]])
     ids = torch.arange(8).reshape(2, 4)
     rollout = Rollout(torch.arange(6).reshape(2, 3), prompt_mask, ids, mask, ids.float())
-    fields = [ids.float() * factor for factor in (2, 3, 4, 5)]
+    fields = [ids.float() * factor for factor in (6, 2, 3, 4, 5)]
     small = PPOExperience(rollout, *fields, scores=torch.tensor([1.0, 2.0])).trimmed()
     assert small.rollout.prompt_ids.tolist() == [[1, 2], [4, 5]]
     assert small.rollout.response_ids.tolist() == [[0, 1], [4, 5]]
     assert small.rollout.logprobs.tolist() == [[0, 1], [4, 5]]
-    for name, factor in zip(("values", "rewards", "advantages", "returns"), (2, 3, 4, 5), strict=True):
+    names = ("ref_logprobs", "values", "rewards", "advantages", "returns")
+    for name, factor in zip(names, (6, 2, 3, 4, 5), strict=True):
         assert getattr(small, name).tolist() == [[0, factor], [4 * factor, 5 * factor]]
     assert small.scores.tolist() == [1.0, 2.0]
 

@@ -97,7 +97,11 @@ def test_the_facts_of_every_field():
         return {name for name, facts in FIELDS.items() if getattr(facts, fact)}
 
     assert having("may_change_on_resume") == MODELS | HELD_OUT | DATA | HOW_IT_RUNS
-    assert having("names_model") == MODELS and having("may_be_infinite") == {"clip_range", "value_clip_range"}
+    assert having("names_model") == MODELS and having("may_be_infinite") == {
+        "clip_range",
+        "clip_range_high",
+        "value_clip_range",
+    }
     assert {name: facts.path for name, facts in FIELDS.items() if facts.path} == {
         **dict.fromkeys(("output_dir", "cache_dir"), "written"),
         **dict.fromkeys(MODELS | HELD_OUT | DATA | {"deepspeed_config", "template"}, "read"),
