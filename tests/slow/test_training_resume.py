@@ -152,6 +152,30 @@ def test_a_stopped_run_that_keeps_the_best_goes_on_to_the_same_choice(micro_base
     assert weights[0] == weights[1]
 
 
+def test_a_run_without_a_critic_on_a_function_goes_on_to_the_same_bytes(micro_base, data, whole, tmp_path):
+    """No reward model is there at all; the function belongs to the run, so that another content is another run."""
+    file = tmp_path / "mine.py"
+    file.write_text("def score(prompts, responses):\n    return [len(set(response)) / 10 for response in responses]\n")
+    extra = [f"--actor_model={whole}/sft/model", "--advantage=grpo", "--samples_per_prompt=2", "--max_steps=4"]
+    extra += ["--rollout_batch_size=8", "--ppo_epochs=2", "--eval_samples_per_prompt=1"]
+    outputs = [tmp_path / "whole", tmp_path / "stopped"]
+    lines = [[*arguments(micro_base, data, output)["ppo"], *extra] for output in outputs]
+    lines = [[*line, "--rewards", f"{file}:score", "ends"] for line in lines]
+    ppo(lines[0])
+    assert interrupt("ppo", lines[1], outputs[1]).step < 4
+    content = file.read_text()
+    file.write_text(content.replace("10", "9"))
+    with pytest.raises(ConfigError, match=r"is of another run: .*rewards\[0\] was"):
+        ppo([*lines[1], "--resume", "auto"])
+    file.write_text(content)
+    ppo([*lines[1], "--resume", "auto"])
+    assert metrics(outputs[0] / "ppo") == metrics(outputs[1] / "ppo")
+    weights = [(output / "ppo" / "actor" / "model.safetensors").read_bytes() for output in outputs]
+    assert weights[0] == weights[1] and not (outputs[0] / "ppo" / "critic").exists()
+    samples = json.loads((outputs[0] / "ppo" / "samples.json").read_text())["samples"]
+    assert samples and all(sample["score_ppo"] >= 0 for sample in samples)
+
+
 def test_what_is_not_the_same_run_is_refused_with_the_difference_named(whole, micro_base, data, tmp_path, monkeypatch):
     line = arguments(micro_base, data, tmp_path)["sft"]
     interrupt("sft", line, tmp_path)
