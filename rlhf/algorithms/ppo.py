@@ -85,7 +85,8 @@ def policy_loss(
 
     Per token max(-A r, -A clip(r, 1 - eps, 1 + eps_high)) with r = pi / pi_old; eps_high is eps unless
     `clip_range_high` says another (DAPO, arXiv 2503.14476, eq. 10). `weights` [B, 1] multiply the loss of a row, see
-    `loss_weights`. The metrics are sums over the mask: divide by the token count of the global batch.
+    `loss_weights`. The metrics are sums over the mask: divide them by the token count of the global batch, the loss by
+    its `loss_count`.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
     ratio = log_ratio.exp()
@@ -316,8 +317,10 @@ class PPOTrainer(OnPolicyTrainer):
                 "at all); nothing can be learnt from them. Check the SFT data for empty responses, and kl_coef if the "
                 "actor came to this during PPO"
             )
-        rewards = self.rewards_of(scored, self.kl.value if config.kl_place == "reward" else 0.0)
+        rewards = self.rewards_of(scored, self.kl.value)
         optimised = float(rewards.sum(1).mean())
+        if config.kl_place == "loss":
+            rewards = self.rewards_of(scored, 0.0)
         if config.whiten_rewards:
             rewards = masked_whiten(rewards, mask, shift_mean=False)
         groups = torch.arange(len(rollout), device=mask.device) // self.batch.samples_per_prompt
