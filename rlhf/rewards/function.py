@@ -9,6 +9,7 @@ import inspect
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -141,17 +142,23 @@ def _module(place: str, path: str) -> Any:
         file = Path(place)
         if not file.is_file():
             raise ConfigError(f"reward {path}: no such file: {place} (looked in {Path.cwd()})")
-        name = f"rlhf_reward_{file.stem}"
-        spec = importlib.util.spec_from_file_location(name, file)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-        return module
+        return _run_once(file.resolve(), file.read_bytes())
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"reward {path}: {place} cannot be imported: {_place(error)}") from error
+
+
+@cache
+def _run_once(file: Path, content: bytes) -> Any:
+    """The module that a file makes, run anew only when its content is another."""
+    name = f"rlhf_reward_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def _parameters(function: Callable[..., Any], path: str) -> tuple[dict[str, bool], bool]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import ConfigError
+from rlhf.rewards.classifier import ClassifierReward
 from rlhf.rewards.function import FunctionReward
 from rlhf.rewards.reward import Reward, RewardSources
 from rlhf.rewards.rules import (
@@ -46,6 +47,7 @@ def _reward_model(sources: RewardSources) -> Reward:
 
 REWARDS: dict[str, RewardKind] = {
     "reward_model": RewardKind(_reward_model, needs_model=True),
+    "classifier": RewardKind(ClassifierReward),
     "function": RewardKind(FunctionReward),
     "length_window": RewardKind(LengthWindow),
     "overlong": RewardKind(Overlong),

@@ -148,6 +148,8 @@ def test_a_function_of_another_content_is_another_reward(tmp_path):
     file.write_text("def score(prompts, responses):\n    return [0] * len(prompts)\n")
     specs = [RewardSpec.parse(f"{file}:score"), RewardSpec.parse("ends"), RewardSpec.parse("reward_model")]
     first = reward_fingerprints(specs)
+    modules = {id(build_reward(specs[:1], NO_SOURCES).function.__globals__) for _ in range(2)}
+    assert len(modules) == 1, "a file is run once"
     assert first[0] and first[1:] == [None, None] and reward_fingerprints(specs) == first
     file.write_text("def score(prompts, responses):\n    return [1] * len(prompts)\n")
     assert reward_fingerprints(specs)[0] != first[0]
