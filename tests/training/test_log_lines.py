@@ -81,5 +81,7 @@ def test_long_samples_take_a_line_each():
     assert prompt_line.startswith("  [+1.00] 처음 가") and response_line.startswith("          -> 나 나")
     assert all(line.endswith("...") for line in (prompt_line, response_line))
     assert len(prompt_line) == len("  [+1.00] ") + 110 and len(response_line) == len("          -> ") + 110
+    parts = {"ends": 1.0, "length_curve": -0.25}
+    assert sample_table([{**sample, "parts": parts}]).startswith("  [+1.00: ends +1.00, length_curve -0.25] 처음 가")
     whole = sample_table([{"prompt": "가" * 110, "response": "나" * 111, "score": 1.0}]).splitlines()
     assert whole[0].endswith("가" * 110) and whole[1].endswith(" " + "나" * 107 + "...")

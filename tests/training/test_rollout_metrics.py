@@ -109,6 +109,7 @@ def test_an_evaluation_has_means_by_prompt_of_scores_and_of_what_is_measured(mak
     assert found["samples"] == [
         {"id": str(row // 2), "prompt": f"<{row // 2}>", "rendered_prompt": f"<{row // 2}>",
          "response": responses.texts[row], "score": 2.0 * lengths[row],
+         "parts": {"length": lengths[row], "same": lengths[row]},
          "measures": {"gold": float(row), "tokens": float(lengths[row])}}
         for row in (0, 2, 4)
     ]  # fmt: skip
