@@ -20,6 +20,7 @@ and plots of what is there. Seconds are those of sampling, scoring and optimizer
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,9 +39,10 @@ VARIANTS = ("critic_warmup_iterations=2", "learning_rate=1e-4", "learning_rate=6
             "critic_init=reward,critic_learning_rate=3e-4,max_grad_norm=0")  # fmt: skip
 SIZES = ("default", "rankings-1000", "rankings-250")
 CONTROLS = ("default", "length-biased", "length-balance", "length-calibrate", "length-odin")
-OWN_CURVE = "length_calibration_prompts=128"
-"""Of E: PPO's own length curve beside the reward model's control (`CONTROLLED_IN_PPO`)."""
-CONTROLLED_IN_PPO = ("length-biased", "length-calibrate")
+CURVES = {(): "no", ("length_calibration_prompts=128",): "of the first actor",
+          ("length_calibration_prompts=64", "length_calibration_every=4"): "every 4 iterations"}  # fmt: skip
+"""Of E: the length curves of PPO itself, the last two beside each of `CURVED`."""
+CURVED = ("length-biased", "length-calibrate")
 
 Results = dict[Run, dict[str, Any]]
 Row = dict[str, Any]
@@ -110,8 +112,8 @@ def controlled(arguments: argparse.Namespace) -> Iterator[Run]:
     for seed in arguments.seeds:
         for reward in CONTROLS[1::3] if arguments.quick else CONTROLS:
             yield Run("ours", seed, 0.1, arguments.iterations, reward)
-        for reward in () if arguments.quick else CONTROLLED_IN_PPO:
-            yield Run("ours", seed, 0.1, arguments.iterations, reward, changes=(OWN_CURVE,))
+        for reward, changes in itertools.product(() if arguments.quick else CURVED, list(CURVES)[1:]):
+            yield Run("ours", seed, 0.1, arguments.iterations, reward, changes=changes)
 
 
 def varied(arguments: argparse.Namespace) -> Iterator[Run]:
@@ -177,7 +179,7 @@ def control_rows(runs: Sequence[Run], results: Results, arguments: argparse.Name
         rows.append({
             "length bias": data.length_bias,
             "length_control": data.length_control,
-            "curve of PPO": "yes" if OWN_CURVE in run.changes else "no",
+            "curve of PPO": CURVES[run.changes],
             "seed": run.seed,
             "reward accuracy": result["reward_accuracy"],
             "of like length": length["matched"]["accuracy"],

@@ -146,7 +146,7 @@ def length_control(results: Results, path: Path) -> None:
         kind = (run.reward, run.changes)
         data, first = REWARD_DATA[run.reward], min(one.seed for one in results if (one.reward, one.changes) == kind)
         taught = f"{data.length_control}, length-biased" if data.length_bias else "unbiased annotator"
-        taught += " + own curve" if run.changes else ""
+        taught += " + PPO's curve" * len(run.changes[:1]) + ", refitted" * len(run.changes[1:])
         for axis, of in zip(axes, ("gold", "tokens"), strict=True):
             axis.plot(
                 [point["iteration"] for point in result["points"]],

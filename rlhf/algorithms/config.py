@@ -166,6 +166,9 @@ class PPOConfig:
     length_calibration_prompts: int = 0
     """Training prompts to which the first actor writes four responses each: how their scores follow length within
     prompts is taken off all scores of the run (after arXiv 2409.17407; docs/rewards.md). 0 takes nothing off."""
+    length_calibration_every: int = 0
+    """Iterations after which that curve is fitted anew, to responses of the actor as it is then beside all earlier
+    ones; 0 keeps the first actor's. Evaluations keep it either way, so that their scores can be compared."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     ptx_coef: float = 0.0
@@ -208,11 +211,17 @@ class PPOConfig:
             )
         require_at_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "entropy_coef", "ptx_coef")
         require_at_least(self, 0, "eval_prompts", "critic_warmup_iterations", "length_calibration_prompts")
+        require_at_least(self, 0, "length_calibration_every")
         require_at_least(self, 0, "overlong_penalty", "overlong_buffer_tokens")
         if 0 < self.length_calibration_prompts < FEWEST_CALIBRATION_PROMPTS:
             raise ConfigError(
                 f"length_calibration_prompts={self.length_calibration_prompts} are too few for a curve: give "
                 f"{FEWEST_CALIBRATION_PROMPTS} at least, better 128, or 0 for none"
+            )
+        if self.length_calibration_every and not self.length_calibration_prompts:
+            raise ConfigError(
+                f"length_calibration_every={self.length_calibration_every} fits a curve anew that "
+                "length_calibration_prompts=0 does not fit: set length_calibration_prompts to 64, say, or leave it out"
             )
         require_at_least(self, 1, "eval_samples_per_prompt", "kl_horizon", "patience")
         for name in ("gamma", "lam"):

@@ -291,14 +291,14 @@ class PPOTrainer(OnPolicyTrainer):
             self.engine.averaged_actor.load_state_dict(tensors)
 
     def prepare(self) -> None:
-        """Fit the length curve of the first actor's responses where `length_calibration_prompts` asks for it."""
+        """Fit the length curve of the actor's responses as it is now where `length_calibration_prompts` asks for it."""
         prompts = chosen_prompts(self.prompts.train, self.config.length_calibration_prompts, self.run.seed)
         if self.config.length_calibration_prompts:
             found = self.rollouts.calibrate_length(prompts, copies=CALIBRATION_COPIES)
             logger.info(
-                "length curve of the scores of %d responses to %d prompts by the first actor: the correlation of score "
+                "length curve after iteration %d: of the actor's %d responses to %d prompts the correlation of score "
                 "and length within prompts is %+.2f, %+.2f with the curve taken off",
-                len(prompts) * CALIBRATION_COPIES, len(prompts), found.before, found.after,
+                self.step, len(prompts) * CALIBRATION_COPIES, len(prompts), found.before, found.after,
             )  # fmt: skip
 
     # -------------------------------------------------------------------------------------------- experience
@@ -306,6 +306,8 @@ class PPOTrainer(OnPolicyTrainer):
     def make_experience(self, iteration: int) -> PPOExperience:
         """Prompts -> rollout -> scores, rewards, advantages and returns: computed once, over all ranks."""
         config = self.config
+        if config.length_calibration_every and iteration > 1 and (iteration - 1) % config.length_calibration_every == 0:
+            self.prepare()
         examples = [self.prompts.train[index] for index in self.order.indices(iteration - 1)]
         examples = [example for example in examples for _ in range(self.batch.samples_per_prompt)]
         scored = self.rollouts.run(examples, iteration)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,7 +18,7 @@ responses become short, or reach the limit and no longer end; a wide window woul
 
 @dataclass(frozen=True)
 class LengthCalibration:
-    """A length curve of the actor's responses before training, and the correlation within prompts without and with it.
+    """A length curve of the actor's own responses, and the correlation within prompts without and with it.
 
     With the curve taken off those responses have a mean score of 0.
     """
@@ -38,8 +40,48 @@ class LengthCalibration:
         found = within_groups(tokens, scores, groups, span=SPAN, robust_passes=0)
         mean = float((scores - found.at(tokens).double()).mean())
         curve = Curve(found.places, tuple(value + mean for value in found.values))
+        return cls.told(scores, tokens, curve, copies=copies)
+
+    @classmethod
+    def told(cls, scores: torch.Tensor, tokens: torch.Tensor, curve: Curve, *, copies: int) -> LengthCalibration:
+        """What `curve` does to these responses."""
+        scores, tokens = scores.cpu().double(), tokens.cpu().double()
+        groups = torch.arange(len(scores)) // copies
         left = scores - curve.at(tokens).double()
         return cls(curve, within_prompts(scores, tokens, groups), within_prompts(left, tokens, groups))
+
+
+class LengthCurves:
+    """The curves of a run: `first`, of the actor as it starts, by which evaluations can be compared, and `last`, which
+    training takes off. Each is fitted to all responses so far; None before the first of them."""
+
+    def __init__(self) -> None:
+        self.scores: list[float] = []
+        self.tokens: list[float] = []
+        self.first: Curve | None = None
+        self.last: Curve | None = None
+
+    def add(self, scores: torch.Tensor, tokens: torch.Tensor, *, copies: int) -> LengthCalibration:
+        """Fit to these responses, see `LengthCalibration.of`, beside the earlier ones; what it tells is of these."""
+        self.scores += scores.tolist()
+        self.tokens += tokens.tolist()
+        found = LengthCalibration.of(torch.tensor(self.scores), torch.tensor(self.tokens), copies=copies)
+        self.last = found.curve
+        self.first = self.first or found.curve
+        return LengthCalibration.told(scores, tokens, found.curve, copies=copies)
+
+    def state(self) -> dict[str, Any]:
+        """What `load_state` restores, as JSON."""
+        curves = {"first": self.first, "last": self.last}
+        contents = {name: None if curve is None else curve.content() for name, curve in curves.items()}
+        return {"scores": self.scores, "tokens": self.tokens, **contents}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state` gave."""
+        self.scores, self.tokens = list(state["scores"]), list(state["tokens"])
+        self.first, self.last = (
+            None if state[name] is None else Curve.read(state[name]) for name in ("first", "last")
+        )  # fmt: skip
 
 
 def within_prompts(scores: torch.Tensor, tokens: torch.Tensor, prompts: torch.Tensor) -> float:

@@ -24,7 +24,7 @@ from rlhf.numerics.local_regression import Curve
 from rlhf.numerics.statistics import correlation, last_true, masked_mean, repeated_share
 from rlhf.rewards.reward import Reward
 from rlhf.training.data_order import Plan
-from rlhf.training.length_calibration import LengthCalibration, within_prompts
+from rlhf.training.length_calibration import LengthCalibration, LengthCurves, within_prompts
 from rlhf.training.scoring import response_logprobs, response_values
 from rlhf.types import Measure, Responses, Rollout, TensorBatch, TokenizedPrompt
 
@@ -117,7 +117,7 @@ class RolloutWorker:
         self.seconds = {"seconds_generation": 0.0, "seconds_scoring": 0.0}
         self.captured_error: float | None = None
         self.captured_error_mean: float | None = None
-        self.length_curve: Curve | None = None
+        self.length_curves = LengthCurves()
 
     @property
     def device(self) -> torch.device:
@@ -138,23 +138,27 @@ class RolloutWorker:
             "old_logprobs": self.old_logprobs,
             "captured_error": self.captured_error,
             "captured_error_mean": self.captured_error_mean,
-            "length_curve": None if self.length_curve is None else self.length_curve.content(),
+            "length_curves": self.length_curves.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restore what `state` gave."""
         self.old_logprobs = state["old_logprobs"]
         self.captured_error, self.captured_error_mean = state["captured_error"], state["captured_error_mean"]
-        self.length_curve = None if state["length_curve"] is None else Curve.read(state["length_curve"])
+        self.length_curves.load_state(state["length_curves"])
 
     def calibrate_length(self, prompts: Sequence[TokenizedPrompt], *, copies: int) -> LengthCalibration:
-        """Take off all later scores how those of `copies` responses to each prompt follow length. A collective; every
-        rank gets the same curve."""
+        """Take off all later scores how those of `copies` responses to each prompt, by the actor as it is now and as it
+        was when this was called before, follow length. A collective; every rank gets the same curve."""
         examples = [prompt for prompt in prompts for _ in range(copies)]
         scored = self.run(one_for_each_rank(examples), CALIBRATION).rows(slice(0, len(examples)))
-        found = LengthCalibration.of(scored.scores, scored.rollout.response_mask.sum(1), copies=copies)
-        self.length_curve = found.curve
-        return found
+        return self.length_curves.add(scored.scores, scored.rollout.response_mask.sum(1), copies=copies)
+
+    def _length_curve(self, iteration: int) -> Curve | None:
+        """What is taken off the scores of an iteration: evaluations are comparable, the curve's own data are raw."""
+        if iteration == CALIBRATION:
+            return None
+        return self.length_curves.first if iteration == EVALUATION else self.length_curves.last
 
     def run(self, examples: Sequence[TokenizedPrompt], iteration: int) -> ScoredRollout:
         """Sample and score `examples` over all ranks; every rank gets all rows, in the order of `examples`.
@@ -165,7 +169,7 @@ class RolloutWorker:
             started = time.perf_counter()
             mine, share = self.sample(examples, iteration)
             sampled = time.perf_counter()
-            scored = self.score(mine, [examples[index] for index in share])
+            scored = self.score(mine, [examples[index] for index in share], self._length_curve(iteration))
         order = torch.argsort(all_gather_rows(torch.tensor(share, device=self.device)))
         gathered = scored._map(lambda tensor: gather_in_order(tensor, order))
         self.seconds = {
@@ -187,8 +191,10 @@ class RolloutWorker:
         return rollout.widened(longest, pad_token_id), share
 
     @torch.no_grad()
-    def score(self, rollout: Rollout, examples: Sequence[TokenizedPrompt]) -> ScoredRollout:
-        """This rank's rollout with what actor, reference, critic and reward say of it."""
+    def score(
+        self, rollout: Rollout, examples: Sequence[TokenizedPrompt], length_curve: Curve | None = None
+    ) -> ScoredRollout:
+        """This rank's rollout with what actor, reference, critic and reward say of it, less what the curve does."""
         passes = self._passes(rollout)
         columns = {name: torch.zeros_like(rollout.logprobs) for name in ("logprobs", "ref_logprobs", "values")}
         width = rollout.response_ids.shape[1]
@@ -224,8 +230,8 @@ class RolloutWorker:
             columns["logprobs"] = rollout.logprobs
         if not self.engine.has_reference:
             columns["ref_logprobs"] = columns["logprobs"]
-        if self.length_curve is not None:
-            rewards.take_off_length(self.length_curve)
+        if length_curve is not None:
+            rewards.take_off_length(length_curve)
         self.part_names = tuple(sorted(rewards.parts))
         parts = [rewards.parts[name].unsqueeze(1) for name in self.part_names]
         parts.append(rewards.scores.new_zeros(len(rollout), 0))
@@ -328,7 +334,7 @@ class RolloutWorker:
 
     def _outside_range(self, scores: torch.Tensor) -> dict[str, float]:
         """The share of scores that the reward never gave in its training, where it knows that range."""
-        known = self.reward.training_range if self.length_curve is None else None
+        known = self.reward.training_range if self.length_curves.last is None else None
         if known is None or known.get("responses", RANGE_RESPONSES) < RANGE_RESPONSES:
             return {}
         outside = (scores < known["minimum"]) | (scores > known["maximum"])

@@ -134,8 +134,9 @@ def test_length_control_is_told_with_what_the_score_follows(benchmark):
     learning, workloads = benchmark("learning"), benchmark("learning_workloads")
     runs = list(learning.controlled(learning.parse(["--seeds", "1"])))
     rows = learning.control_rows(runs, {run: result([0.7, 0.9, 0.8]) for run in runs}, None)
-    controls = [("none", "no"), ("balance", "no"), ("calibrate", "no"), ("odin", "no"), ("none", "yes"),
-                ("calibrate", "yes")]  # fmt: skip
+    controls = [(control, "no") for control in ("none", "balance", "calibrate", "odin")]
+    curves = ("of the first actor", "every 4 iterations")
+    controls += [(control, curve) for control in ("none", "calibrate") for curve in curves]
     assert [(row["length bias"], row["length_control"], row["curve of PPO"]) for row in rows] == [
         (0.0, "none", "no"), *((workloads.LENGTH_BIAS, *control) for control in controls),
     ]  # fmt: skip

@@ -59,7 +59,7 @@ torch.save(
         "responses": experience.rollout.response_ids, "advantages": experience.advantages, "metrics": metrics,
         "returns": experience.returns, "actor": engine.actor.module.state_dict(),
         "critic": engine.critic.module.state_dict() if engine.critic else {}, "evaluation": trainer.evaluate(1),
-        "curve": trainer.rollouts.length_curve.content(),
+        "curve": trainer.rollouts.length_curves.last.content(),
     },
     Path(out) / f"rank{rank()}.pt",
 )

@@ -136,7 +136,7 @@ def test_a_stopped_run_that_keeps_the_best_goes_on_to_the_same_choice(micro_base
     """The best so far, the patience that is used up and the length curve belong to the state."""
     extra = [f"--reward_model={whole}/reward/model", f"--actor_model={whole}/sft/model", "--learning_rate=0.02"]
     extra += ["--max_steps=8", "--eval_every_steps=1", "--keep_best=reward", "--stop_when=reward", "--patience=2"]
-    extra += ["--length_calibration_prompts=8"]
+    extra += ["--length_calibration_prompts=8", "--length_calibration_every=2"]
     outputs = [tmp_path / "whole", tmp_path / "stopped"]
     lines = [[*arguments(micro_base, data, output)["ppo"], *extra] for output in outputs]
     ppo(lines[0])

@@ -1,10 +1,13 @@
 """The length curve of the first actor's own responses, and what taking it off leaves."""
 
+import json
+
 import pytest
 import torch
 
 from rlhf.algorithms.config import PPOConfig
 from rlhf.config import ConfigError
+from rlhf.training import rollouts
 from rlhf.training.length_calibration import LengthCalibration, within_prompts
 from tests.algorithms.test_ppo_checklist import make_trainer  # noqa: F401  (a fixture)
 
@@ -72,22 +75,51 @@ def test_a_score_that_is_length_says_nothing_any_more(make_trainer):  # noqa: F8
     assert metrics["score/length_curve"] == pytest.approx(float((found.scores - plain.scores).mean()), abs=1e-5)
 
 
-def test_the_curve_is_of_the_first_actor_and_goes_on_with_the_run(make_trainer, monkeypatch):  # noqa: F811
+def test_the_curve_is_of_the_first_actor_and_goes_on_with_the_run(make_trainer):  # noqa: F811
     settings = {"scorer": length_score, "prompts": 16, "iterations": 2, "length_calibration_prompts": 16}
     trainer = make_trainer(**settings)
     trainer.fit()
-    curve = trainer.rollouts.length_curve
+    curves = trainer.rollouts.length_curves
     fresh = make_trainer(**settings)
     fresh.prepare()
-    assert fresh.rollouts.length_curve == curve, "not fitted again on the way"
+    assert fresh.rollouts.length_curves.last == curves.first == curves.last, "not fitted again on the way"
     other = make_trainer(**settings)
-    other.load_state(trainer.state(), [], {})
-    assert other.rollouts.length_curve == curve
+    other.load_state(json.loads(json.dumps(trainer.state())), [], {})
+    assert vars(other.rollouts.length_curves) == vars(curves)
     off = make_trainer(**{**settings, "length_calibration_prompts": 0})
     off.fit()
-    assert off.rollouts.length_curve is None
+    assert off.rollouts.length_curves.last is None
     off.load_state(off.state(), [], {})
-    assert off.rollouts.length_curve is None
+    assert off.rollouts.length_curves.first is None
+
+
+def test_a_curve_that_is_fitted_anew_knows_all_responses_and_evaluations_keep_the_first(make_trainer):  # noqa: F811
+    trainer = make_trainer(
+        scorer=length_score, prompts=16, rollout=8, iterations=4, new_tokens=60, actor_eos=7, kl_coef=0.0,
+        length_calibration_prompts=16, length_calibration_every=2, eval_every_steps=1,
+    )  # fmt: skip
+    trainer.engine.actor.optimizer.param_groups[0]["lr"] = 0.05
+    fitted, scored = [], []
+    worker = trainer.rollouts
+    calibrate, run = worker.calibrate_length, worker.run
+    worker.calibrate_length = lambda *given, **named: fitted.append(trainer.step) or calibrate(*given, **named)
+    worker.run = lambda examples, iteration: scored.append((iteration, run(examples, iteration))) or scored[-1][1]
+    trainer.fit()
+    curves = trainer.rollouts.length_curves
+    assert fitted == [0, 2] and len(curves.scores) == len(curves.tokens) == 2 * 16 * 4 and curves.first != curves.last
+    raw = [one for iteration, one in scored if iteration == rollouts.CALIBRATION]
+    assert curves.scores == [score for one in raw for score in one.scores.tolist()]
+    assert curves.scores == pytest.approx([0.5 * tokens for tokens in curves.tokens]), "as the reward gave them"
+
+    def taken_off(one):
+        return 0.5 * one.rollout.response_mask.sum(1) - one.scores
+
+    for iteration, one in scored:
+        tokens = one.rollout.response_mask.sum(1)
+        if iteration in (rollouts.EVALUATION, 1, 2):
+            torch.testing.assert_close(taken_off(one), curves.first.at(tokens), atol=1e-5, rtol=0)
+        elif iteration in (3, 4):
+            torch.testing.assert_close(taken_off(one), curves.last.at(tokens), atol=1e-5, rtol=0)
 
 
 def test_with_a_curve_the_score_range_of_the_reward_model_is_forgotten(make_trainer):  # noqa: F811
@@ -105,3 +137,5 @@ def test_fewer_prompts_than_a_curve_needs_are_refused():
         PPOConfig(length_calibration_prompts=-1)
     with pytest.raises(ConfigError, match="length_calibration_prompts=3 are too few.*give 8 at least"):
         PPOConfig(length_calibration_prompts=3)
+    with pytest.raises(ConfigError, match="length_calibration_every=4 fits a curve anew that .*prompts=0 does not fit"):
+        PPOConfig(length_calibration_every=4)
