@@ -102,6 +102,8 @@ def test_words_of_a_column_are_those_of_the_prompts_own_row():
         ({"name": "length_window", "maximum": "many"}, "length_window: maximum='many' must be a whole number"),
         ({"name": "overlong", "max_tokens": 5, "buffer_tokens": 6}, "buffer_tokens=6 must be at least 1 and at most"),
         ({"name": "repetition", "n": 0}, "n=0 must be at least 1"),
+        ({"name": "repetition", "n": 2.5}, "n=2.5 must be a whole number"),
+        ({"name": "overlong", "max_tokens": 5, "buffer_tokens": True}, "buffer_tokens=True must be a whole number"),
         ({"name": "matches", "pattern": "("}, r"'\(' is no regular expression: missing \)"),
         ({"name": "matches", "pattern": 3}, "pattern=3 must be a text"),
         ({"name": "keywords"}, "keywords: give one of words"),
