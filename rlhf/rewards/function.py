@@ -42,7 +42,7 @@ class FunctionReward:
         self.name = path
         self.function = load_function(path)
         self.named, self.takes_all = _parameters(self.function, path)
-        self.fingerprint = _fingerprint(self.function)
+        self.fingerprint = _fingerprint(self.function, path)
 
     def check(self, prompts: Sequence[TokenizedPrompt]) -> None:
         """ConfigError for a column without a default that the function names and no prompt has."""
@@ -152,7 +152,7 @@ def _module(place: str, path: str) -> Any:
 @cache
 def _run_once(file: Path, content: bytes) -> Any:
     """The module that a file makes, run anew only when its content is another."""
-    name = f"rlhf_reward_{file.stem}"
+    name = f"rlhf_reward_{file.stem}_{hashlib.sha256(bytes(file)).hexdigest()[:8]}"  # two folders may have such a file
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -178,12 +178,12 @@ def _parameters(function: Callable[..., Any], path: str) -> tuple[dict[str, bool
     return named, any(each.kind is kinds.VAR_KEYWORD for each in parameters)
 
 
-def _fingerprint(function: Callable[..., Any]) -> str:
-    """A checksum of the file that the function is in; its name where there is none to read."""
+def _fingerprint(function: Callable[..., Any], path: str) -> str:
+    """A checksum of the file that the function, or the class of a callable object, is in; `path` where none is."""
     try:
-        content = Path(inspect.getfile(function)).read_bytes()
+        content = Path(inspect.getfile(function if inspect.isroutine(function) else type(function))).read_bytes()
     except (TypeError, OSError):
-        return str(function)
+        return path
     return hashlib.sha256(content).hexdigest()[:16]
 
 

@@ -143,6 +143,20 @@ def test_in_the_log_it_has_the_functions_name(tmp_path):
     }  # fmt: skip
 
 
+def test_an_object_that_can_be_called_is_a_function_too(tmp_path):
+    """What tells it from another one is its file, never where it lies in memory."""
+    file = tmp_path / "rules.py"
+    source = "class Score:\n    def __call__(self, prompts, responses):\n        return [1, 2]\nscore = Score()\n"
+    file.write_text(source)
+    specs = [RewardSpec.parse(f"{file}:score")]
+    assert build_reward(specs, NO_SOURCES).score(responses()).scores.tolist() == [1, 2]
+    first = reward_fingerprints(specs)
+    file.write_text(f"{source}\n")
+    changed = reward_fingerprints(specs)
+    file.write_text(source)
+    assert reward_fingerprints(specs) == first != changed
+
+
 def test_a_function_of_another_content_is_another_reward(tmp_path):
     file = tmp_path / "rules.py"
     file.write_text("def score(prompts, responses):\n    return [0] * len(prompts)\n")
