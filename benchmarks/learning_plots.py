@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from learning_curves import fit_overoptimisation, with_distance
@@ -139,23 +140,21 @@ def overoptimisation(results: Results, path: Path) -> None:
 
 
 def length_control(results: Results, path: Path) -> None:
-    """Gold and response tokens over the iterations, a curve for each seed, a colour for each control."""
-    names = list(dict.fromkeys((run.reward, run.changes) for run in results))
-    figure, axes = plt.subplots(1, 2, figsize=(7.2, 3.0))
-    for run, result in results.items():
-        kind = (run.reward, run.changes)
-        data, first = REWARD_DATA[run.reward], min(one.seed for one in results if (one.reward, one.changes) == kind)
+    """Gold as the mean of the seeds and response tokens of each over the iterations, a colour for each control."""
+    figure, axes = plt.subplots(1, 2, figsize=(7.2, 4.2))
+    for number, kind in enumerate(dict.fromkeys((run.reward, run.changes) for run in results)):
+        data, curves = REWARD_DATA[kind[0]], [
+            result["points"] for run, result in results.items() if (run.reward, run.changes) == kind
+        ]  # fmt: skip
         taught = f"{data.length_control}, length-biased" if data.length_bias else "unbiased annotator"
-        taught += " + PPO's curve" * len(run.changes[:1]) + ", refitted" * len(run.changes[1:])
-        for axis, of in zip(axes, ("gold", "tokens"), strict=True):
-            axis.plot(
-                [point["iteration"] for point in result["points"]],
-                [point[of] for point in result["points"]],
-                color=f"C{names.index(kind)}",
-                label=taught if run.seed == first else None,
-            )
-    for axis, title in zip(axes, ("gold", "response tokens"), strict=True):
+        taught += " + PPO's curve" * len(kind[1][:1]) + ", refitted" * len(kind[1][1:])
+        iterations = [point["iteration"] for point in curves[0]]
+        gold = [fmean(point["gold"] for point in points) for points in zip(*curves, strict=True)]
+        axes[0].plot(iterations, gold, color=f"C{number}", label=taught)
+        for curve in curves:
+            axes[1].plot(iterations, [point["tokens"] for point in curve], color=f"C{number}")
+    for axis, title in zip(axes, ("gold, mean of the seeds", "response tokens"), strict=True):
         axis.set_title(title)
         axis.set_xlabel("iteration")
-    axes[0].legend(fontsize=6)
+    figure.legend(fontsize=6, loc="outside lower center", ncols=3)
     save(figure, path)

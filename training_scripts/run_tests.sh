@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage="Usage: bash training_scripts/run_tests.sh [--fast] [PYTEST ARGUMENTS]
 
-With no argument every test, about 17 minutes on two cores.
+With no argument every test, 16 to 21 minutes on two cores.
 --fast leaves out tests/slow (what starts a launcher, kills processes or trains): about 5 minutes.
 Other arguments go to pytest: run_tests.sh --fast -k gae, run_tests.sh tests/slow/test_restarts.py"
 
