@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,17 +31,17 @@ def overlong_penalties(tokens: torch.Tensor, *, max_tokens: int, buffer_tokens: 
     return ((max_tokens - buffer_tokens - tokens.float()) / buffer_tokens).clamp(-1.0, 0.0)
 
 
-class Rule:
+class Rule(ABC):
     """A reward that needs nothing but the responses and knows no range from a training."""
 
     training_range = None
 
     def __init__(self, sources: RewardSources) -> None:
-        """Any of them is made with the run's `sources`, which a rule does not look at."""
+        del sources  # every reward is made with them; a rule looks at the responses alone
 
+    @abstractmethod
     def scores(self, responses: Responses) -> Sequence[float] | torch.Tensor:
         """A number for each response."""
-        raise NotImplementedError
 
     def score(self, responses: Responses) -> RewardOutput:
         """See `rlhf.rewards.reward.Reward`."""
