@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlhf.config import ConfigError, RunConfig
+from rlhf.distributed.log import logger
 from rlhf.training.metrics import LineFile, MeanMeter, MetricsWriter
 
 QUIET = RunConfig(tensorboard=False)
@@ -108,11 +109,12 @@ def test_a_file_that_is_shorter_than_it_was_is_reported_and_one_as_long_is_not(t
     assert [message.split(": ")[1] for message in caplog.messages] == said
 
 
-def test_lines_wait_for_a_disk_that_is_full(tmp_path):
-    """A real limit: the process may write no file beyond 100 bytes."""
+def test_lines_wait_for_a_disk_that_is_full(tmp_path, monkeypatch):
+    """A real limit: the process may write no file beyond 100 bytes, that of its captured output included."""
     import resource
     import signal
 
+    monkeypatch.setattr(logger, "handlers", [])  # an earlier test may have set up the log, which goes there
     lines = LineFile(tmp_path / "metrics.jsonl")
     lines.open()
     lines.write("a" * 39)
