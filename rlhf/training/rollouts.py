@@ -22,7 +22,7 @@ from rlhf.generation.backend import Backend
 from rlhf.generation.token_sampling import Sampling
 from rlhf.numerics.local_regression import Curve
 from rlhf.numerics.statistics import correlation, last_true, masked_mean, repeated_share
-from rlhf.rewards.reward import Reward
+from rlhf.rewards.reward import Reward, RewardError
 from rlhf.training.data_order import Plan
 from rlhf.training.length_calibration import LengthCalibration, LengthCurves, within_prompts
 from rlhf.training.scoring import response_logprobs, response_values
@@ -149,9 +149,15 @@ class RolloutWorker:
 
     def calibrate_length(self, prompts: Sequence[TokenizedPrompt], *, copies: int) -> LengthCalibration:
         """Take off all later scores how those of `copies` responses to each prompt, by the actor as it is now and as it
-        was when this was called before, follow length. A collective; every rank gets the same curve."""
+        was when this was called before, follow length. A collective; every rank gets the same curve. RewardError for a
+        score that is not finite."""
         examples = [prompt for prompt in prompts for _ in range(copies)]
         scored = self.run(one_for_each_rank(examples), CALIBRATION).rows(slice(0, len(examples)))
+        if wrong := (~torch.isfinite(scored.scores)).nonzero().flatten().tolist():
+            raise RewardError(
+                f"the reward gave {float(scored.scores[wrong[0]])} for a response to prompt {examples[wrong[0]].id!r}, "
+                f"the first of {len(wrong)} of {len(examples)} that are not finite: no length curve can be fitted"
+            )
         return self.length_curves.add(scored.scores, scored.rollout.response_mask.sum(1), copies=copies)
 
     def _length_curve(self, iteration: int) -> Curve | None:

@@ -7,6 +7,7 @@ import torch
 
 from rlhf.algorithms.config import PPOConfig
 from rlhf.config import ConfigError
+from rlhf.rewards.reward import RewardError
 from rlhf.training import rollouts
 from rlhf.training.length_calibration import LengthCalibration, within_prompts
 from tests.algorithms.test_ppo_checklist import make_trainer  # noqa: F401  (a fixture)
@@ -120,6 +121,16 @@ def test_a_curve_that_is_fitted_anew_knows_all_responses_and_evaluations_keep_th
             torch.testing.assert_close(taken_off(one), curves.first.at(tokens), atol=1e-5, rtol=0)
         elif iteration in (3, 4):
             torch.testing.assert_close(taken_off(one), curves.last.at(tokens), atol=1e-5, rtol=0)
+
+
+def test_a_score_that_is_not_finite_is_told_before_a_curve_is_made_of_it(make_trainer):  # noqa: F811
+    def broken(rollout, _):
+        return length_score(rollout, _) + torch.where(rollout.response_mask.sum(1) > 0, torch.nan, 0.0)
+
+    trainer = make_trainer(scorer=broken, length_calibration_prompts=8)
+    with pytest.raises(RewardError, match="gave nan for a response to prompt '.*', the first of 32 of 32 that"):
+        trainer.prepare()
+    assert trainer.rollouts.length_curves.last is None
 
 
 def test_with_a_curve_the_score_range_of_the_reward_model_is_forgotten(make_trainer):  # noqa: F811
