@@ -1,5 +1,6 @@
 """The length curve of the first actor's own responses, and what taking it off leaves."""
 
+import dataclasses
 import json
 
 import pytest
@@ -55,6 +56,19 @@ def test_a_constant_score_has_a_flat_curve():
     tokens, _, _ = drawn()
     found = LengthCalibration.of(torch.full((len(tokens),), 2.5), tokens, copies=4)
     assert found.before == found.after == 0 and found.curve.at(tokens).tolist() == pytest.approx([2.5] * len(tokens))
+
+
+def test_an_evaluation_compares_the_responses_to_one_prompt(make_trainer):  # noqa: F811
+    """Scores fall with length from prompt to prompt and rise with it among the responses to each."""
+    worker = make_trainer().rollouts
+    scored = worker.run([prompt for prompt in make_trainer().prompts.train[:4] for _ in range(2)], 1)
+    tokens = torch.tensor([1, 2, 2, 3, 3, 4, 4, 5])
+    mask = torch.arange(6) < tokens.unsqueeze(1)
+    rollout = dataclasses.replace(scored.rollout, response_mask=mask)
+    scores = torch.tensor([9.0, 10, 6, 7, 3, 4, 0, 1])
+    made = dataclasses.replace(scored, rollout=rollout, scores=scores)
+    assert rollouts.follows_length(made, 2)["score_length_within"] == pytest.approx(1.0)
+    assert rollouts.follows_length(made, 1) == {} and rollouts.follows_length(made.rows(slice(0, 6)), 2) == {}
 
 
 def length_score(rollout, _):
