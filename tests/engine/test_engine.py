@@ -1,4 +1,4 @@
-"""Engines under DeepSpeed ZeRO 0 to 3, in this process and on two ranks of the real launcher."""
+"""Engines under DeepSpeed ZeRO 0 to 3, in this process and on two ranks."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from rlhf.models.scalar import ScalarModel
 from tests.support.launch import run_ranks
 
 RANKS = '''
-"""Experience and the weights after one update of PPO, on as many ranks as the launcher starts."""
+"""Experience and the weights after one update of PPO, on as many ranks as are started."""
 import sys
 from pathlib import Path
 import torch

@@ -16,7 +16,7 @@ from rlhf.data import DataError
 from step1_sft.main import main as sft
 from step2_reward.main import main as reward
 from step3_ppo.main import main as ppo
-from tests.support.launch import ROOT, run_ranks
+from tests.support.launch import ROOT, launch_ranks
 
 SMALL = (
     "--max_steps 1 --global_batch_size 4 --micro_batch_size 2 --precision fp32 --no_tensorboard --max_response_tokens 8"
@@ -200,7 +200,7 @@ def test_port_in_use(micro_base, tmp_path):
         holder.listen()
         port = holder.getsockname()[1]
         arguments = ["--base_model", str(micro_base), "--output_dir", str(tmp_path / "run"), *SMALL.split()]
-        result = run_ranks(ROOT / "step1_sft/main.py", 1, tmp_path, arguments, port=port)
+        result = launch_ranks(ROOT / "step1_sft/main.py", 1, tmp_path, arguments, port=port)
     output = result.stdout + result.stderr
     assert result.returncode != 0
     assert f"port {port}" in output and "--master_port" in output

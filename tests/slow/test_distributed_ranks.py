@@ -15,7 +15,7 @@ import pytest
 
 from rlhf.distributed import exit_codes
 from rlhf.distributed.rank_board import RankBoard
-from tests.support.launch import ROOT, run_ranks
+from tests.support.launch import ROOT, launch_ranks
 from tests.support.rank_worker import SAVED_AT, TIMEOUT_MINUTES, TROUBLE_AT
 
 WORKER = ROOT / "tests" / "support" / "rank_worker.py"
@@ -243,7 +243,7 @@ if os.environ["RANK"] == "1":
     threading.Timer(3.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
 rank_worker.main(Path({str(tmp_path)!r}), "train")
 """
-    done = run_ranks(script, 2, tmp_path / "script", timeout=90)
+    done = launch_ranks(script, 2, tmp_path / "script", timeout=90)
     assert done.returncode != 0
     assert done.stdout.count("error: ") == 1 and "Traceback" not in done.stdout, done.stdout
     assert "error: rank 1 (pid " in done.stdout and "was killed after step " in done.stdout
@@ -266,5 +266,5 @@ run_as_script(main)
 def test_a_library_that_aborts_when_the_interpreter_ends_does_not_fail_a_finished_job(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(ABORTS_AT_EXIT)
-    done = run_ranks(script, 2, tmp_path)
+    done = launch_ranks(script, 2, tmp_path)
     assert done.returncode == 0 and done.stdout.count("trained") == 2, done.stdout[-2000:]

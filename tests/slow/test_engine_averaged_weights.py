@@ -1,4 +1,4 @@
-"""The averaged actor on two ranks of the real launcher."""
+"""The averaged actor on two ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Engines under ZeRO 0 to 3 on two ranks of the real launcher: gradients and exports."""
+"""Engines under ZeRO 0 to 3 on two ranks: gradients and exports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One shared base on two ranks of the real launcher."""
+"""One shared base on two ranks."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.launch import run_ranks
+from tests.support.launch import launch_ranks
 from tests.support.pipeline_worker import SMALL
 from tests.support.samples import write_sample
 
@@ -51,7 +51,7 @@ def test_it_serves_a_stage(data):
     assert losses["after"]["nats_per_token"] < 0.8 * losses["before"]["nats_per_token"]
     words = ["--base_model", data / "base", "--output_dir", data / "out", "--cache_dir", data / "cache", *SMALL.split()]
     words += ["--sft_data", data / "train.jsonl", "--sft_eval_data", data / "heldout.jsonl", "--max_steps", 3]
-    done = run_ranks(ROOT / "step1_sft" / "main.py", 1, data / "out", words)
+    done = launch_ranks(ROOT / "step1_sft" / "main.py", 1, data / "out", words)
     assert done.returncode == 0, done.stdout[-4000:]
     result = json.loads((data / "out" / "sft" / "result.json").read_text(encoding="utf-8"))
     assert result["eval_loss_after"] < result["eval_loss_before"]
