@@ -275,3 +275,5 @@ class RewardOutput:
 
 Measure = Callable[[Responses], Mapping[str, torch.Tensor]]
 """Named numbers [B] of B responses that training never sees; nothing for responses it cannot say anything of."""
+OnEnded = Callable[[Sequence[int], Rollout], None]
+"""Told of prompts of a batch, by number, and of their responses, which are whole while others are still sampled."""

@@ -31,7 +31,7 @@ class EstimatorInput:
 
 
 LossMean = Literal["token", "sequence", "constant"]
-"""What the policy loss is a mean over; see `rlhf.algorithms.ppo.loss_weights`."""
+"""What the policy loss is a mean over; see `rlhf.algorithms.policy_loss.loss_weights`."""
 KLPlace = Literal["reward", "loss"]
 """Where the KL penalty stands."""
 

@@ -169,6 +169,9 @@ class PPOConfig:
     length_calibration_every: int = 0
     """Iterations after which that curve is fitted anew, to responses of the actor as it is then beside all earlier
     ones; 0 keeps the first actor's. Evaluations keep it either way, so that their scores can be compared."""
+    resample_equal_groups: int = 0
+    """Rounds in which prompts whose responses are all worth the same are replaced by other prompts, before advantages
+    are estimated (DAPO's dynamic sampling, arXiv 2503.14476); 0 keeps them. Needs samples_per_prompt of 2 or more."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus."""
     ptx_coef: float = 0.0
@@ -211,7 +214,7 @@ class PPOConfig:
             )
         require_at_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "entropy_coef", "ptx_coef")
         require_at_least(self, 0, "eval_prompts", "critic_warmup_iterations", "length_calibration_prompts")
-        require_at_least(self, 0, "length_calibration_every")
+        require_at_least(self, 0, "length_calibration_every", "resample_equal_groups")
         require_at_least(self, 0, "overlong_penalty", "overlong_buffer_tokens")
         if 0 < self.length_calibration_prompts < FEWEST_CALIBRATION_PROMPTS:
             raise ConfigError(

@@ -10,169 +10,46 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 
 from rlhf.algorithms.advantages import EstimatorInput, LossMean
 from rlhf.algorithms.config import PPOBatchConfig, PPOConfig
+from rlhf.algorithms.policy_loss import (
+    KLController,
+    explained_variance,
+    loss_count,
+    loss_weights,
+    policy_loss,
+    shape_rewards,
+    value_loss,
+)
 from rlhf.config import ConfigError
 from rlhf.data.collate import collate_responses
 from rlhf.data.stage_data import StageData
 from rlhf.distributed.collectives import all_gather_rows
 from rlhf.distributed.log import logger
 from rlhf.distributed.place import rank
-from rlhf.numerics.logprobs import KLEstimator, estimate_kl
-from rlhf.numerics.statistics import last_true, masked_variance, masked_whiten
+from rlhf.numerics.logprobs import estimate_kl
+from rlhf.numerics.statistics import masked_variance, masked_whiten
 from rlhf.rewards.rules import overlong_penalties
 from rlhf.training.data_order import DataOrder, Plan, planned_steps
+from rlhf.training.groups import all_alike, with_groups_replaced
 from rlhf.training.loop import RunContext
 from rlhf.training.metrics import MeanMeter
 from rlhf.training.nonfinite import check_rollout
 from rlhf.training.on_policy import OnPolicyTrainer, Selection
-from rlhf.training.rollouts import RolloutWorker, ScoredRollout
+from rlhf.training.rollouts import RolloutWorker, ScoredRollout, one_for_each_rank
 from rlhf.training.scoring import label_loss, response_logprobs, response_logprobs_and_entropy, response_values
 from rlhf.training.step import accumulate_step, learning_rate
 from rlhf.types import IGNORE_INDEX, Rollout, TensorBatch, TokenBatch, TokenizedPrompt
 
 CALIBRATION_COPIES = 4
 """Responses to each of `length_calibration_prompts`."""
-
-# ------------------------------------------------------------------------------------------------ mathematics
-
-
-def shape_rewards(
-    scores: torch.Tensor,
-    logprobs: torch.Tensor,
-    ref_logprobs: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    kl_coef: float,
-    kl_estimator: KLEstimator = "k1",
-    score_clip: float = 0.0,
-    penalties: torch.Tensor | None = None,
-    token_rewards: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Per-token rewards [B, T]: -kl_coef * KL estimate on every response token, plus the score on the last one.
-
-    Ziegler et al. (arXiv 1909.08593) eq. 2. `scores` [B] are clipped to +-score_clip (0: not at all) before the
-    KL penalty and `penalties` [B] (of a missing end, of too many tokens) are taken off, so that no penalty is clipped
-    away; `token_rewards` [B, T] are added as they are. 0 outside `mask` [B, T].
-    """
-    kl = estimate_kl(logprobs, ref_logprobs, kl_estimator)
-    rewards = torch.where(mask, -kl_coef * kl, torch.zeros_like(kl))
-    if token_rewards is not None:
-        rewards = torch.where(mask, rewards + token_rewards, rewards)
-    clipped = scores.clamp(-score_clip, score_clip) if score_clip else scores
-    if penalties is not None:
-        clipped = clipped - penalties
-    last = last_true(mask).unsqueeze(1)
-    has_tokens = mask.any(dim=1)
-    return rewards.scatter_add(1, last, (clipped * has_tokens).to(rewards.dtype).unsqueeze(1))
-
-
-def policy_loss(
-    logprobs: torch.Tensor,
-    old_logprobs: torch.Tensor,
-    advantages: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    clip_range: float,
-    clip_range_high: float | None = None,
-    weights: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped surrogate (arXiv 1707.06347, eq. 7), summed over the mask; all arguments [B, T].
-
-    Per token max(-A r, -A clip(r, 1 - eps, 1 + eps_high)) with r = pi / pi_old; eps_high is eps unless
-    `clip_range_high` says another (DAPO, arXiv 2503.14476, eq. 10). `weights` [B, 1] multiply the loss of a row, see
-    `loss_weights`. The metrics are sums over the mask: divide them by the token count of the global batch, the loss by
-    its `loss_count`.
-    """
-    log_ratio = torch.where(mask, logprobs - old_logprobs, torch.zeros_like(logprobs))
-    ratio = log_ratio.exp()
-    unclipped = -advantages * ratio
-    above = clip_range if clip_range_high is None else clip_range_high
-    clipped = -advantages * ratio.clamp(1 - clip_range, 1 + above)
-    per_token = torch.where(mask, torch.maximum(unclipped, clipped), torch.zeros_like(unclipped))
-    loss = per_token.sum() if weights is None else (per_token * weights).sum()
-    with torch.no_grad():
-        metrics = {
-            "policy_loss": loss.detach(),
-            "ratio": (ratio * mask).sum(),
-            "clip_fraction": ((clipped > unclipped) & mask).sum().float(),
-            "approx_kl": ((torch.expm1(log_ratio) - log_ratio) * mask).sum(),
-        }
-    return loss, metrics
-
-
-def loss_weights(mask: torch.Tensor, mean: LossMean, *, max_tokens: int) -> torch.Tensor:
-    """What the loss of each row's tokens is multiplied by before it is divided by `loss_count`: [B, 1].
-
-    `token`: 1, for the mean over all tokens; `sequence`: 1 / |y|, for the mean over responses of their tokens' mean
-    (arXiv 2402.03300, eq. 3); `constant`: 1 / `max_tokens` for every response (arXiv 2503.20783), so that a token
-    weighs the same in a long response as in a short one, in this minibatch as in another.
-    """
-    if mean == "sequence":
-        return 1.0 / mask.sum(1, keepdim=True).clamp(min=1)
-    share = 1.0 if mean == "token" else 1.0 / max_tokens
-    return torch.full((len(mask), 1), share, device=mask.device)
-
-
-def loss_count(mask: torch.Tensor, mean: LossMean) -> float:
-    """What the summed, weighted loss of the rows is divided by: their tokens, or their number."""
-    return float(mask.sum()) if mean == "token" else float(len(mask))
-
-
-def value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor, *, clip_range: float
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Clipped value loss, summed over the mask; all arguments [B, T].
-
-    Per token 0.5 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2) (Huang et al., detail of openai/baselines).
-    """
-    clipped = torch.clamp(values, old_values - clip_range, old_values + clip_range)
-    zero = torch.zeros_like(values)
-    plain = torch.where(mask, values - returns, zero) ** 2
-    limited = torch.where(mask, clipped - returns, zero) ** 2
-    loss = 0.5 * torch.maximum(plain, limited).sum()
-    with torch.no_grad():
-        metrics = {"value_loss": loss.detach(), "value_clip_fraction": (limited > plain).sum().float()}
-    return loss, metrics
-
-
-def explained_variance(values: torch.Tensor, returns: torch.Tensor, mask: torch.Tensor) -> float:
-    """1 - Var(returns - values) / Var(returns) over the mask; 1 is a perfect critic, 0 one that knows only the mean."""
-    return float(1 - masked_variance(returns - values, mask) / masked_variance(returns, mask).clamp(min=1e-12))
-
-
-class KLController:
-    """The coefficient of the KL penalty: fixed, or steered towards a target (Ziegler et al., section 2.2).
-
-    Adaptive: e = clip(KL / target - 1, -0.2, 0.2); coef *= 1 + e * episodes / horizon, with the *observed* KL of
-    whole responses in nats.
-    """
-
-    def __init__(self, kl_coef: float, *, target: float | None = None, horizon: int = 10_000) -> None:
-        self.value = kl_coef
-        self.target = target
-        self.horizon = horizon
-
-    def update(self, observed_kl: float, episodes: int) -> None:
-        """Steer by the mean KL per response over `episodes` new responses."""
-        if self.target is not None:
-            error = min(max(observed_kl / self.target - 1, -0.2), 0.2)
-            self.value *= 1 + error * episodes / self.horizon
-
-    def state(self) -> dict[str, float]:
-        """What `load_state` restores."""
-        return {"kl_coef": self.value}
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Restore what `state` gave."""
-        self.value = float(state["kl_coef"])
-
-
-# ---------------------------------------------------------------------------------------------------- trainer
+FURTHER_ROUND = 2**24
+"""Between the numbers by which an iteration and its further rounds of sampling draw their random numbers."""
 
 
 class EmptyRolloutError(RuntimeError):
@@ -308,14 +185,11 @@ class PPOTrainer(OnPolicyTrainer):
         config = self.config
         if config.length_calibration_every and iteration > 1 and (iteration - 1) % config.length_calibration_every == 0:
             self.prepare()
-        examples = [self.prompts.train[index] for index in self.order.indices(iteration - 1)]
-        examples = [example for example in examples for _ in range(self.batch.samples_per_prompt)]
-        scored = self.rollouts.run(examples, iteration)
-        check_rollout(scored, examples, iteration, self.directory)
+        scored, sampled = self.sample(iteration)
         rollout, mask = scored.rollout, scored.rollout.response_mask
         if not bool((mask.sum(1) > scored.ended.long()).any()):
             raise EmptyRolloutError(
-                f"iteration {iteration}: all {len(examples)} responses are empty (end-of-sequence at once, or no token "
+                f"iteration {iteration}: all {len(rollout)} responses are empty (end-of-sequence at once, or no token "
                 "at all); nothing can be learnt from them. Check the SFT data for empty responses, and kl_coef if the "
                 "actor came to this during PPO"
             )
@@ -336,13 +210,63 @@ class PPOTrainer(OnPolicyTrainer):
             **self.rollouts.describe(scored),
             "reward": optimised,
             "advantage_std": advantage_std,
-            **equal_groups(scored.scores, self.batch.samples_per_prompt),
             **self._critic_metrics(scored.values, returns, mask),
             "kl_coef": self.kl.value,
             **self.rollouts.measured,
+            **sampled,
         }
         old = replace(rollout, logprobs=scored.logprobs)
         return PPOExperience(old, scored.ref_logprobs, scored.values, rewards, advantages, returns, scored.scores)
+
+    def sample(self, iteration: int) -> tuple[ScoredRollout, dict[str, float]]:
+        """The rollout of an iteration and, with several responses to a prompt, how many prompts have equal ones.
+
+        `resample_equal_groups` replaces those by other prompts, drawn at random, as often as it says (DAPO's dynamic
+        sampling, arXiv 2503.14476, section 3.2); prompts that are equal to the last stay.
+        """
+        samples, chosen = self.batch.samples_per_prompt, self.order.indices(iteration - 1)
+        scored = self._rollout(chosen, iteration)
+        if samples < 2:
+            return scored, {}
+        alike = self._alike(scored)
+        told = {"equal_groups": float(alike.float().mean())}
+        if self.config.resample_equal_groups == 0:
+            return scored, told
+        others = iter(self._others(chosen, iteration))
+        drawn, seconds = 0, [self.rollouts.seconds]
+        for round_number in range(1, self.config.resample_equal_groups + 1):
+            further = list(islice(others, int(alike.sum())))
+            if not further:
+                break
+            drawn += len(further)
+            more = self._rollout(further, iteration, draw=iteration + round_number * FURTHER_ROUND)
+            seconds.append(self.rollouts.seconds)
+            scored = with_groups_replaced(
+                scored, alike, more, ~self._alike(more), samples=samples, pad=self.rollouts.tokenizer.pad_token_id
+            )
+            alike = self._alike(scored)
+        told |= {name: sum(each[name] for each in seconds) for name in self.rollouts.seconds}
+        left = float(alike.float().mean())
+        return scored, {**told, "resampled_prompts": float(drawn), "equal_groups_left": left}
+
+    def _rollout(self, chosen: Sequence[int], iteration: int, *, draw: int | None = None) -> ScoredRollout:
+        """Responses to the training prompts `chosen`, sampled with the random numbers of `draw` (None: `iteration`)."""
+        prompts = [self.prompts.train[index] for index in chosen]
+        examples = [prompt for prompt in prompts for _ in range(self.batch.samples_per_prompt)]
+        scored = self.rollouts.run(one_for_each_rank(examples), iteration if draw is None else draw)
+        scored = scored.rows(slice(0, len(examples)))
+        check_rollout(scored, examples, iteration, self.directory)
+        return scored
+
+    def _alike(self, scored: ScoredRollout) -> torch.Tensor:
+        """By prompt, whether its responses are worth the same, whatever their KL divergence: [G] bool."""
+        return all_alike(self.rewards_of(scored, 0.0).sum(1), self.batch.samples_per_prompt)
+
+    def _others(self, chosen: Sequence[int], iteration: int) -> list[int]:
+        """The other training prompts in a random order, the same for a seed and iteration."""
+        generator = torch.Generator().manual_seed((self.run.seed * 1_000_003 + iteration) % 2**63)
+        order = torch.randperm(len(self.prompts.train), generator=generator).tolist()
+        return [index for index in order if index not in set(chosen)]
 
     def rewards_of(self, scored: ScoredRollout, kl_coef: float) -> torch.Tensor:
         """What is optimised, by token [B, T]: scores less the penalties of a missing end, of too many tokens and of
@@ -522,15 +446,6 @@ class PPOTrainer(OnPolicyTrainer):
             shown=config.sample_table_rows,
             further=lambda scored: {"reward": float(self.rewards_of(scored, config.kl_coef).sum(1).mean())},
         )
-
-
-def equal_groups(scores: torch.Tensor, samples_per_prompt: int) -> dict[str, float]:
-    """The share of prompts whose responses all have the same score, so that estimators that compare them learn nothing
-    from these; nothing with one response to each."""
-    if samples_per_prompt < 2:
-        return {}
-    by_prompt = scores.view(-1, samples_per_prompt)
-    return {"equal_groups": float((by_prompt == by_prompt[:, :1]).all(1).float().mean())}
 
 
 def planned_iterations(batch: PPOBatchConfig, plan: Plan, prompts: int) -> int:

@@ -32,6 +32,7 @@ from rlhf.doctor.on_policy_checks import (
     scores_alike,
     value_function_useless,
 )
+from rlhf.doctor.reward_checks import groups_alike, reward_fails, reward_part_falls
 from rlhf.doctor.training_checks import (
     learning_rate_zero,
     loss_diverges,
@@ -53,7 +54,7 @@ REWARD: tuple[Check, ...] = (
 ON_POLICY: tuple[Check, ...] = (
     *EVERY_STAGE, ratio_not_one, sampling_mismatch, kl_negative, kl_explodes, kl_dead, clip_fraction_high,
     value_function_useless, entropy_collapse, eos_rate_falls, length_exploited, score_is_length, repetition,
-    empty_responses, score_out_of_range, scores_alike, advantages_equal,
+    empty_responses, score_out_of_range, scores_alike, reward_fails, reward_part_falls, groups_alike, advantages_equal,
     score_below_start, score_follows_length, over_optimised,
 )  # fmt: skip
 """Training on responses that the model samples itself."""
@@ -77,6 +78,9 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "score_out_of_range": ("scores_outside_range",),
     "scores_alike": ("score_std",),
     "advantages_equal": ("advantage_std",),
+    "reward_fails": ("score",),
+    "reward_part_falls": ("score", "score_std"),
+    "groups_alike": ("score",),
     "reward_model_saturated": ("accuracy", "margin"),
     "reward_model_blind": ("eval_score_std",),
     "reward_model_at_chance": ("eval_accuracy_low",),

@@ -185,6 +185,24 @@ SICKNESSES: Mapping[str, Sickness] = {
         "The spread of the scores is next to nothing: no response is better than another, so nothing can be learnt.",
         "another reward model (its held-out accuracy and eval_score_std), a higher score_clip, a higher temperature.",
     ),
+    "reward_fails": Sickness(
+        "a reward gives no score",
+        "Responses got the fallback in the place of a score: what the actor learns from them is not the reward's.",
+        "the warnings in the log say why; an endpoint's timeout_seconds, retries and concurrency, or no fallback, so "
+        "that the run stops in the place of learning from it.",
+    ),
+    "reward_part_falls": Sickness(
+        "one reward is paid for with another",
+        "The sum of the rewards rises while one of them, which counts with a weight above 0, falls: the actor has "
+        "found that giving it up pays.",
+        "a higher weight for it, normalize where their scales differ, a higher kl_coef.",
+    ),
+    "groups_alike": Sickness(
+        "the responses to a prompt score alike",
+        "At most prompts all responses have the same score, so that estimators that compare them learn nothing there.",
+        "resample_equal_groups, prompts of another difficulty, more samples_per_prompt, a higher temperature, a reward "
+        "that tells more than right and wrong.",
+    ),
     "reward_model_saturated": Sickness(
         "the reward model is saturated",
         "Every pair is right by a huge margin: the loss is 0, the scores grow without meaning, and small differences "

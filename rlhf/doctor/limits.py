@@ -71,3 +71,10 @@ and a run that did not is worth a look."""
 PAST_BEST_LINES = 2
 """Evaluations in a row that lie below the best by more than luck. On a plateau 3 to 9 runs of 100 with 4 to 20
 evaluations are found so by chance (simulated, the error paired by prompt), and half of those have a falling score."""
+FALLBACKS, FALLBACK_MANY = 0.01, 0.5
+"""Share of the responses that got the fallback in the newest rollout: above the first a warning, from the second on
+critical, since most of what is learnt is then not the reward's."""
+PART_FALL = 1.0
+"""Standard deviations of its first rollouts by which one of several rewards has fallen while their sum has risen."""
+GROUPS_ALIKE = 0.5
+"""Share of prompts whose responses all score alike, three lines in a row: half of the sampling teaches nothing."""

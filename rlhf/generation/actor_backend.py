@@ -8,7 +8,7 @@ from torch import nn
 
 from rlhf.generation.continuous_batching import generate
 from rlhf.generation.token_sampling import Sampling
-from rlhf.types import PromptBatch, Rollout
+from rlhf.types import OnEnded, PromptBatch, Rollout
 
 
 class ActorBackend:
@@ -32,7 +32,9 @@ class ActorBackend:
     def sync(self) -> None:
         """Nothing to take over: the actor's weights are read where they are."""
 
-    def generate(self, prompts: PromptBatch, sampling: Sampling, *, iteration: int) -> Rollout:
+    def generate(
+        self, prompts: PromptBatch, sampling: Sampling, *, iteration: int, on_ended: OnEnded | None = None
+    ) -> Rollout:
         """See `Backend.generate`. Raises ValueError for a prompt without a token."""
         from rlhf.engine import whole_weights_of  # loads transformers, which the mathematics of PPO must not
 
@@ -46,4 +48,5 @@ class ActorBackend:
                 seed=self.seed,
                 iteration=iteration,
                 slots=self.slots,
+                on_ended=on_ended,
             )

@@ -13,7 +13,7 @@ from rlhf.config import ConfigError
 
 if TYPE_CHECKING:
     from rlhf.generation.token_sampling import Sampling
-    from rlhf.types import PromptBatch, Rollout
+    from rlhf.types import OnEnded, PromptBatch, Rollout
 
 
 class Backend(Protocol):
@@ -27,10 +27,13 @@ class Backend(Protocol):
     def sync(self) -> None:
         """Take over the actor's weights. Every rank calls this before the rollouts that follow an update."""
 
-    def generate(self, prompts: PromptBatch, sampling: Sampling, *, iteration: int) -> Rollout:
+    def generate(
+        self, prompts: PromptBatch, sampling: Sampling, *, iteration: int, on_ended: OnEnded | None = None
+    ) -> Rollout:
         """Sample one response to each of this rank's prompts. Every rank calls this, with its own prompts.
 
-        `iteration` and the prompts' row ids choose the random numbers: the same again give the same responses.
+        `iteration` and the prompts' row ids choose the random numbers: the same again give the same responses. A
+        backend that knows them earlier tells `on_ended` of responses that are whole while it samples the others.
         """
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 from rlhf.generation.decoders import Decoder, make_decoder
 from rlhf.generation.token_sampling import Sampling, row_uniforms, sample_tokens
-from rlhf.types import PromptBatch, Rollout
+from rlhf.types import OnEnded, PromptBatch, Rollout
 
 REFILL_SHARE = 8
 """Waiting prompts are admitted when an eighth of the slots is free: a prefill of one short prompt costs as much
@@ -29,6 +29,7 @@ def generate(
     seed: int = 0,
     iteration: int = 0,
     slots: int = 0,
+    on_ended: OnEnded | None = None,
 ) -> Rollout:
     """Sample one response per prompt with a key/value cache, `slots` of them side by side (0: all).
 
@@ -36,7 +37,7 @@ def generate(
     ends with an end-of-sequence token (inside its mask) or at `max_new_tokens`. T is the longest response.
     Rows that have ended leave the batch and waiting prompts take their slots; a row's response depends on neither.
     Dropout must be off. The number of forward passes depends on the responses: where a forward is a collective
-    (ZeRO-3), call this within `rlhf.engine.whole_weights_of`.
+    (ZeRO-3), call this within `rlhf.engine.whole_weights_of`. `on_ended` is told of the rows that leave the batch.
     Raises ValueError for a negative `slots` and for a prompt without a token.
     """
     lengths = [int(length) for length in prompts.attention_mask.bool().sum(1).tolist()]
@@ -48,7 +49,8 @@ def generate(
     state = _Responses(prompts, lengths, sampling, eos_token_ids, pad_token_id, seed, iteration)
     capacity = max(lengths, default=0) + sampling.max_new_tokens
     if slots:
-        _decode(make_decoder(model, slots=slots, capacity=capacity, pad_token_id=pad_token_id), state, slots)
+        decoder = make_decoder(model, slots=slots, capacity=capacity, pad_token_id=pad_token_id)
+        _decode(decoder, state, slots, None if on_ended is None else _teller(on_ended, state, prompts))
     return state.rollout(prompts)
 
 
@@ -146,7 +148,18 @@ class _Responses:
         )
 
 
-def _decode(decoder: Decoder, state: _Responses, slots: int) -> None:
+def _teller(on_ended: OnEnded, state: _Responses, prompts: PromptBatch) -> Callable[[list[int]], None]:
+    """Tells `on_ended` of the rows whose slots are not kept."""
+
+    def tell(keep: list[int]) -> None:
+        kept = set(keep)
+        rows = [row for slot, row in enumerate(state.rows.tolist()) if slot not in kept]
+        on_ended(rows, state.rollout(prompts).rows(torch.tensor(rows, device=state.tokens.device)))
+
+    return tell
+
+
+def _decode(decoder: Decoder, state: _Responses, slots: int, tell: Callable[[list[int]], None] | None) -> None:
     """Decode all prompts, the longest first, so that rows of similar length are decoded together."""
     waiting = sorted(range(len(state.lengths)), key=lambda row: -state.lengths[row])
     steps_per_check = _steps_per_check(state.tokens.device)
@@ -160,6 +173,8 @@ def _decode(decoder: Decoder, state: _Responses, slots: int) -> None:
                 state.write(decoder.step(state.last))
         keep = state.survivors()
         if keep is not None:
+            if tell is not None:
+                tell(keep)
             state.compact(keep)
             decoder.compact(keep, final=not waiting)
 

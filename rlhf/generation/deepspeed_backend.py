@@ -13,7 +13,7 @@ from rlhf.config import ConfigError
 from rlhf.generation.token_sampling import Sampling
 from rlhf.models.forward import forward_logits
 from rlhf.models.inner_model import innermost
-from rlhf.types import PromptBatch, Rollout
+from rlhf.types import OnEnded, PromptBatch, Rollout
 
 CHECKED_PROMPTS, CHECKED_TOKENS = 4, 16
 """Size of the greedy sample that is checked before the engine is trusted."""
@@ -54,8 +54,10 @@ class DeepSpeedBackend:
     def sync(self) -> None:
         """Nothing to take over: the actor's weights are read where they are."""
 
-    def generate(self, prompts: PromptBatch, sampling: Sampling, *, iteration: int) -> Rollout:
-        """See `Backend.generate`. `logprobs` of the result are 0: none are captured.
+    def generate(
+        self, prompts: PromptBatch, sampling: Sampling, *, iteration: int, on_ended: OnEnded | None = None
+    ) -> Rollout:
+        """See `Backend.generate`. `logprobs` of the result are 0: none are captured; `on_ended` is told of each batch.
 
         Raises ConfigError when the engine's greedy tokens are not the likeliest ones of a plain forward pass.
         """
@@ -65,7 +67,12 @@ class DeepSpeedBackend:
             if not self.trusted:
                 self._check(prompts.rows(slice(0, CHECKED_PROMPTS)), sampling)
                 self.trusted = True
-            parts = [self._sample(part, sampling, iteration) for part in prompts.split(self.slots or len(prompts))]
+            parts: list[Rollout] = []
+            for part in prompts.split(self.slots or len(prompts)):
+                first = sum(map(len, parts))
+                parts.append(self._sample(part, sampling, iteration))
+                if on_ended is not None:
+                    on_ended(range(first, first + len(part)), parts[-1])
         longest = max(part.response_ids.shape[1] for part in parts)
         wide = [part.widened(longest, self.pad_token_id) for part in parts]
         return Rollout(*(torch.cat([getattr(part, item.name) for part in wide]) for item in fields(Rollout)))

@@ -26,7 +26,7 @@ from rlhf.pipeline.stage_run import StageRun
 from rlhf.pipeline.stages import PPOStageConfig
 from rlhf.rewards.reward import RewardSources
 from rlhf.rewards.reward_model import ChatPrompts, RewardModel, same_tokenizer
-from rlhf.rewards.table import build_reward, check_rewards, needs_reward_model
+from rlhf.rewards.table import build_reward, check_rewards, needs_reward_model, reward_parts
 from rlhf.training.rollouts import RolloutWorker
 from rlhf.types import TokenizedPrompt
 
@@ -158,6 +158,7 @@ class OnPolicyModels:
             scoring_tokens=config.batch.scoring_batch_tokens,
             old_logprobs=ppo.old_logprobs,
             measure=measure_gold,
+            parts=reward_parts(ppo.reward_specs()),
             held_out_reward=None if engine.held_out_reward is None else RewardModel(held_out),
         )
 

@@ -107,6 +107,11 @@ class PPOStageConfig(StageConfig):
                 f"at least {estimator.samples_per_prompt}, got {samples}; nothing leaves the training as it is: "
                 f"set samples_per_prompt={estimator.samples_per_prompt}"
             )
+        if self.ppo.resample_equal_groups and samples < 2:
+            raise ConfigError(
+                f"resample_equal_groups={self.ppo.resample_equal_groups} replaces prompts whose responses are all "
+                f"worth the same, and samples_per_prompt={samples} has nothing to compare: raise it, or leave it out"
+            )
         if self.ppo.critic_model is not None and not estimator.needs_critic:
             raise ConfigError(f"advantage={self.ppo.advantage} has no critic: leave critic_model out")
 

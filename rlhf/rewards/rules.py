@@ -35,6 +35,8 @@ class Rule(ABC):
     """A reward that needs nothing but the responses and knows no range from a training."""
 
     training_range = None
+    counts_tokens = False
+    """Whether it looks at token ids, and not at texts alone."""
 
     def __init__(self, sources: RewardSources) -> None:
         del sources  # every reward is made with them; a rule looks at the responses alone
@@ -56,6 +58,8 @@ class Rule(ABC):
 class LengthWindow(Rule):
     """1 for a response of `minimum` to `maximum` tokens, outside 1 less for each `margin` tokens further, down to 0."""
 
+    counts_tokens = True
+
     def __init__(self, sources: RewardSources, *, minimum: int = 0, maximum: int, margin: int = 1) -> None:
         whole_numbers("length_window", minimum=minimum, maximum=maximum, margin=margin)
         if not 0 <= minimum <= maximum or margin < 1:
@@ -75,6 +79,8 @@ class Overlong(Rule):
     """0 up to `max_tokens` - `buffer_tokens`, from there linearly down to -1 at `max_tokens` (DAPO, arXiv 2503.14476,
     eq. 13)."""
 
+    counts_tokens = True
+
     def __init__(self, sources: RewardSources, *, max_tokens: int, buffer_tokens: int) -> None:
         whole_numbers("overlong", max_tokens=max_tokens, buffer_tokens=buffer_tokens)
         if not 0 < buffer_tokens <= max_tokens:
@@ -90,6 +96,8 @@ class Overlong(Rule):
 
 class Repetition(Rule):
     """Minus the share of the response's n-grams of tokens that stood earlier in it: in [-1, 0]."""
+
+    counts_tokens = True
 
     def __init__(self, sources: RewardSources, *, n: int = 4) -> None:
         whole_numbers("repetition", n=n)

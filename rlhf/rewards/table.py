@@ -10,12 +10,13 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from rlhf.config import ConfigError
 from rlhf.rewards.classifier import ClassifierReward
 from rlhf.rewards.function import FunctionReward
-from rlhf.rewards.reward import Reward, RewardSources
+from rlhf.rewards.http import HttpReward
+from rlhf.rewards.reward import Normalize, Reward, RewardPart, RewardSources
 from rlhf.rewards.rules import (
     Ends,
     ForbiddenWords,
@@ -49,6 +50,7 @@ REWARDS: dict[str, RewardKind] = {
     "reward_model": RewardKind(_reward_model, needs_model=True),
     "classifier": RewardKind(ClassifierReward),
     "function": RewardKind(FunctionReward),
+    "http": RewardKind(HttpReward),
     "length_window": RewardKind(LengthWindow),
     "overlong": RewardKind(Overlong),
     "repetition": RewardKind(Repetition),
@@ -67,11 +69,17 @@ NO_SOURCES = RewardSources(tokenizer=None, eos_ids=())
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """One entry of `rewards`: a name of `REWARDS`, the weight of its scores, and options of its own."""
+    """One entry of `rewards`: a name of `REWARDS`, the weight of its scores, and options of its own.
+
+    `normalize`: its scores are brought to mean 0 and variance 1, see `Normalize`. `fallback`: the score of a response
+    that it fails to score; None lets the run end with the failure.
+    """
 
     name: str
     weight: float
     options: Mapping[str, Any]
+    normalize: Normalize | None = None
+    fallback: float | None = None
 
     @property
     def label(self) -> str:
@@ -80,7 +88,8 @@ class RewardSpec:
 
     @classmethod
     def parse(cls, text: str) -> RewardSpec:
-        """From a name, a function (`file.py:function`, `module:function`) or a mapping {name, weight, ...} as JSON.
+        """From a name, a function (`file.py:function`, `module:function`), an address (`http://...`) or a mapping
+        {name, weight, ...} as JSON.
 
         ConfigError for an unknown name or option.
         """
@@ -94,17 +103,29 @@ class RewardSpec:
                 f"rewards: {name!r} is not a reward; the rewards are {', '.join(REWARDS)}, or a function of your "
                 "own as file.py:function"
             )
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        if not _is_number(weight):
             raise ConfigError(f"rewards: the weight of {name} is {weight!r}; give a finite number")
+        normalize, fallback = entry.pop("normalize", None), entry.pop("fallback", None)
+        if normalize is not None and normalize not in get_args(Normalize):
+            choices = " or ".join(get_args(Normalize))
+            raise ConfigError(f"rewards: normalize of {name} is {normalize!r}; give {choices}, or leave it out")
+        if fallback is not None and not _is_number(fallback):
+            raise ConfigError(f"rewards: fallback of {name} is {fallback!r}; give a finite number, or leave it out")
         try:
             inspect.signature(REWARDS[name].build).bind(None, **entry)
         except TypeError as error:
             raise ConfigError(f"rewards: {name} does not take these options: {error}") from error
-        return cls(name, float(weight), entry)
+        return cls(name, float(weight), entry, normalize, None if fallback is None else float(fallback))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _short(text: str) -> dict[str, Any]:
     """A mapping from an entry that is a single word."""
+    if text.startswith(("http://", "https://")):
+        return {"name": "http", "url": text}
     is_function = text not in REWARDS and text.rpartition(":")[0] != ""
     return {"name": "function", "path": text} if is_function else {"name": text}
 
@@ -134,12 +155,24 @@ def needs_reward_model(specs: Sequence[RewardSpec]) -> bool:
 
 def build_reward(specs: Sequence[RewardSpec], sources: RewardSources) -> Reward:
     """The reward of a run: the one there is, or the weighted sum of several."""
-    built = [REWARDS[spec.name].build(sources, **spec.options) for spec in specs]
-    if len(specs) == 1 and specs[0].weight == 1.0:
-        return built[0]
+    from rlhf.rewards.fallback import WithFallback
     from rlhf.rewards.weighted_sum import WeightedSum
 
+    built = [REWARDS[spec.name].build(sources, **spec.options) for spec in specs]
+    built = [
+        reward if spec.fallback is None else WithFallback(reward, spec.fallback)
+        for spec, reward in zip(specs, built, strict=True)
+    ]
+    if not reward_parts(specs):
+        return built[0]
     return WeightedSum({_unique(index, specs): (specs[index].weight, reward) for index, reward in enumerate(built)})
+
+
+def reward_parts(specs: Sequence[RewardSpec]) -> list[RewardPart]:
+    """What the reward of a run is the weighted sum of; nothing where it is a single one, as it is."""
+    if len(specs) == 1 and specs[0].weight == 1.0 and specs[0].normalize is None:
+        return []
+    return [RewardPart(_unique(index, specs), spec.weight, spec.normalize) for index, spec in enumerate(specs)]
 
 
 def _unique(index: int, specs: Sequence[RewardSpec]) -> str:

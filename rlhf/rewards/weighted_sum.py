@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from rlhf.rewards.reward import Reward
+from rlhf.rewards.reward import Reward, prefetch, prefetches
 from rlhf.types import Responses, RewardOutput
 
 
@@ -21,6 +21,16 @@ class WeightedSum:
     def training_range(self) -> dict[str, Any] | None:
         """Unknown: a sum was never trained."""
         return None
+
+    @property
+    def prefetches(self) -> bool:
+        """See `rlhf.rewards.reward.prefetches`."""
+        return any(prefetches(reward) for _, reward in self.rewards.values())
+
+    def prefetch(self, responses: Responses, *, more: bool) -> None:
+        """See `Reward`."""
+        for _, reward in self.rewards.values():
+            prefetch(reward, responses, more=more)
 
     def score(self, responses: Responses) -> RewardOutput:
         """See `Reward.score`."""

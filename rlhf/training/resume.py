@@ -22,7 +22,7 @@ from rlhf.distributed.place import is_main, rank, world_size
 from rlhf.distributed.world import init_world
 
 TENSORS = "loop.safetensors"
-IDENTITY_VERSION = 5
+IDENTITY_VERSION = 6
 """Raised when models, data or settings are told apart in another way, so that an older state cannot be compared, or
 when a state lacks what the end of a run needs."""
 SAVES_PER_RUN = 10

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from typing import Any, Literal
@@ -22,9 +22,10 @@ from rlhf.generation.backend import Backend
 from rlhf.generation.token_sampling import Sampling
 from rlhf.numerics.local_regression import Curve
 from rlhf.numerics.statistics import correlation, last_true, masked_mean, repeated_share
-from rlhf.rewards.reward import Reward, RewardError
+from rlhf.rewards.reward import Reward, RewardError, RewardPart, prefetch, prefetches
 from rlhf.training.data_order import Plan
 from rlhf.training.length_calibration import LengthCalibration, LengthCurves, within_prompts
+from rlhf.training.score_normalization import ScoreNormalization
 from rlhf.training.scoring import response_logprobs, response_values
 from rlhf.types import Measure, Responses, Rollout, TensorBatch, TokenizedPrompt
 
@@ -80,6 +81,7 @@ class RolloutWorker:
     `old_logprobs` says where the log-probabilities of the sampling policy come from: the sampler, a forward pass of
     the actor, or (`auto`) the sampler once a rollout computed both ways has shown them equal to CAPTURED_IS_EXACT.
     `measure` and `held_out_reward` say more of the responses of an evaluation, by what training never sees.
+    `parts` are the rewards that `reward` is the sum of, where it is one.
     """
 
     def __init__(
@@ -96,6 +98,7 @@ class RolloutWorker:
         old_logprobs: OldLogprobs = "auto",
         measure: Measure | None = None,
         held_out_reward: Reward | None = None,
+        parts: Sequence[RewardPart] = (),
     ) -> None:
         if not backend.captures_logprobs and old_logprobs == "sampled":
             raise ConfigError(
@@ -118,6 +121,8 @@ class RolloutWorker:
         self.captured_error: float | None = None
         self.captured_error_mean: float | None = None
         self.length_curves = LengthCurves()
+        self.normalization = ScoreNormalization(parts)
+        self.watched_parts = [part.name for part in parts if part.weight > 0]
 
     @property
     def device(self) -> torch.device:
@@ -139,6 +144,7 @@ class RolloutWorker:
             "captured_error": self.captured_error,
             "captured_error_mean": self.captured_error_mean,
             "length_curves": self.length_curves.state(),
+            "normalization": self.normalization.state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -146,6 +152,7 @@ class RolloutWorker:
         self.old_logprobs = state["old_logprobs"]
         self.captured_error, self.captured_error_mean = state["captured_error"], state["captured_error_mean"]
         self.length_curves.load_state(state["length_curves"])
+        self.normalization.load_state(state["normalization"])
 
     def calibrate_length(self, prompts: Sequence[TokenizedPrompt], *, copies: int) -> LengthCalibration:
         """Take off all later scores how those of `copies` responses to each prompt, by the actor as it is now and as it
@@ -178,11 +185,14 @@ class RolloutWorker:
             scored = self.score(mine, [examples[index] for index in share], self._length_curve(iteration))
         order = torch.argsort(all_gather_rows(torch.tensor(share, device=self.device)))
         gathered = scored._map(lambda tensor: gather_in_order(tensor, order))
+        scores = self.normalization.apply(
+            gathered.scores, gathered.part_scores, self.part_names, evaluation=iteration == EVALUATION
+        )
         self.seconds = {
             "seconds_generation": sampled - started,
             "seconds_scoring": time.perf_counter() - sampled,
         }
-        return gathered
+        return replace(gathered, scores=scores)
 
     def sample(self, examples: Sequence[TokenizedPrompt], iteration: int) -> tuple[Rollout, list[int]]:
         """This rank's share of the rollout (every world_size-th prompt) and which examples it is."""
@@ -190,8 +200,21 @@ class RolloutWorker:
         everything = collate_prompts(examples, pad_token_id, row_ids=list(range(len(examples))))
         share = list(range(rank(), len(examples), world_size()))
         self.backend.sync()
+        mine = [examples[index] for index in share]
+
+        told = 0
+
+        def on_ended(rows: Sequence[int], responses: Rollout) -> None:
+            nonlocal told
+            told += len(rows)
+            prompts = [mine[row] for row in rows]
+            prefetch(self.reward, self._responses(responses, prompts, self.ended(responses)), more=told < len(mine))
+
         rollout = self.backend.generate(
-            everything.rows(torch.tensor(share)).to(self.device), self.sampling, iteration=iteration
+            everything.rows(torch.tensor(share)).to(self.device),
+            self.sampling,
+            iteration=iteration,
+            on_ended=on_ended if prefetches(self.reward) else None,
         )
         longest = all_reduce_max(rollout.response_ids.shape[1], self.device)
         return rollout.widened(longest, pad_token_id), share
@@ -275,9 +298,11 @@ class RolloutWorker:
     ) -> None:
         """Let `reward` score every pass; one job, because a tokenizer serves one thread at a time."""
         for part in passes:
-            texts = self.texts(part.rollout)
             prompts = [examples[index] for index in part.indices]
-            found.keep(part, reward.score(Responses(part.rollout, prompts, texts, ended[part.rows])))
+            found.keep(part, reward.score(self._responses(part.rollout, prompts, ended[part.rows])))
+
+    def _responses(self, rollout: Rollout, prompts: Sequence[TokenizedPrompt], ended: torch.Tensor) -> Responses:
+        return Responses(rollout, prompts, self.texts(rollout), ended)
 
     def texts(self, rollout: Rollout) -> list[str]:
         """The responses as text, without special tokens."""
@@ -326,6 +351,7 @@ class RolloutWorker:
             **dict(
                 zip((f"score/{name}" for name in self.part_names), scored.part_scores.mean(0).tolist(), strict=True)
             ),
+            **self._spreads(scored),
             **({"score_length_correlation": correlation(scores, lengths)} if len(scores) >= CORRELATED_ROWS else {}),
             **self._outside_range(scores),
             "kl_per_token": float(masked_mean(log_ratio, mask)),
@@ -337,6 +363,11 @@ class RolloutWorker:
             "empty_responses": float(((lengths == 1) & scored.ended).float().mean()),
             "repeated_4grams": repeated_share(scored.rollout.response_ids, mask),
         }
+
+    def _spreads(self, scored: ScoredRollout) -> dict[str, float]:
+        """Standard deviations of the rewards that count with a weight above 0, where there are several."""
+        columns = {name: scored.part_scores[:, self.part_names.index(name)] for name in self.watched_parts}
+        return {f"score_std/{name}": float(values.std(unbiased=False)) for name, values in columns.items()}
 
     def _outside_range(self, scores: torch.Tensor) -> dict[str, float]:
         """The share of scores that the reward never gave in its training, where it knows that range."""

@@ -10,10 +10,11 @@ import torch
 
 from rlhf.algorithms.advantages import ESTIMATORS, EstimatorInput, group_means
 from rlhf.algorithms.config import PPOConfig
-from rlhf.algorithms.ppo import equal_groups, loss_count, loss_weights, policy_loss
+from rlhf.algorithms.policy_loss import loss_count, loss_weights, policy_loss
 from rlhf.config import ConfigError
 from rlhf.engine import BatchPlan
 from rlhf.numerics.logprobs import estimate_kl
+from rlhf.training.groups import all_alike
 from rlhf.training.metrics import MeanMeter
 from rlhf.training.scoring import response_logprobs
 from tests.algorithms.test_ppo_checklist import LocalModels, load, make_trainer  # noqa: F401  (a fixture)
@@ -82,8 +83,7 @@ def test_responses_that_are_alike_teach_nothing(name):
     )
     found = ESTIMATORS[name].compute(given)[0].squeeze(1)
     assert found[:2].tolist() == [0, 0] and found[2] > 0.4 and found[3] == -found[2]
-    assert equal_groups(torch.tensor([0.5, 0.5, 2.0, 1.0]), 2) == {"equal_groups": 0.5}
-    assert equal_groups(torch.tensor([0.5, 0.5]), 1) == {}
+    assert all_alike(torch.tensor([0.5, 0.5, 2.0, 1.0, 3.0, 3.0]), 2).tolist() == [True, False, True]
 
 
 def test_groups_may_lie_in_any_order():

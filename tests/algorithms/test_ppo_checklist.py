@@ -21,7 +21,8 @@ import transformers
 
 from rlhf.algorithms.advantages import ESTIMATORS, Estimator, EstimatorInput, gae
 from rlhf.algorithms.config import PPOBatchConfig, PPOConfig, PPOOptimizerConfig
-from rlhf.algorithms.ppo import EmptyRolloutError, KLController, PPOExperience, shape_rewards
+from rlhf.algorithms.policy_loss import KLController, shape_rewards
+from rlhf.algorithms.ppo import EmptyRolloutError, PPOExperience
 from rlhf.config import ConfigError, EngineConfig, ModelConfig
 from rlhf.data import collate_responses
 from rlhf.engine import BatchPlan, RLHFEngine

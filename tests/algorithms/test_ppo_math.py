@@ -12,17 +12,8 @@ import torch
 
 from rlhf.algorithms.advantages import gae
 from rlhf.algorithms.config import PPOBatchConfig, PPOConfig
-from rlhf.algorithms.ppo import (
-    KLController,
-    PPOExperience,
-    chosen_prompts,
-    explained_variance,
-    planned_iterations,
-    policy_loss,
-    ppo_optimizer_steps,
-    shape_rewards,
-    value_loss,
-)
+from rlhf.algorithms.policy_loss import KLController, explained_variance, policy_loss, shape_rewards, value_loss
+from rlhf.algorithms.ppo import PPOExperience, chosen_prompts, planned_iterations, ppo_optimizer_steps
 from rlhf.config import ConfigError
 from rlhf.rewards.rules import overlong_penalties
 from rlhf.types import Rollout, TokenizedPrompt

@@ -1,4 +1,4 @@
-"""Run a python file on several CPU ranks: through the real `deepspeed` launcher, or forked (tests/support/rank_server.py)."""
+"""Run a python file on several CPU ranks: through the real `deepspeed` launcher, or forked (see rank_server.py)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def run_ranks(
 
 @cache
 def _rank_server() -> subprocess.Popen[str]:
-    """The process that ranks are forked from: one for all tests of this process, ended with it by its standard input."""
+    """The process that ranks are forked from: one for all tests of this process, with which its input ends."""
     return subprocess.Popen(
         [sys.executable, "-m", "tests.support.rank_server"],
         stdin=subprocess.PIPE,

@@ -142,6 +142,7 @@ def test_what_a_rollout_took_and_how_exact_it_was_is_measured_and_saved(make_tra
     }  # fmt: skip
     assert min(worker.measured.values()) > 0
     state = {"old_logprobs": "recomputed", "captured_error": 0.5, "captured_error_mean": 0.25,
-             "length_curves": {"scores": [1.0], "tokens": [3.0], "first": None, "last": None}}  # fmt: skip
+             "length_curves": {"scores": [1.0], "tokens": [3.0], "first": None, "last": None},
+             "normalization": {"first": {"a": [2, 0.5, 1.0]}, "all": {"a": [4, 0.25, 2.0]}}}  # fmt: skip
     worker.load_state(state)
     assert worker.state() == state and worker.measured["sampling_logprob_error_mean"] == 0.25

@@ -295,3 +295,57 @@ def test_it_is_refused_when_its_tokens_are_not_those_of_the_model(make_trainer, 
 def test_captured_log_probabilities_are_refused_where_none_are_captured(make_trainer):  # noqa: F811
     with pytest.raises(ConfigError, match="old_logprobs=sampled needs generation_backend=own"):
         make_trainer(generation_backend="deepspeed", old_logprobs="sampled")
+
+
+# --------------------------------------------------------------------------------------- told of what has ended
+
+
+class Told:
+    """A reward that notes what it is told of while the actor samples."""
+
+    training_range = None
+
+    def __init__(self):
+        self.calls = []
+
+    def prefetch(self, responses, *, more):
+        self.calls.append(
+            ([prompt.id for prompt in responses.prompts], list(responses.texts), responses.ended.tolist(), more)
+        )
+
+    def score(self, responses):
+        self.calls.append("score")
+        return RewardOutput(torch.zeros(len(responses)))
+
+
+@pytest.mark.parametrize("slots", [0, 3])
+def test_a_reward_is_told_once_of_every_response_and_as_soon_as_it_is_whole(make_trainer, slots):  # noqa: F811
+    trainer = make_trainer(prompts=8, new_tokens=40, actor_eos=7)
+    trainer.rollouts.backend.slots = slots
+    trainer.rollouts.reward = told = Told()
+    prompts = trainer.prompts.train[:8]
+    found = trainer.rollouts.run(prompts, 1)
+    first_score = told.calls.index("score")
+    early = told.calls[:first_score]
+    assert "score" not in early and len(early) > 1, "in more than one piece, all before it is asked"
+    assert [more for *_, more in early] == [True] * (len(early) - 1) + [False]
+    by_prompt = {
+        id: (text, end) for ids, texts, ended, _ in early for id, text, end in zip(ids, texts, ended, strict=True)
+    }
+    texts = trainer.rollouts.texts(found.rollout)
+    expected = {one.id: (text, end) for one, text, end in zip(prompts, texts, found.ended.tolist(), strict=True)}
+    assert by_prompt == expected and sum(len(ids) for ids, *_ in early) == 8
+
+
+def test_a_slow_endpoint_works_while_the_actor_samples(make_trainer, monkeypatch):  # noqa: F811
+    from rlhf.rewards.table import NO_SOURCES, RewardSpec, build_reward
+    from tests.support.reward_endpoint import Endpoint, served
+
+    trainer = make_trainer(prompts=8, new_tokens=40, actor_eos=7)
+    endpoint = Endpoint()
+    with served(endpoint) as url:
+        entry = f'{{"name": "http", "url": "{url}", "batch_size": 2, "weight": 2}}'
+        trainer.rollouts.reward = build_reward([RewardSpec.parse(entry)], NO_SOURCES)
+        found = trainer.rollouts.run(trainer.prompts.train[:8], 1)
+    assert found.scores.tolist() == [2.0 * len(text) for text in trainer.rollouts.texts(found.rollout)]
+    assert len(endpoint.requests) == 4, "each response is asked for once"

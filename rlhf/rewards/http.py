@@ -1,0 +1,269 @@
+"""Scores that an HTTP endpoint gives: the client of the protocol in docs/reward_sources.md.
+
+A POST of `{"prompts": [...], "responses": [...], ...}` is answered with `{"scores": [...]}`, a number for each
+response. `rlhf serve-reward` is a server of it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from rlhf.config import ConfigError
+from rlhf.rewards.reward import RewardError, RewardSources
+
+if TYPE_CHECKING:
+    from rlhf.types import Responses, RewardOutput, TokenizedPrompt
+
+PROTOCOL = 1
+TRY_AGAIN = (408, 425, 429, 500, 502, 503, 504)
+"""Answers after which the same request may succeed."""
+BACKOFF_SECONDS = 0.5
+"""Before the second retry, twice as long before each further one, and up to as much again at random."""
+LONGEST_BACKOFF_SECONDS = 30.0
+CONNECT_SECONDS = 10.0
+SHOWN = 200
+"""Characters of an answer in an error."""
+
+
+class _Refused(Exception):
+    """An answer that is no list of scores; the sentence that says so."""
+
+
+_Key = tuple[str, str, bool]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A response to be scored; two with the same `key` may take each other's score."""
+
+    prompt: TokenizedPrompt
+    text: str
+    ended: bool
+
+    @property
+    def key(self) -> _Key:
+        return self.prompt.id, self.text, self.ended
+
+
+def _rows(responses: Responses) -> list[_Row]:
+    return [_Row(*row) for row in zip(responses.prompts, responses.texts, responses.ended.tolist(), strict=True)]
+
+
+class HttpReward:
+    """Asks an endpoint for the scores of this rank's responses, `batch_size` in a request and `concurrency` requests at
+    a time.
+
+    A request that is not answered within `request_seconds`, whose connection fails, or that is answered with one of
+    `TRY_AGAIN`, is sent again up to `retries` times, as late as `Retry-After` says or with growing, random pauses. What
+    has no score `timeout_seconds` after it was sent is an error that names the prompt. `token_variable` names the
+    environment variable with a bearer token.
+    """
+
+    training_range = None
+
+    def __init__(
+        self,
+        sources: RewardSources,
+        *,
+        url: str,
+        batch_size: int = 32,
+        concurrency: int = 4,
+        timeout_seconds: float = 300.0,
+        request_seconds: float = 60.0,
+        retries: int = 5,
+        token_variable: str | None = None,
+    ) -> None:
+        del sources
+        _require_urllib3()
+        if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+            raise ConfigError(f"http: url={url!r} is no address such as http://127.0.0.1:8765")
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("concurrency", concurrency, 1),
+            ("retries", retries, 0),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"http: {name}={value!r} must be a whole number of at least {least}")
+        for name, seconds in (("timeout_seconds", timeout_seconds), ("request_seconds", request_seconds)):
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf:
+                raise ConfigError(f"http: {name}={seconds!r} must be a number of seconds above 0")
+        if token_variable is not None and not os.environ.get(token_variable):
+            raise ConfigError(
+                f"http: token_variable={token_variable}: there is no such environment variable, or it is empty"
+            )
+        self.url, self.batch_size, self.concurrency = url, batch_size, concurrency
+        self.timeout_seconds, self.request_seconds, self.retries = timeout_seconds, request_seconds, retries
+        self.token_variable = token_variable
+        self.fingerprint = url
+        self._waiting: list[_Row] = []
+        self._sent: dict[_Key, deque[tuple[Future[list[float] | str], int, float]]] = {}
+
+    def check(self, prompts: Sequence[TokenizedPrompt]) -> None:
+        """ConfigError for an endpoint that does not answer a request without responses with no scores."""
+        del prompts
+        try:
+            self._ask({"protocol": PROTOCOL, "prompts": [], "responses": []}, 0, retries=min(self.retries, 1))
+        except _Refused as error:
+            raise ConfigError(
+                f"reward http {self.url}: {error}. It was asked for the scores of no responses; start it (`rlhf "
+                "serve-reward` is such a server), or correct url"
+            ) from error
+
+    def prefetch(self, responses: Responses, *, more: bool) -> None:
+        """Send the requests that are full, and where no `more` rows follow the last one too."""
+        for row in _rows(responses):
+            self._add(row)
+        if not more:
+            self._send()
+
+    def score(self, responses: Responses) -> RewardOutput:
+        """See `rlhf.rewards.reward.Reward`. RewardError, with the prompt's id, where no score came in time."""
+        import torch
+
+        from rlhf.types import RewardOutput
+
+        rows = _rows(responses)
+        known = Counter(row.key for row in self._waiting)
+        known.update({key: len(places) for key, places in self._sent.items()})
+        for row in rows:
+            known[row.key] -= 1
+            if known[row.key] < 0:
+                self._add(row)
+        self._send()
+        scores: list[float] = []
+        refused: dict[int, str] = {}
+        for number, row in enumerate(rows):
+            found = self._answer(*self._sent[row.key].popleft())
+            if isinstance(found, float) and not math.isfinite(found):
+                found = f"it gave {found}, and needed is a finite number"
+            if isinstance(found, str):
+                refused[number] = found
+            scores.append(math.nan if isinstance(found, str) else found)
+        self._sent = {key: places for key, places in self._sent.items() if places}
+        if refused:
+            number, message = next(iter(refused.items()))
+            raise RewardError(
+                f"reward http {self.url}: no score for {len(refused)} of {len(rows)} responses, the first to prompt "
+                f"{rows[number].prompt.id!r}: {message}",
+                rows=list(refused),
+                scores=scores,
+            )
+        return RewardOutput(torch.tensor(scores, dtype=torch.float32, device=responses.rollout.response_ids.device))
+
+    @cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(self.concurrency, thread_name_prefix="rlhf-http-reward")
+
+    @cached_property
+    def _connections(self) -> Any:
+        import urllib3
+
+        return urllib3.PoolManager(maxsize=self.concurrency, block=True)
+
+    def _add(self, row: _Row) -> None:
+        self._waiting.append(row)
+        if len(self._waiting) == self.batch_size:
+            self._send()
+
+    def _send(self) -> None:
+        """Ask for the scores of the rows that wait."""
+        if self._waiting:
+            future = self._threads.submit(self._scores_of, _request(self._waiting))
+            for place, row in enumerate(self._waiting):
+                self._sent.setdefault(row.key, deque()).append((future, place, time.monotonic()))
+            self._waiting = []
+
+    def _answer(self, future: Future[list[float] | str], place: int, sent: float) -> float | str:
+        """The score at `place` of a request, or why there is none."""
+        left = sent + self.timeout_seconds - time.monotonic()
+        done, _ = wait([future], timeout=max(0.0, left))
+        if not done:
+            future.cancel()
+            return f"no answer within timeout_seconds={self.timeout_seconds:g}"
+        found = future.result()
+        return found if isinstance(found, str) else found[place]
+
+    def _scores_of(self, request: dict[str, Any]) -> list[float] | str:
+        try:
+            return self._ask(request, len(request["responses"]), retries=self.retries)
+        except _Refused as error:
+            return str(error)
+
+    def _ask(self, request: dict[str, Any], expected: int, *, retries: int) -> list[float]:
+        """The scores of a request. `_Refused` says why there are none."""
+        import urllib3
+
+        headers = {"Content-Type": "application/json"}
+        if self.token_variable is not None:
+            headers["Authorization"] = f"Bearer {os.environ[self.token_variable]}"
+        again = urllib3.Retry(
+            total=retries,
+            allowed_methods=None,
+            status_forcelist=TRY_AGAIN,
+            backoff_factor=BACKOFF_SECONDS,
+            backoff_jitter=BACKOFF_SECONDS,
+            backoff_max=LONGEST_BACKOFF_SECONDS,
+            raise_on_status=False,
+        )
+        limits = urllib3.Timeout(connect=min(CONNECT_SECONDS, self.request_seconds), read=self.request_seconds)
+        body = json.dumps(request, ensure_ascii=False).encode()
+        try:
+            answer = self._connections.request(
+                "POST", self.url, body=body, headers=headers, timeout=limits, retries=again
+            )
+        except urllib3.exceptions.HTTPError as error:
+            reason = getattr(error, "reason", None) or error
+            raise _Refused(f"no answer ({type(reason).__name__}: {reason})") from error
+        text = answer.data.decode("utf-8", errors="replace")
+        if answer.status != 200:
+            raise _Refused(f"it answered {answer.status}: {text[:SHOWN]!r}")
+        return _scores(text, expected)
+
+
+def _request(rows: Sequence[_Row]) -> dict[str, Any]:
+    from rlhf.data.rendered import asked
+
+    prompts = [row.prompt for row in rows]
+    columns = sorted({name for prompt in prompts for name in prompt.columns})
+    return {
+        "protocol": PROTOCOL,
+        "prompts": [asked(prompt) for prompt in prompts],
+        "responses": [row.text for row in rows],
+        "messages": [list(map(dict, prompt.messages)) for prompt in prompts],
+        "rendered_prompts": [prompt.text for prompt in prompts],
+        "ended": [row.ended for row in rows],
+        "ids": [prompt.id for prompt in prompts],
+        "columns": {name: [prompt.columns.get(name) for prompt in prompts] for name in columns},
+    }
+
+
+def _scores(text: str, expected: int) -> list[float]:
+    """The numbers of an answer; they need not be finite. `_Refused` for anything else."""
+    try:
+        scores = json.loads(text)["scores"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise _Refused(f'it answered {text[:SHOWN]!r}, which is no {{"scores": [...]}}') from error
+    if not isinstance(scores, list) or len(scores) != expected:
+        count = f"{len(scores)} scores" if isinstance(scores, list) else repr(scores)[:SHOWN]
+        raise _Refused(f"it gave {count} for {expected} responses")
+    numbers = [math.nan if score is None else score for score in scores]  # JSON has no nan
+    if wrong := [each for each in numbers if isinstance(each, bool) or not isinstance(each, int | float)]:
+        raise _Refused(f"it gave {wrong[0]!r:.80} as a score, and needed is a number")
+    return [float(each) for each in numbers]
+
+
+def _require_urllib3() -> None:
+    try:
+        import urllib3  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("the reward http needs urllib3: pip install 'rlhf[http]', or pip install urllib3") from error
