@@ -47,7 +47,7 @@ from rlhf.engine import BatchPlan, deepspeed_settings
 from rlhf.models.lora import apply_lora, linear_module_names
 from rlhf.models.tiny_base import TinyRecipe
 from rlhf.numerics.vocabulary_head import PIECE_ELEMENTS
-from rlhf.pipeline.stages import STAGES, parse_stage
+from rlhf.pipeline.stages import default_run, parse_stage
 
 CONFIGS = Path(__file__).resolve().parents[1] / "training_scripts" / "configs"
 BYTES_4BIT = 1 / 2 + 1 / 64 + 4 / (64 * 256)
@@ -255,8 +255,8 @@ def presets(paths: list[Path]) -> Iterator[tuple[str, int, str, StageMemory]]:
         found = re.fullmatch(r"# devices: (\d+)", first)
         if found is None:
             raise SystemExit(f"{path} must begin with `# devices: N`, not {first!r}")
-        stages = {name: parse_stage(name, ["--config", str(path)]) for name in STAGES}
-        for name in STAGES:
+        stages = {stage.name: parse_stage(stage.name, ["--config", str(path)]) for stage in default_run()}
+        for name in stages:
             yield path.stem, int(found[1]), name, stage_memory(stages, name, int(found[1]))
 
 

@@ -280,3 +280,72 @@ class PPOConfig:
     def reward_specs(self) -> list[RewardSpec]:
         """The entries of `rewards`, parsed."""
         return [RewardSpec.parse(text) for text in self.rewards]
+
+
+OFFLINE_CONSTANTS: dict[str, dict[str, float]] = {
+    "dpo": {"beta": 0.1, "label_smoothing": 0.0, "length_coef": 0.0},
+    "ipo": {"beta": 0.1},
+    "rrhf": {"length_penalty": 1.0, "rank_coef": 1.0, "sft_coef": 1.0},
+    "orpo": {"beta": 0.1, "sft_coef": 1.0},
+    "simpo": {"beta": 2.0, "target_margin": 1.0},
+}
+"""The constants of each offline loss and what its source sets them to (DPO, IPO: TRL; RRHF: Law-Polyglot; ORPO and
+SimPO: their authors)."""
+
+
+@dataclass
+class OfflineConfig:
+    """Preference optimisation on responses that are there (docs/offline.md)."""
+
+    actor_model: str | None = setting(None, may_change_on_resume=True, path="read", names_model=True)
+    """The SFT model to align; unset takes `<output_dir>/sft/model`."""
+    algorithm: Literal["dpo", "ipo", "rrhf", "orpo", "simpo"] = "dpo"
+    """The loss: dpo (arXiv 2305.18290), ipo (2310.12036), rrhf (2304.05302), orpo (2403.07691), simpo (2405.14734)."""
+    beta: float | None = None
+    """dpo, simpo: scale of the implicit reward (0.1, 2.0); ipo: its tau (0.1); orpo: weight of the odds ratio (0.1)."""
+    label_smoothing: float | None = None
+    """dpo: share of the pairs whose label is taken to be wrong (conservative DPO); 0 trusts them all."""
+    robust: bool = False
+    """dpo: `label_smoothing` by the unbiased form of arXiv 2403.00409."""
+    length_coef: float | None = None
+    """dpo: alpha of length-regularised DPO (arXiv 2403.19159: 0.01 to 0.1), per token; 0 turns it off."""
+    target_margin: float | None = None
+    """simpo: gamma, by which the better response is to be preferred (1.0: half of beta)."""
+    length_penalty: float | None = None
+    """rrhf: power of the length that a response's log-probability is divided by (Law-Polyglot: 1)."""
+    rank_coef: float | None = None
+    """rrhf: weight of the ranking loss (Law-Polyglot: 1)."""
+    sft_coef: float | None = None
+    """rrhf, orpo: weight of the loss of imitating the best response (1)."""
+    eval_every_steps: int = 0
+    """Optimizer steps between evaluations; 0 evaluates before and after only. The best model is kept."""
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in OFFLINE_CONSTANTS:
+            raise ConfigError(f"algorithm={self.algorithm!r} is not one of {', '.join(OFFLINE_CONSTANTS)}")
+        constants = OFFLINE_CONSTANTS[self.algorithm]
+        for name in sorted({name for each in OFFLINE_CONSTANTS.values() for name in each}):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if name not in constants:
+                owners = [algorithm for algorithm, each in OFFLINE_CONSTANTS.items() if name in each]
+                raise ConfigError(
+                    f"{name}={value} is a constant of {', '.join(owners)}, not of algorithm={self.algorithm}, which "
+                    f"has {', '.join(constants)}: leave it out"
+                )
+            require_at_least(self, 0, name)
+        if "beta" in constants and self.of("beta") <= 0:
+            raise ConfigError(f"beta={self.beta} must be above 0")
+        if self.algorithm == "dpo" and not self.of("label_smoothing") < 0.5:
+            raise ConfigError(f"label_smoothing={self.label_smoothing} must lie in [0, 0.5): a share of wrong labels")
+        if self.robust and (self.algorithm != "dpo" or self.of("label_smoothing") == 0):
+            raise ConfigError(
+                f"robust=true with algorithm={self.algorithm}, label_smoothing={self.label_smoothing}: it is a form of "
+                "dpo's label_smoothing; set that above 0, or leave it out"
+            )
+
+    def of(self, name: str) -> float:
+        """The constant `name` of the algorithm: what is set, or its source's value."""
+        value: float | None = getattr(self, name)
+        return OFFLINE_CONSTANTS[self.algorithm][name] if value is None else value

@@ -87,10 +87,10 @@ def reference(stage_configs: Mapping[str, Iterable[type]]) -> str:
     for stage, classes in stage_configs.items():
         for config_class in classes:
             families.setdefault(root_class(config_class), {})[stage] = config_class
-    return "\n".join([INTRODUCTION, *(_section(members) for members in families.values())])
+    return "\n".join([INTRODUCTION, *(_section(members, len(stage_configs)) for members in families.values())])
 
 
-def _section(members: Mapping[str, type]) -> str:
+def _section(members: Mapping[str, type], stages: int) -> str:
     classes = list(dict.fromkeys(members.values()))
     lines = [f"## {concern(classes[0])}", "", class_text(root_class(classes[0])), ""]
     lines += ["| field | stages | type | default | meaning |", "|---|---|---|---|---|"]
@@ -101,7 +101,7 @@ def _section(members: Mapping[str, type]) -> str:
     for name, per_stage in fields.items():
         cells = [
             f"`{name}`",
-            "all" if len(per_stage) == len(STAGES) else ", ".join(per_stage),
+            "all" if len(per_stage) == stages else ", ".join(per_stage),
             *(_merged(per_stage, attribute) for attribute in ("type", "default", "text")),
         ]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -32,6 +32,7 @@ from rlhf.doctor.on_policy_checks import (
     scores_alike,
     value_function_useless,
 )
+from rlhf.doctor.preference_checks import chosen_collapses, margin_saturated
 from rlhf.doctor.reward_checks import groups_alike, reward_fails, reward_part_falls
 from rlhf.doctor.training_checks import (
     learning_rate_zero,
@@ -51,6 +52,8 @@ REWARD: tuple[Check, ...] = (
     *OFFLINE, reward_model_saturated, reward_model_blind, reward_model_at_chance, reward_model_is_shortcut,
 )  # fmt: skip
 """Training a reward model."""
+PREFERENCE: tuple[Check, ...] = (*OFFLINE, chosen_collapses, margin_saturated)
+"""Preference optimisation on responses that are there."""
 ON_POLICY: tuple[Check, ...] = (
     *EVERY_STAGE, ratio_not_one, sampling_mismatch, kl_negative, kl_explodes, kl_dead, clip_fraction_high,
     value_function_useless, entropy_collapse, eos_rate_falls, length_exploited, score_is_length, repetition,
@@ -81,6 +84,8 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "reward_fails": ("score",),
     "reward_part_falls": ("score", "score_std"),
     "groups_alike": ("score",),
+    "chosen_collapses": ("eval_chosen_logprob",),
+    "margin_saturated": ("accuracy", "margin", "loss"),
     "reward_model_saturated": ("accuracy", "margin"),
     "reward_model_blind": ("eval_score_std",),
     "reward_model_at_chance": ("eval_accuracy_low",),

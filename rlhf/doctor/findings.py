@@ -203,6 +203,17 @@ SICKNESSES: Mapping[str, Sickness] = {
         "resample_equal_groups, prompts of another difficulty, more samples_per_prompt, a higher temperature, a reward "
         "that tells more than right and wrong.",
     ),
+    "chosen_collapses": Sickness(
+        "the better responses become less likely",
+        "The held-out better responses have lost probability: the loss is lowered by pushing both down, the worse ones "
+        "further, and what they lose goes to texts that nobody judged.",
+        "a lower learning rate, a higher beta, fewer steps; orpo or rrhf, which imitate the best response too.",
+    ),
+    "margin_saturated": Sickness(
+        "the training pairs are learnt by heart",
+        "Every pair is right and its loss next to nothing: further steps only move the actor away from the reference.",
+        "fewer epochs, a lower learning rate, a smaller beta, label_smoothing where labels may be wrong, ipo.",
+    ),
     "reward_model_saturated": Sickness(
         "the reward model is saturated",
         "Every pair is right by a huge margin: the loss is 0, the scores grow without meaning, and small differences "

@@ -129,6 +129,19 @@ class StageRun(Generic[Config]):
             return self.dry_run.bases[self.stage.takes[config_field]]
         return find_stage_model(self.stage, config_field, given, self.run.output_dir)
 
+    def starting_model(self, config_field: str, given: str | None) -> str:
+        """The causal model that `config_field` takes from an earlier stage where it is not `given`, to be trained on.
+
+        ConfigError as in `base_model`.
+        """
+        path = self.earlier_model(config_field, given)
+        check_causal_directory(path)
+        self.check_positions(path, config_field)
+        check_trainable(path, self.config.model, what=config_field)
+        if self.dry_run is not None:
+            self.dry_run.trained["model"] = path
+        return path
+
     def load_data(
         self, kind: str, specs: Sequence[str], eval_specs: Sequence[str], tokenizer: Any, **options: Any
     ) -> StageData:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from rlhf.algorithms.advantages import ESTIMATORS
-from rlhf.algorithms.config import PPOBatchConfig, PPOConfig, PPOOptimizerConfig, RewardConfig, SFTConfig
+from rlhf.algorithms.config import OfflineConfig, PPOBatchConfig, PPOConfig, PPOOptimizerConfig, RewardConfig, SFTConfig
 from rlhf.config import (
     BatchConfig,
     ConfigError,
@@ -27,7 +27,7 @@ from rlhf.config import (
 )
 from rlhf.config.explain import FieldsInForce
 from rlhf.config.parsing import fields_in_force
-from rlhf.doctor.checks import OFFLINE, ON_POLICY, REWARD, Check
+from rlhf.doctor.checks import OFFLINE, ON_POLICY, PREFERENCE, REWARD, Check
 from rlhf.report.figures import Figure, NoteFigure, PartsFigure, ShortcutFigure
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -114,6 +114,14 @@ class PPOStageConfig(StageConfig):
             )
         if self.ppo.critic_model is not None and not estimator.needs_critic:
             raise ConfigError(f"advantage={self.ppo.advantage} has no critic: leave critic_model out")
+
+
+@dataclass(frozen=True)
+class OfflineStageConfig(StageConfig):
+    """Preference optimisation without sampling."""
+
+    data: RewardDataConfig
+    offline: OfflineConfig
 
 
 @dataclass(frozen=True)
@@ -319,6 +327,30 @@ STAGES = {
                 "eval_eos_rate",
                 "eval_response_tokens",
             ),
+        ),
+        Stage(
+            name="offline",
+            label="offline",
+            script="step3_ppo/offline.py",
+            title="preference optimisation without sampling",
+            config=OfflineStageConfig,
+            takes={"actor_model": "sft"},
+            short_run={"max_steps": "4"},
+            figures=(
+                Figure("held-out loss", before="loss_before", after="loss_after", count="held_out_prompts"),
+                Figure("accuracy", before="accuracy_before", after="accuracy_after", count="held_out_prompts"),
+                Figure(
+                    "log-probability of the better response, by token",
+                    before="chosen_logprob_before",
+                    after="chosen_logprob_after",
+                    count="held_out_prompts",
+                ),
+            ),
+            result_keys=("algorithm", "best_step"),
+            checks=PREFERENCE,
+            curves=("loss", "accuracy", "margin", "chosen_logprob", "eval_accuracy"),
+            logged=("eval_loss", "eval_accuracy", "eval_margin", "eval_chosen_logprob", "eval_rejected_logprob"),
+            in_default_run=False,
         ),
     )
 }

@@ -55,14 +55,28 @@ def sft_line(index, noise):
             "learning_rate": 3e-4 * (1 - (index + 1) / LINES)}  # fmt: skip
 
 
+def offline_line(index, noise):
+    done = index / LINES
+    return {"step": 5 * (index + 1), "loss": 0.69 - 0.2 * done + 0.02 * noise(), "accuracy": 0.5 + 0.3 * done,
+            "margin": done, "chosen_logprob": -1 - 0.1 * done, "rejected_logprob": -1 - 0.4 * done,
+            "gradient_norm": 2.0, "learning_rate": 3e-4 * (1 - (index + 1) / LINES)}  # fmt: skip
+
+
+def offline_evaluation(step, *, after):
+    return {"step": step, "eval_loss": 0.5 if after else 0.69, "eval_rows": 200, "eval_progress": float(after),
+            "eval_chosen_logprob": -1.1 if after else -1.0}  # fmt: skip
+
+
 def history(stage, seed=0, lines=LINES, **changes):
     """A healthy history of `stage`; `changes` are functions of the line's index that replace a metric."""
     generator = random.Random(seed)
-    make = {"ppo": ppo_line, "reward": reward_line, "sft": sft_line}[stage]
+    make = {"ppo": ppo_line, "reward": reward_line, "sft": sft_line, "offline": offline_line}[stage]
     found = [make(index, lambda: generator.uniform(-1, 1)) for index in range(lines)]
     for index, line in enumerate(found):
         line.update({name: float(change(index)) for name, change in changes.items()})
-    evaluated = {"sft": sft_evaluation, "reward": reward_evaluation, "ppo": ppo_evaluation}[stage]
+    evaluated = {
+        "sft": sft_evaluation, "reward": reward_evaluation, "ppo": ppo_evaluation, "offline": offline_evaluation,
+    }[stage]  # fmt: skip
     *earlier, newest = found  # the line at the end is one of training: what is wrong with it is what is new
     return [evaluated(0, after=False), *earlier, evaluated(newest["step"], after=True), newest]
 
@@ -183,6 +197,9 @@ SICK = [
     ("reward_part_falls", "ppo",
      {"score": lambda i: i / 20, "score/ends": lambda i: 1.0 * (i < 20), "score_std/ends": lambda i: 0.4},
      {"score": lambda i: 0.0, "score/ends": lambda i: 1.0 * (i < 20), "score_std/ends": lambda i: 0.4}, 21),
+    ("margin_saturated", "offline",
+     {"loss": last(3, 0.001, 0.5), "accuracy": lambda i: 1.0, "margin": lambda i: 9.0},
+     {"loss": last(3, 0.02, 0.5), "accuracy": lambda i: 1.0, "margin": lambda i: 9.0}, None),
     ("groups_alike", "ppo", {"equal_groups": last(3, 0.6, 0.1)}, {"equal_groups": last(2, 0.6, 0.1)}, 30),
     ("repetition", "ppo", {"repeated_4grams": last(3, 0.5, 0.05)}, {"repeated_4grams": lambda i: 0.25}, 30),
     ("empty_responses", "ppo", {"empty_responses": last(3, 0.7, 0.0)}, {"empty_responses": lambda i: 0.3}, 30),
@@ -228,7 +245,7 @@ def test_every_check_has_words_for_what_it_means_and_what_to_try_and_a_case_here
 
 HELD_OUT = {
     *("too_few_held_out", "reward_model_at_chance", "reward_model_is_shortcut", "score_below_start"),
-    *("score_follows_length", "over_optimised"),
+    *("score_follows_length", "over_optimised", "chosen_collapses"),
 }
 """Those of tests/doctor/test_held_out_checks.py."""
 

@@ -14,7 +14,7 @@ from rlhf.checkpoint.export import export_scalar_model
 from rlhf.engine import BatchPlan, RLHFEngine
 from rlhf.models.lora import apply_lora
 from rlhf.models.scalar import ScalarModel
-from rlhf.pipeline.stages import STAGES, parse_stage
+from rlhf.pipeline.stages import parse_stage
 from tests.support.tiny_models import ROWS, save_tiny_model, tiny_config
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_the_tensors_of_a_real_engine_weigh_what_the_script_says(
         "reward": ["--base_model", str(base), "--lora_rank", str(reward_rank)],
         "ppo": ["--base_model", str(actor), "--lora_rank", str(rank), "--quantization", quantization],
     }
-    stages = {name: parse_stage(name, [*common, *options[name]]) for name in STAGES}
+    stages = {name: parse_stage(name, [*common, *options[name]]) for name in options}
     model = ScalarModel.from_base(base, dtype=torch.float32)
     if reward_rank:
         model = apply_lora(model, stages["reward"].model)

@@ -26,6 +26,18 @@ RECIPES = ("kullm", "kullm_rlhf", "law_polyglot_lora8bit", "law_polyglot_qlora4b
 every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 
 
+def stages_of(path):
+    """The stages of a run that names none, and others that the file has a section for."""
+    sections = yaml.safe_load(path.read_text(encoding="utf-8")).keys()
+    return [name for name, stage in STAGES.items() if stage.in_default_run or name in sections]
+
+
+STAGES_OF_FILES = [(path, stage) for path in FILES for stage in stages_of(path)]
+every_stage = pytest.mark.parametrize(
+    ("path", "stage"), STAGES_OF_FILES, ids=[f"{path.stem}-{stage}" for path, stage in STAGES_OF_FILES]
+)
+
+
 def parse(path, stage, *more):
     """The configuration of one stage as one namespace of fields."""
     parts = parse_stage(stage, ["--config", str(path), *map(str, more)]).parts()
@@ -54,8 +66,7 @@ def test_every_scale_and_every_recipe_is_there():
     assert all(devices(CONFIGS / f"{size}_multinode.yaml") >= 16 for size in SIZES)
 
 
-@every_file
-@pytest.mark.parametrize("stage", STAGES)
+@every_stage
 def test_parses_and_its_values_arrive(path, stage):
     parsed = parse(path, stage)
     content = load_config_file(path, stage, sections=STAGES).values
@@ -72,8 +83,7 @@ def test_parses_and_its_values_arrive(path, stage):
         assert not stray, f"{path.name}: {stray} under {section}: would be passed over in silence"
 
 
-@every_file
-@pytest.mark.parametrize("stage", STAGES)
+@every_stage
 def test_batches_divide_over_the_intended_devices(path, stage):
     parsed, world = parse(path, stage), devices(path)
     plan = BatchPlan(parsed["global_batch_size"], parsed["micro_batch_size"], world)
@@ -84,8 +94,7 @@ def test_batches_divide_over_the_intended_devices(path, stage):
         assert rollout % world == 0 and parsed["generation_batch_size"] <= rollout // world
 
 
-@every_file
-@pytest.mark.parametrize("stage", STAGES)
+@every_stage
 def test_starts_on_one_to_eight_devices(path, stage):
     parsed = parse(path, stage)
     for world in range(1, 9):
@@ -101,8 +110,7 @@ def test_starts_on_one_to_eight_devices(path, stage):
             assert planned_iterations(batch, plan, parsed["rollout_batch_size"]) >= 1
 
 
-@every_file
-@pytest.mark.parametrize("stage", STAGES)
+@every_stage
 def test_settings_go_together(path, stage):
     parsed = parse(path, stage)
     assert not (parsed["quantization"] != "none" and parsed["zero_stage"] == 3), "quantised weights are not partitioned"
@@ -111,8 +119,7 @@ def test_settings_go_together(path, stage):
     assert not (parsed["lora_targets"] and parsed["lora_rank"] == 0), "targets without a rank do nothing"
 
 
-@every_file
-@pytest.mark.parametrize("stage", STAGES)
+@every_stage
 def test_every_lora_target_is_adapted_in_every_layer(path, stage, tiny_models):
     parsed = parse(path, stage)
     if parsed["lora_rank"] == 0:

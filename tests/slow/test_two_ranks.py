@@ -20,7 +20,7 @@ from tests.support.samples import write_sample
 
 WORKER = Path(__file__).parents[1] / "support" / "pipeline_worker.py"
 TOLERANCE = 2e-4
-MODELS = ("sft/model", "reward/model", "ppo/actor", "ppo/critic")
+MODELS = ("sft/model", "reward/model", "ppo/actor", "ppo/critic", "offline/actor")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def metrics(directory: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_two_ranks_equal_one(inputs, one_rank, tmp_path, zero_stage):
     two_ranks = run_pipeline(inputs, tmp_path / "out", world=2, zero_stage=zero_stage)
-    for stage in ("sft", "reward", "ppo"):
+    for stage in ("sft", "reward", "ppo", "offline"):
         expected, found = metrics(one_rank / stage), metrics(two_ranks / stage)
         assert len(expected) == len(found)
         for first, second in zip(expected, found, strict=True):

@@ -1,4 +1,4 @@
-"""Run the three stages in one process:
+"""Run every stage in one process:
 pipeline_worker.py BASE DATA_DIR OUTPUT_DIR ZERO_STAGE [--steps N] [--iterations N] [--field value ...]"""
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from rlhf.pipeline.stage_run import run_as_script
 from step1_sft.main import main as sft
 from step2_reward.main import main as reward
 from step3_ppo.main import main as ppo
+from step3_ppo.offline import main as offline
 
 SMALL = (
     "--log_every_steps 1 --precision fp32 --no_tensorboard --adam_eps 1e-3 --micro_batch_size 2 --global_batch_size 8 "
@@ -30,6 +31,7 @@ def run() -> None:
         parser.add_argument(name)
     parser.add_argument("--steps", default="3", help="optimizer steps of SFT and of the reward model")
     parser.add_argument("--iterations", default="2", help="of PPO")
+    parser.add_argument("--offline", default="dpo", help="algorithm of the offline stage")
     given, extra = parser.parse_known_args()
     common = ["--output_dir", given.output, "--cache_dir", f"{given.output}/cache", "--zero_stage", given.zero_stage]
     common += ["--base_model", given.base, *SMALL.split(), *extra]
@@ -45,6 +47,7 @@ def run() -> None:
     sft([*common, *data("sft", "sft"), "--max_steps", given.steps])
     reward([*common, *data("preference", "preference"), "--max_steps", given.steps])
     ppo([*common, *data("prompt", "prompts"), "--max_steps", given.iterations, *ON_POLICY.split()])
+    offline([*common, *data("preference", "preference"), "--max_steps", given.steps, "--algorithm", given.offline])
 
 
 if __name__ == "__main__":

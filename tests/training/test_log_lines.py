@@ -13,6 +13,7 @@ from rlhf.pipeline.stages import STAGES
 from rlhf.training.rollouts import sample_table
 from rlhf.types import TokenizedPrompt
 from tests.algorithms.test_ppo_checklist import make_trainer  # noqa: F401  (a fixture)
+from tests.algorithms.test_preference import preference_trainer
 from tests.training.test_trainer import reward_trainer, sft_rows, sft_trainer
 
 
@@ -29,6 +30,7 @@ def test_an_evaluation_shows_the_figures_of_the_stages_row_and_records_all(
         "sft": lambda: sft_trainer(tiny_models["gpt2"], tmp_path, rows, rows, max_steps=1),
         "reward": lambda: reward_trainer(tiny_models["gpt2"], tmp_path),
         "ppo": lambda: make_trainer(iterations=1),
+        "offline": lambda: preference_trainer(tiny_models, tmp_path, "dpo"),
     }[stage]()
     with caplog.at_level(logging.INFO, logger="rlhf"):
         trainer.fit()

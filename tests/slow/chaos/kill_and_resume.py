@@ -2,7 +2,7 @@
 
 python -m tests.slow.chaos.kill_and_resume [--kills 20] [--ranks 2] [--zero_stage 2] [--FIELD VALUE ...]
 
-A run is the three stages on a tiny model under the real launcher, its state saved after every step. It is killed with
+A run is every stage on a tiny model under the real launcher, its state saved after every step. It is killed with
 SIGKILL, launcher and ranks at once, at random moments: shortly after a state was written, while one is being written,
 at any time since its start. `--one_rank` kills a single rank instead and lets the run end by itself. What must be
 equal, byte for byte, are all exported weights, `metrics.jsonl` and `result.json` (but for seconds).
@@ -30,7 +30,7 @@ from tests.support.samples import sample_lines, write_sample
 
 ROOT = Path(__file__).resolve().parents[3]
 WORKER = ROOT / "tests" / "support" / "pipeline_worker.py"
-STAGES = ("sft", "reward", "ppo")
+STAGES = ("sft", "reward", "ppo", "offline")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,97 @@
+"""Offline preference optimisation: raise the better of the responses that are there, by any of the offline losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf.algorithms.candidates import Candidates
+from rlhf.algorithms.config import OfflineConfig
+from rlhf.algorithms.offline_losses import OFFLINE_LOSSES
+from rlhf.algorithms.ranking_losses import ranked_pairs
+from rlhf.algorithms.ranking_metrics import accuracy_of
+from rlhf.data.collate import collate_rankings
+from rlhf.data.stage_data import StageData
+from rlhf.training.metrics import MeanMeter
+from rlhf.training.offline import OfflineTrainer
+from rlhf.training.reference_logprobs import ReferencedRanking, response_log_likelihoods
+from rlhf.types import RankedBatch, TensorBatch
+
+
+@dataclass(frozen=True)
+class PreferenceBatch(TensorBatch):
+    """Candidates of several prompts, and `ref_logprobs` [N], what the reference says of each whole response."""
+
+    ranked: RankedBatch
+    ref_logprobs: torch.Tensor
+
+
+class PreferenceTrainer(OfflineTrainer[PreferenceBatch]):
+    """Learns the loss `config.algorithm`, averaged over the prompts of the global batch that have a pair."""
+
+    def __init__(self, engine: Any, data: StageData, config: OfflineConfig, *, pad_token_id: int, **loop: Any) -> None:
+        super().__init__(engine, data, eval_every_steps=config.eval_every_steps, **loop)
+        self.config = config
+        self.pad_token_id = pad_token_id
+        self.algorithm = OFFLINE_LOSSES[config.algorithm]
+        self.numbers = {name: 0 for name in {example.category for example in [*data.train, *data.evaluation]}}
+
+    def length(self, example: ReferencedRanking) -> int:
+        return sum(len(candidate.input_ids) for candidate in example.ranking.candidates)
+
+    def collate(self, examples: Sequence[ReferencedRanking]) -> PreferenceBatch:
+        ranked = collate_rankings([example.ranking for example in examples], self.pad_token_id, self.numbers)
+        return PreferenceBatch(ranked, torch.tensor([value for example in examples for value in example.ref_logprobs]))
+
+    def loss_count(self, batch: PreferenceBatch) -> float:
+        better, _ = ranked_pairs(batch.ranked.groups, batch.ranked.ranks)
+        return float(batch.ranked.groups[better].unique().numel())
+
+    def loss_sum(self, batch: PreferenceBatch) -> torch.Tensor:
+        given = self.candidates(batch)
+        self.meter.add(*self.told(given))
+        return self.algorithm.loss(given, self.config)
+
+    def candidates(self, batch: PreferenceBatch) -> Candidates:
+        """The batch with what the actor says of it."""
+        ranked = batch.ranked
+        logprobs = response_log_likelihoods(self.engine, ranked)
+        return Candidates(logprobs, batch.ref_logprobs, ranked.lengths, ranked.groups, ranked.ranks)
+
+    @torch.no_grad()
+    def told(self, given: Candidates) -> tuple[dict[str, torch.Tensor], float]:
+        """Sums over prompts of what is logged, and their number: `accuracy` and `margin` of the pairs, log-probability
+        by token of the better and the worse ones, and how far the better ones have moved from the reference."""
+        better, worse = given.pairs
+        margin = self.algorithm.margin(given, self.config)
+        by_token = given.logprobs / given.tokens
+        found = {
+            "accuracy": accuracy_of(margin, torch.zeros_like(margin)),
+            "margin": margin,
+            "chosen_logprob": by_token[better],
+            "rejected_logprob": by_token[worse],
+        }
+        if self.algorithm.needs_reference:
+            found["chosen_shift"] = (by_token - given.ref_logprobs / given.tokens)[better]
+        return {name: given.mean_over_pairs(values) for name, values in found.items()}, given.prompts
+
+    def evaluate(self) -> dict[str, Any]:
+        """Loss and what is logged in training, on the held-out rankings."""
+        meter = MeanMeter()
+        for batch, counted in self.evaluation_batches():
+            rows = batch.ranked.groups < counted
+            if not bool(rows.any()):
+                self.candidates(batch.to(self.engine.device))  # a collective forward must not run short
+                continue
+            given = self.candidates(batch.to(self.engine.device))
+            kept = rows.to(self.engine.device)
+            given = Candidates(*(value[kept] for value in (
+                given.logprobs, given.ref_logprobs, given.tokens, given.groups, given.ranks,
+            )))  # fmt: skip
+            sums, prompts = self.told(given)
+            sums = {"loss": self.algorithm.loss(given, self.config), **sums}
+            meter.add({f"eval_{name}": value for name, value in sums.items()}, prompts)
+        return {**meter.means(self.engine.device), "eval_rows": float(len(self.evaluation))}
