@@ -21,9 +21,12 @@ from rlhf.algorithms.preference import PreferenceTrainer
 from rlhf.checkpoint.export import export_causal_lm
 from rlhf.checkpoint.fingerprint import model_fingerprint
 from rlhf.engine import compute_dtype
+from rlhf.evaluation.gold import gold_before_and_after
 from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.pipeline.offline import held_out_prompts, sampled_evaluation
 from rlhf.pipeline.stage_run import StageRun, run_as_script, stage_main
 from rlhf.pipeline.stages import OfflineStageConfig
+from rlhf.training.data_order import visited
 from rlhf.training.reference_logprobs import with_reference, without_reference
 
 
@@ -35,6 +38,7 @@ def main(stage: StageRun[OfflineStageConfig]) -> dict:
     data = stage.load_data(
         "comparison", config.data.preference_data, config.data.preference_eval_data, tokenizer, stage="reward"
     )
+    prompts = held_out_prompts(stage, tokenizer)
     total_steps = stage.planned_steps(data)
     dtype = compute_dtype(config.engine.precision)
     engine = stage.training_engine(
@@ -51,11 +55,16 @@ def main(stage: StageRun[OfflineStageConfig]) -> dict:
             identity=identity,
         )  # fmt: skip
 
+    used = visited(len(data.train), stage.plan, config.run.seed, steps=total_steps)
+    train = without_reference(data.train)
+    for index, row in zip(used, referenced([data.train[index] for index in used]), strict=True):
+        train[index] = row
     trainer = PreferenceTrainer(
         engine,
-        replace(data, train=referenced(data.train), evaluation=referenced(data.evaluation)),
+        replace(data, train=train, evaluation=referenced(data.evaluation)),
         config.offline,
         pad_token_id=tokenizer.pad_token_id,
+        sample=sampled_evaluation(stage, engine, tokenizer, prompts),
         plan=stage.plan,
         total_steps=total_steps,
         export=lambda: export_causal_lm(engine, tokenizer, stage.directory / "actor"),
@@ -63,12 +72,14 @@ def main(stage: StageRun[OfflineStageConfig]) -> dict:
     )
     outcome = trainer.fit()
     before, after = outcome["before"], outcome["after"]
-    names = ("loss", "accuracy", "margin", "chosen_logprob", "rejected_logprob")
+    names = ("loss", "accuracy", "margin", "chosen_logprob", "rejected_logprob", "eos_rate", "response_tokens")
     figures = {f"{name}_{when}": found.get(f"eval_{name}") for name in names
                for when, found in (("before", before), ("after", after))}  # fmt: skip
     return {
         "algorithm": config.offline.algorithm,
         **figures,
+        "gold": gold_before_and_after(before.get("sampled", {}), after.get("sampled", {})),
+        "sampled_prompts": len(prompts),
         "held_out_prompts": int(after["eval_rows"]),
         "best_step": outcome["best_step"],
         "seconds": outcome["seconds"],

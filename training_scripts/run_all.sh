@@ -14,6 +14,7 @@ OUTPUT_DIR/summary.json. With no option it aligns the embedded tiny Korean model
   --sft_data PATH...       instruction data        --preference_data PATH...  pairs or rankings
   --prompt_data PATH...    prompts for PPO         --output_dir DIR           default runs/default
   --FIELD VALUE            any field, for every stage that has it; --STAGE.FIELD VALUE for one stage
+  --align dpo              after supervised fine-tuning dpo, ipo, rrhf, orpo or simpo, in the place of reward model and PPO
   --stages sft,reward,ppo  only some of the stages; --short: a few steps of each, in a directory of its own
 
   --num_devices N          processes on this machine (default: every GPU; 1 without a GPU); --master_port PORT
@@ -45,8 +46,8 @@ case " $* " in
 esac
 
 # Importing libraries may print; the assignments are the last lines.
-settings="$("$RLHF_PYTHON" -m rlhf.pipeline.arguments "$@" | sed -n '/^DEFAULT_STAGES=/,$p')"
-# DEFAULT_STAGES STAGES RESUME_STAGES OVERWRITE_STAGES OUTPUT_DIR MAX_RESTARTS SINGLE_PROCESS LAUNCHER_ARGS;
+settings="$("$RLHF_PYTHON" -m rlhf.pipeline.arguments "$@" | sed -n '/^STAGES=/,$p')"
+# STAGES RESUME_STAGES OVERWRITE_STAGES SUMMARISED OUTPUT_DIR MAX_RESTARTS SINGLE_PROCESS LAUNCHER_ARGS;
 # SCRIPT_x TITLE_x ARGS_x of stage x
 eval "$settings"
 
@@ -247,8 +248,8 @@ for index in "${!STAGES[@]}"; do
     run_stage "$((index + 1))" "${STAGES[index]}"
 done
 
-if [ "${STAGES[*]}" = "${DEFAULT_STAGES[*]}" ]; then
+if [ -n "$SUMMARISED" ]; then
     echo
     echo "=== what came out"
-    "$RLHF_PYTHON" -m rlhf.cli.summary "$OUTPUT_DIR"
+    "$RLHF_PYTHON" -m rlhf.cli.summary "$OUTPUT_DIR" --stages "$(IFS=,; echo "${STAGES[*]}")"
 fi

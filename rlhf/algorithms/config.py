@@ -317,10 +317,24 @@ class OfflineConfig:
     """rrhf: weight of the ranking loss (Law-Polyglot: 1)."""
     sft_coef: float | None = None
     """rrhf, orpo: weight of the loss of imitating the best response (1)."""
+    temperature: float = 1.0
+    """Sampling temperature of evaluations (`prompt_eval_data`)."""
+    eval_prompts: int = 256
+    """Held-out prompts that are sampled in an evaluation, the same ones every time; 0 takes all of them."""
+    eval_samples_per_prompt: int = 4
+    """Responses sampled to each of them."""
+    generation_batch_size: int = setting(0, may_change_on_resume=True)
+    """Responses that one device samples side by side; 0 takes all of them."""
+    sample_table_rows: int = setting(4, may_change_on_resume=True)
+    """Prompts shown with their responses at each evaluation."""
     eval_every_steps: int = 0
     """Optimizer steps between evaluations; 0 evaluates before and after only. The best model is kept."""
 
     def __post_init__(self) -> None:
+        require_at_least(self, 0, "eval_prompts", "generation_batch_size", "sample_table_rows", "eval_every_steps")
+        require_at_least(self, 1, "eval_samples_per_prompt")
+        if self.temperature <= 0:
+            raise ConfigError(f"temperature={self.temperature} must be above 0")
         if self.algorithm not in OFFLINE_CONSTANTS:
             raise ConfigError(f"algorithm={self.algorithm!r} is not one of {', '.join(OFFLINE_CONSTANTS)}")
         constants = OFFLINE_CONSTANTS[self.algorithm]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from rlhf.training.offline import OfflineTrainer
 from rlhf.training.reference_logprobs import ReferencedRanking, response_log_likelihoods
 from rlhf.types import RankedBatch, TensorBatch
 
+SAMPLED = ("eos_rate", "response_tokens", "repeated_4grams", "empty_responses", "entropy_estimate")
+"""Figures of sampled responses that an evaluation records."""
+
 
 @dataclass(frozen=True)
 class PreferenceBatch(TensorBatch):
@@ -30,12 +33,25 @@ class PreferenceBatch(TensorBatch):
 
 
 class PreferenceTrainer(OfflineTrainer[PreferenceBatch]):
-    """Learns the loss `config.algorithm`, averaged over the prompts of the global batch that have a pair."""
+    """Learns the loss `config.algorithm`, averaged over the prompts of the global batch that have a pair.
 
-    def __init__(self, engine: Any, data: StageData, config: OfflineConfig, *, pad_token_id: int, **loop: Any) -> None:
+    `sample` says what the actor's responses to held-out prompts are like, see `RolloutWorker.evaluate`.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        data: StageData,
+        config: OfflineConfig,
+        *,
+        pad_token_id: int,
+        sample: Callable[[], dict[str, Any]] | None = None,
+        **loop: Any,
+    ) -> None:
         super().__init__(engine, data, eval_every_steps=config.eval_every_steps, **loop)
         self.config = config
         self.pad_token_id = pad_token_id
+        self.sample = sample
         self.algorithm = OFFLINE_LOSSES[config.algorithm]
         self.numbers = {name: 0 for name in {example.category for example in [*data.train, *data.evaluation]}}
 
@@ -79,7 +95,8 @@ class PreferenceTrainer(OfflineTrainer[PreferenceBatch]):
         return {name: given.mean_over_pairs(values) for name, values in found.items()}, given.prompts
 
     def evaluate(self) -> dict[str, Any]:
-        """Loss and what is logged in training, on the held-out rankings."""
+        """Loss and what is logged in training, on the held-out rankings; of sampled responses what `SAMPLED` names and
+        what measures say, and all of it under "sampled"."""
         meter = MeanMeter()
         for batch, counted in self.evaluation_batches():
             rows = batch.ranked.groups < counted
@@ -94,4 +111,10 @@ class PreferenceTrainer(OfflineTrainer[PreferenceBatch]):
             sums, prompts = self.told(given)
             sums = {"loss": self.algorithm.loss(given, self.config), **sums}
             meter.add({f"eval_{name}": value for name, value in sums.items()}, prompts)
-        return {**meter.means(self.engine.device), "eval_rows": float(len(self.evaluation))}
+        found: dict[str, Any] = {**meter.means(self.engine.device), "eval_rows": float(len(self.evaluation))}
+        if self.sample is not None:
+            sampled = self.sample()
+            names = [*SAMPLED, *sampled.get("prompt_measures", {})]
+            found |= {f"eval_{name}": sampled[name] for name in names if name in sampled}
+            found["sampled"] = sampled
+        return found

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rlhf.pipeline.stages import default_run
+from rlhf.pipeline.stages import STAGES, default_run
 from rlhf.report.summary import SummaryError, closing_table, write_summary
 
 
@@ -22,11 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "missing or incomplete, 2 a wrong command line."
     )
     parser.add_argument("output_dir", metavar="OUTPUT_DIR", type=Path, help="output_dir of a run")
+    default = ",".join(stage.name for stage in default_run())
+    parser.add_argument("--stages", default=default, help=f"the stages that it had (default {default})")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the summary and print it; the exit status."""
-    stages = default_run()
+    names = arguments.stages.split(",")
+    if unknown := [name for name in names if name not in STAGES]:
+        print(f"error: --stages {','.join(unknown)}: the stages are {', '.join(STAGES)}", file=sys.stderr)
+        return 2
+    stages = [STAGES[name] for name in names]
     try:
         path = write_summary(arguments.output_dir, stages)
     except SummaryError as error:

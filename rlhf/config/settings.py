@@ -216,6 +216,15 @@ class RewardDataConfig(DataConfig):
 
 
 @dataclass
+class OfflineDataConfig(RewardDataConfig):
+    """Data of preference optimisation without sampling."""
+
+    prompt_eval_data: list[str] = setting([], may_change_on_resume=True, path="read")
+    """Held-out prompts to which responses are sampled at every evaluation, to see what they are like; none by
+    default."""
+
+
+@dataclass
 class PPODataConfig(DataConfig):
     """Data of PPO."""
 

@@ -1,9 +1,9 @@
 """Sort a pipeline's command line into the arguments of its launcher and of each stage, checked before any stage starts.
 
 `python -m rlhf.pipeline.arguments [--stages sft,reward,ppo] ARGS...` prints bash assignments that
-`training_scripts/run_all.sh` evaluates: DEFAULT_STAGES, STAGES (those that run), RESUME_STAGES (those with
-`resume: auto`), OVERWRITE_STAGES (those whose earlier run is removed), OUTPUT_DIR, MAX_RESTARTS, LAUNCHER_ARGS, and by
-stage SCRIPT_sft, TITLE_sft, ARGS_sft and so on.
+`training_scripts/run_all.sh` evaluates: STAGES (those that run), RESUME_STAGES (those with `resume: auto`),
+OVERWRITE_STAGES (those whose earlier run is removed), SUMMARISED (whether a table of them can be made), OUTPUT_DIR,
+MAX_RESTARTS, LAUNCHER_ARGS, and by stage SCRIPT_sft, TITLE_sft, ARGS_sft and so on.
 A field goes to every stage that has it; `--reward.learning_rate 1e-4` goes to that stage alone.
 """
 
@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
+from rlhf.algorithms.config import OFFLINE_CONSTANTS
 from rlhf.config import EMBEDDED_BASE, REMOVED_FIELDS, ConfigError, RunConfig, facts_of, read_options
 from rlhf.config.explain import field_help
 from rlhf.config.values import from_words
@@ -38,6 +39,8 @@ LAUNCHER_OPTIONS = {
 
 
 HELP_ALL = "--help-all"
+ALIGNED_OFFLINE = ("sft", "offline")
+"""The stages of `--align` with an algorithm that needs neither a reward model nor sampling."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,7 @@ class _Given:
     max_restarts: int
     shared: list[tuple[str, list[str]]]
     own: dict[str, list[tuple[str, list[str]]]]
+    align: str = ""
 
     def words_of(self, stage: str) -> list[str]:
         """The command line of one stage: shared options that it has, its own, and those of a short run."""
@@ -120,6 +124,8 @@ def _read(arguments: Sequence[str], user_dir: Path) -> _Given:
             given.short = bool(from_words(name, values, bool))
         elif name == "stages":
             given.stages = _stages(values)
+        elif name == "align":
+            given.align = _alignment(_single(name, values))
         elif name == "max_restarts":
             given.max_restarts = _whole_number(name, _single(name, values), least=0)
         elif name in LAUNCHER_OPTIONS:
@@ -130,6 +136,11 @@ def _read(arguments: Sequence[str], user_dir: Path) -> _Given:
             given.own[section].append((field_name, values))
         else:
             raise ConfigError(f"--{name}: `{section}` is not a stage; the stages are {', '.join(STAGES)}")
+    if given.align:
+        if "stages" in seen:
+            raise ConfigError(f"--align {given.align} says which stages run: leave --stages out")
+        given.stages = ALIGNED_OFFLINE
+        given.own["offline"].append(("algorithm", [given.align]))
     return given
 
 
@@ -155,11 +166,12 @@ def all_fields(arguments: Sequence[str]) -> str:
 
 def bash_assignments(pipeline: PipelineArguments) -> str:
     """The sorted arguments as bash assignments, quoted for `eval`."""
+    default = tuple(stage.name for stage in default_run())
     lines = [
-        f"DEFAULT_STAGES=({' '.join(stage.name for stage in default_run())})",
         f"STAGES=({' '.join(pipeline.stages)})",
         f"RESUME_STAGES=({' '.join(pipeline.resume_stages)})",
         f"OVERWRITE_STAGES=({' '.join(pipeline.overwrite_stages)})",
+        f"SUMMARISED={'yes' if pipeline.stages in (ALIGNED_OFFLINE, default) else ''}",
         f"OUTPUT_DIR={shlex.quote(pipeline.output_dir)}",
         f"MAX_RESTARTS={pipeline.max_restarts}",
         f"SINGLE_PROCESS={'yes' if pipeline.single_process else ''}",
@@ -188,6 +200,13 @@ def _stages(values: Sequence[str]) -> tuple[str, ...]:
     return tuple(stage for stage in STAGES if stage in wanted)
 
 
+def _alignment(value: str) -> str:
+    """An offline algorithm, or nothing for ppo, which the run takes anyway."""
+    if value not in ("ppo", *OFFLINE_CONSTANTS):
+        raise ConfigError(f"--align {value}: choose ppo or one of {', '.join(OFFLINE_CONSTANTS)}")
+    return "" if value == "ppo" else value
+
+
 def _option_names(stage: str) -> set[str]:
     names = {"config"}
     for kind in STAGES[stage].config_classes().values():
@@ -208,7 +227,7 @@ def _check_known(name: str, stages: Sequence[str], fields: Mapping[str, set[str]
         )
     if name in REMOVED_FIELDS:
         raise ConfigError(f"--{name} is no field any more: {REMOVED_FIELDS[name]}")
-    known = set().union(*fields.values(), LAUNCHER_OPTIONS, ("short", "stages", "max_restarts"))
+    known = set().union(*fields.values(), LAUNCHER_OPTIONS, ("short", "stages", "align", "max_restarts"))
     raise ConfigError(f"unknown option --{name}{_nearest(name, known)}")
 
 

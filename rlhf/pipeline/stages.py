@@ -17,6 +17,7 @@ from rlhf.config import (
     DataConfig,
     EngineConfig,
     ModelConfig,
+    OfflineDataConfig,
     OptimizerConfig,
     PPODataConfig,
     RewardDataConfig,
@@ -120,7 +121,7 @@ class PPOStageConfig(StageConfig):
 class OfflineStageConfig(StageConfig):
     """Preference optimisation without sampling."""
 
-    data: RewardDataConfig
+    data: OfflineDataConfig
     offline: OfflineConfig
 
 
@@ -340,16 +341,28 @@ STAGES = {
                 Figure("held-out loss", before="loss_before", after="loss_after", count="held_out_prompts"),
                 Figure("accuracy", before="accuracy_before", after="accuracy_after", count="held_out_prompts"),
                 Figure(
-                    "log-probability of the better response, by token",
+                    "better response (nats)",
                     before="chosen_logprob_before",
                     after="chosen_logprob_after",
                     count="held_out_prompts",
+                    note=lambda _: "log-probability by token",
+                ),
+                PartsFigure("gold", entry="gold", note=_wins),
+                Figure(
+                    "eos rate", before="eos_rate_before", after="eos_rate_after", count="sampled_prompts", optional=True
+                ),
+                Figure(
+                    "response tokens",
+                    before="response_tokens_before",
+                    after="response_tokens_after",
+                    count="sampled_prompts",
+                    optional=True,
                 ),
             ),
             result_keys=("algorithm", "best_step"),
             checks=PREFERENCE,
             curves=("loss", "accuracy", "margin", "chosen_logprob", "eval_accuracy"),
-            logged=("eval_loss", "eval_accuracy", "eval_margin", "eval_chosen_logprob", "eval_rejected_logprob"),
+            logged=("eval_gold", "eval_loss", "eval_accuracy", "eval_margin", "eval_chosen_logprob", "eval_eos_rate"),
             in_default_run=False,
         ),
     )

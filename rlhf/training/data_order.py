@@ -62,6 +62,14 @@ class DataOrder:
         return self._order
 
 
+def visited(examples: int, plan: Plan, seed: int, *, steps: int) -> list[int]:
+    """Which of the examples a run of so many steps takes, in order: all of them in a whole pass."""
+    if steps * plan.global_batch_size >= examples:
+        return list(range(examples))
+    order = DataOrder([1] * examples, plan, seed)
+    return sorted({index for step in range(steps) for index in order.indices(step)})
+
+
 def planned_steps(examples: int, batch: BatchConfig, size: int) -> int:
     """Steps of `size` examples in a run: `max_steps`, or as many as `epochs` passes take.
 

@@ -14,6 +14,7 @@ from rlhf.algorithms.offline_losses import OFFLINE_LOSSES
 from rlhf.algorithms.preference import PreferenceTrainer
 from rlhf.data.collate import collate_rankings
 from rlhf.engine import BatchPlan
+from rlhf.training.data_order import DataOrder, visited
 from rlhf.training.reference_logprobs import response_log_likelihoods, with_reference, without_reference
 from rlhf.types import TokenizedRanking, TokenizedResponse
 from tests.algorithms.test_ppo_checklist import load
@@ -136,3 +137,20 @@ def test_the_reference_is_computed_once_for_the_same_rows_and_model(tiny_models,
     expected = response_log_likelihoods(engine.module, batch)
     found = torch.tensor([value for each in first for value in each.ref_logprobs])
     torch.testing.assert_close(found, expected.detach(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_the_rows_that_a_run_visits_are_known_before_it(steps):
+    plan = BatchPlan(4, 2, 1)
+    order = DataOrder([3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], plan, 7)
+    expected = sorted({index for step in range(steps) for index in order.indices(step)})
+    assert visited(11, plan, 7, steps=steps) == expected and len(expected) == min(11, 4 * steps)
+
+
+def test_sampled_responses_stand_beside_the_loss(make):
+    said = {"eos_rate": 0.75, "gold": 0.5, "score": 9.0, "prompt_measures": {"gold": [0.5]}, "samples": []}
+    trainer = make("simpo")
+    trainer.sample = lambda: said
+    found = trainer.evaluate()
+    assert found["eval_eos_rate"] == 0.75 and found["eval_gold"] == 0.5 and found["sampled"] is said
+    assert "eval_score" not in found and "eval_loss" in found

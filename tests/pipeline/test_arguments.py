@@ -203,10 +203,10 @@ def test_the_whole_of_what_run_all_evaluates(tmp_path, monkeypatch):
     assert (
         bash_assignments(sort_arguments(words, user_dir=tmp_path))
         == f"""\
-DEFAULT_STAGES=(sft reward ppo)
 STAGES=(sft ppo)
 RESUME_STAGES=(ppo)
 OVERWRITE_STAGES=(sft)
+SUMMARISED=
 OUTPUT_DIR='{out}'
 MAX_RESTARTS=3
 SINGLE_PROCESS=
@@ -219,8 +219,27 @@ TITLE_reward='reward model'
 ARGS_reward=()
 SCRIPT_ppo=step3_ppo/main.py
 TITLE_ppo=PPO
-ARGS_ppo=(--zero_stage 1 --output_dir '{out}' --kl_coef 1 --resume auto --max_steps 2)"""
+ARGS_ppo=(--zero_stage 1 --output_dir '{out}' --kl_coef 1 --resume auto --max_steps 2)
+SCRIPT_offline=step3_ppo/offline.py
+TITLE_offline='preference optimisation without sampling'
+ARGS_offline=()"""
     )
+
+
+def test_an_offline_alignment_takes_the_place_of_reward_model_and_ppo(tmp_path):
+    found = sort_arguments(["--align", "ipo", "--beta", "0.3", "--output_dir", "out"], user_dir=tmp_path)
+    assert found.stages == ("sft", "offline") and "SUMMARISED=yes" in bash_assignments(found)
+    words = found.stage_arguments["offline"]
+    assert words[words.index("--algorithm") + 1] == "ipo" and words[words.index("--beta") + 1] == "0.3"
+    whole = sort_arguments(["--align", "ppo", "--output_dir", "out"], user_dir=tmp_path)
+    assert whole.stages == ("sft", "reward", "ppo") and "SUMMARISED=yes" in bash_assignments(whole)
+    for words, told in (
+        (["--align", "kto"], "--align kto: choose ppo or one of dpo, ipo, rrhf, orpo, simpo"),
+        (["--align", "dpo", "--stages", "sft"], "--align dpo says which stages run: leave --stages out"),
+        (["--align", "dpo", "--kl_coef", "0.1"], "--kl_coef is a field of ppo, which this run"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            sort_arguments(words, user_dir=tmp_path)
 
 
 @pytest.mark.parametrize(("words", "refused"), [
@@ -257,7 +276,7 @@ def test_a_finished_stage_is_not_an_unfinished_one(tmp_path):
     (["--max_restarts", "1", "2"], "--max_restarts needs one value, got ['1', '2']"),
     (["--sft.output_dir", "a", "--reward.output_dir", "b", "--stages", "sft,reward"],
      "the stages must share one output_dir, got {'sft': 'HERE/a', 'reward': 'HERE/b'}; set it at the file's top level"),
-    (["--stages", ","], "--stages : the stages are sft, reward, ppo, separated by commas"),
+    (["--stages", ","], "--stages : the stages are sft, reward, ppo, offline, separated by commas"),
     (["--stages", "sft", "--reward.kl_coef", "1"],
      "--reward.kl_coef: stage reward has no field `kl_coef`; see docs/configuration.md"),
 ])  # fmt: skip
