@@ -32,8 +32,8 @@ FLOORS = (
 )
 """The rooms from the ground up: each may import those before it in this list and no other."""
 ALTERNATIVES = {
-    "rlhf.algorithms": {"sft", "reward", "ppo"},
-    "rlhf.rewards": {"reward_model", "classifier", "function", "rules"},
+    "rlhf.algorithms": {"sft", "reward", "ppo", "preference", "dpo", "orpo", "rrhf", "simpo"},
+    "rlhf.rewards": {"reward_model", "classifier", "function", "http", "rules"},
     "rlhf.generation": {"actor_backend", "deepspeed_backend"},
 }
 """Files of which no one may import another of the same room."""

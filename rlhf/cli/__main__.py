@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rlhf.cli import base, doctor, serve_reward, summary, world
+from rlhf.cli import base, doctor, sample, serve_reward, summary, world
 
 SUBCOMMANDS = {
     "base": (base, "train a tokenizer and a small base model on your own texts"),
     "doctor": (doctor, "diagnose a run from its files"),
+    "sample": (sample, "write a data set of a model's own responses: best of N, pairs, rankings"),
     "serve-reward": (serve_reward, "serve a reward over HTTP"),
     "summary": (summary, "write summary.json of a finished run and print its table"),
     "world": (world, "write the data sets of the embedded world as files"),

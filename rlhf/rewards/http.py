@@ -216,7 +216,7 @@ class HttpReward:
             raise_on_status=False,
         )
         limits = urllib3.Timeout(connect=min(CONNECT_SECONDS, self.request_seconds), read=self.request_seconds)
-        body = json.dumps(request, ensure_ascii=False).encode()
+        body = json.dumps(request).encode("ascii")  # also where a text holds half of a surrogate pair
         try:
             answer = self._connections.request(
                 "POST", self.url, body=body, headers=headers, timeout=limits, retries=again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import json
 import math
 import threading
 from collections.abc import Sequence
@@ -57,7 +58,8 @@ class ServedReward:
             spec = RewardSpec("reward_model", 1.0, {})
             sources = RewardSources(read, (int(read.eos_token_id),), engine=model, reward_tokenizer=read)
         elif Path(given).is_dir():
-            return cls.load(f'{{"name": "classifier", "model": "{given}"}}', tokenizer=tokenizer, template=template)
+            entry = json.dumps({"name": "classifier", "model": given})
+            return cls.load(entry, tokenizer=tokenizer, template=template)
         else:
             spec = RewardSpec.parse(given)
             if spec.normalize or spec.fallback is not None:
@@ -113,6 +115,9 @@ class ServedReward:
             raise RequestError(f"columns must be lists of {count} values by name, one for each prompt")
         if not isinstance(messages, list) or len(messages) != count:
             raise RequestError(f"messages must be a list of {count} lists of turns, one for each prompt")
+        for each in messages:
+            if not isinstance(each, list) or not all(map(_is_turn, each)):
+                raise RequestError('messages must be lists of turns such as {"role": "user", "content": "..."}')
         turns = [each or [{"role": "user", "content": text}] for each, text in zip(messages, asked, strict=True)]
         ids = _strings(request, "ids", count) or [f"row {row}" for row in range(count)]
         rendered = _strings(request, "rendered_prompts", count)
@@ -196,6 +201,10 @@ def create_app(served: ServedReward, *, token: str | None = None) -> Any:
     score.__annotations__["request"] = Request  # FastAPI reads it, and finds no name of this function by text
     app.post("/")(score)
     return app
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
 
 
 def _strings(request: dict[str, Any], name: str, count: int | None) -> Any:

@@ -98,7 +98,10 @@ def test_the_sft_rows_beside_ppo_are_those_of_the_sft_stage(models, tmp_path):
     (tmp_path / "ppo").mkdir(exist_ok=True)
     found = load_ptx(stage, models.tokenizer)
     assert (found.coef, found.pad_token_id) == (0.5, models.tokenizer.pad_token_id)
-    shares = {name: stage.load_data("response", [str(path)], [], models.tokenizer, stage=name) for name in STAGES}
+    shares = {
+        name: stage.load_data("response", [str(path)], [], models.tokenizer, stage=name)
+        for name in ("sft", "reward", "ppo")
+    }
     assert [row.id for row in found.rows] == [row.id for row in shares["sft"].train]
     assert sum(len(share.train) for share in shares.values()) == 80 > len(found.rows) > len(shares["ppo"].train)
     (micro,) = found.micro_batches(1, torch.device("cpu"), sharers=1)

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from rlhf.cli.summary import main
-from rlhf.pipeline.stages import STAGES
+from rlhf.pipeline.stages import default_run
 from rlhf.report import summary
 from tests.support.results import made_up_results, write_results
 
-ROWS = list(STAGES.values())
+ROWS = default_run()
 
 
 def test_summary_of_a_run_that_held_nothing_out(tmp_path, capsys):

@@ -58,6 +58,12 @@ def test_it_sends_what_the_protocol_says_and_returns_the_scores():
     ]  # fmt: skip
 
 
+def test_a_text_that_no_encoding_knows_is_sent_too():
+    endpoint = Endpoint()
+    with served(endpoint) as url:
+        assert reward(url).score(responses("a\ud800", "가")).scores.tolist() == [2.0, 1.0]
+
+
 def test_an_address_alone_is_an_entry():
     endpoint = Endpoint()
     with served(endpoint) as url:

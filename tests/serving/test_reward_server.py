@@ -118,6 +118,12 @@ def test_a_function_is_given_what_the_request_has(function):
         ({"prompts": ["a"], "responses": ["b"], "ended": [True, True]}, 422, "ended must be a list of 1"),
         ({"prompts": ["a"], "responses": ["b"], "columns": {"x": []}}, 422, "columns must be lists of 1"),
         ({"prompts": ["a"], "responses": ["b"], "messages": [[], []]}, 422, "messages must be a list of 1"),
+        (
+            {"prompts": ["a"], "responses": ["b"], "messages": [[{"role": "user"}]]},
+            422,
+            "messages must be lists of turns",
+        ),
+        ({"prompts": ["a"], "responses": ["b"], "messages": ["x"]}, 422, "messages must be lists of turns"),
         ({"prompts": ["a"], "responses": ["b"], "ids": ["1", "2"]}, 422, "2 ids for 1 prompts"),
         ({"prompts": ["a"] * 4097, "responses": ["b"] * 4097}, 422, "a request may have 4096"),
         (

@@ -47,7 +47,9 @@ def run() -> None:
     sft([*common, *data("sft", "sft"), "--max_steps", given.steps])
     reward([*common, *data("preference", "preference"), "--max_steps", given.steps])
     ppo([*common, *data("prompt", "prompts"), "--max_steps", given.iterations, *ON_POLICY.split()])
-    offline([*common, *data("preference", "preference"), "--max_steps", given.steps, "--algorithm", given.offline])
+    sampled = ["--prompt_eval_data", f"{given.data}/prompts_eval.jsonl", "--eval_samples_per_prompt", "1"]
+    aligned = ["--max_steps", given.steps, "--algorithm", given.offline]
+    offline([*common, *data("preference", "preference"), *aligned, *sampled])
 
 
 if __name__ == "__main__":

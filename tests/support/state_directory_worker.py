@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -238,7 +239,14 @@ def two_ranks_killed_at_random(root: Path) -> int:
 
         def ranks(rank: int, first: int = acknowledged + 1, meeting: Path = meeting) -> tuple[int, int]:
             def work(report: Callable[[int], None]) -> None:
-                dist.init_process_group("gloo", store=dist.FileStore(str(meeting), 2), rank=rank, world_size=2)
+                # one that is killed before the first collective is only missed when the other gives up connecting
+                dist.init_process_group(
+                    "gloo",
+                    store=dist.FileStore(str(meeting), 2),
+                    rank=rank,
+                    world_size=2,
+                    timeout=timedelta(seconds=20),
+                )
                 report(0)
                 for step in range(first, first + 100):
                     assert save(store, step, rank)

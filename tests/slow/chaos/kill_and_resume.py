@@ -105,10 +105,10 @@ def kill_and_resume(
     return said
 
 
-def differences(first: Path, second: Path) -> list[str]:
+def differences(first: Path, second: Path, stages: Sequence[str] = STAGES) -> list[str]:
     """What two finished runs wrote that is not the same."""
     found = []
-    for stage in STAGES:
+    for stage in stages:
         weights = sorted(path.relative_to(first) for path in (first / stage).glob("*/*.safetensors"))
         others = sorted(path.relative_to(second) for path in (second / stage).glob("*/*.safetensors"))
         if weights != others:

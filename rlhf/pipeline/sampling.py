@@ -1,0 +1,287 @@
+"""A data set of a model's own responses: N to each prompt, scored by any rewards (best-of-N, RAFT, pairs, rankings)."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from rlhf.checkpoint.atomic import replaced_file
+from rlhf.checkpoint.fingerprint import model_fingerprint
+from rlhf.config import ConfigError, DataConfig, ModelConfig
+from rlhf.data.collate import collate_prompts
+from rlhf.data.rendered import asked
+from rlhf.data.stage_data import load_stage_data
+from rlhf.distributed.collectives import any_rank, raise_on_all
+from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main, rank, world_size
+from rlhf.distributed.world import init_world
+from rlhf.generation.backend import make_backend
+from rlhf.generation.token_sampling import Sampling
+from rlhf.models.directories import check_causal_directory, check_scalar_directory
+from rlhf.models.inner_model import eos_token_ids
+from rlhf.models.loading import load_causal_lm, load_tokenizer
+from rlhf.models.scalar import ScalarModel
+from rlhf.numerics.statistics import last_true
+from rlhf.rewards.reward import Reward, RewardError, RewardSources
+from rlhf.rewards.table import RewardSpec, build_reward, check_rewards, needs_reward_model, reward_fingerprints
+from rlhf.types import Responses, Rollout, TokenizedPrompt
+
+Form = Literal["best", "pairs", "all"]
+"""What is written of the responses to a prompt: the best one, the best and the worst, or all with their scores."""
+SCORED_ROWS = 32
+"""Responses that a reward is asked about at a time."""
+
+
+@dataclass(frozen=True)
+class SamplingJob:
+    """What is sampled, with what, and where it goes. `rows`: responses that are sampled side by side on a device."""
+
+    model: str
+    prompts: Sequence[str]
+    output: Path
+    rewards: Sequence[str]
+    reward_model: str | None = None
+    samples: int = 4
+    form: Form = "best"
+    temperature: float = 1.0
+    rows: int = 64
+    seed: int = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    template: str = "kullm"
+    max_prompt_tokens: int = 256
+    max_response_tokens: int = 256
+    cache_dir: Path = Path("runs/.cache")
+
+    def __post_init__(self) -> None:
+        for name, least in (("samples", 1 if self.form == "best" else 2), ("rows", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least {least} with form={self.form}")
+        if self.form not in get_args(Form):
+            raise ConfigError(f"form={self.form!r} is not one of {', '.join(get_args(Form))}")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature={self.temperature} must be above 0")
+        if self.output.suffix != ".jsonl":
+            raise ConfigError(f"output={self.output}: give a name that ends in .jsonl, which is what is written")
+
+    def specs(self) -> list[RewardSpec]:
+        """The rewards, parsed. ConfigError for one that a run over whole rollouts would need."""
+        specs = [RewardSpec.parse(text) for text in self.rewards]
+        if not specs:
+            raise ConfigError("rewards is empty: name at least one, such as reward_model")
+        if wrong := [spec.name for spec in specs if spec.normalize]:
+            raise ConfigError(
+                f"rewards: normalize of {wrong[0]} goes over the rollouts of a training; leave it out here"
+            )
+        return specs
+
+    @property
+    def parts(self) -> Path:
+        """Where finished batches lie until all are."""
+        return self.output.with_name(f"{self.output.name}.parts")
+
+
+def sample_dataset(job: SamplingJob) -> dict[str, int | float]:
+    """Sample, score and write `job.output`; counts of what was done. Batches of an interrupted run are not done again.
+
+    A collective: each rank takes every world_size-th batch; rank 0 writes the file in the order of the prompts. The
+    same job gives the same file, on however many ranks. ConfigError, DataError and RewardError say what is wrong.
+    """
+    specs = job.specs()
+    device = init_world()
+    check_causal_directory(job.model)
+    tokenizer = load_tokenizer(job.model)
+    prompts = _prompts(job, tokenizer)
+    check_rewards(specs, prompts)
+    _claim_parts(job, specs)
+    per_batch = max(1, job.rows // job.samples)
+    batches = [prompts[start : start + per_batch] for start in range(0, len(prompts), per_batch)]
+    todo = [index for index in range(rank(), len(batches), world_size()) if not _part(job, index).is_file()]
+    if todo:
+        draw = _drawer(job, specs, tokenizer, device)
+        for done, index in enumerate(todo, start=1):
+            rows = draw(batches[index], index)
+            with replaced_file(_part(job, index)) as part:
+                part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+            logger.info("sampled %d of %d batches of this rank", done, len(todo))
+    any_rank(False, device)  # all parts are there
+    report = _merge(job, len(batches))
+    any_rank(False, device)  # all have read them
+    if is_main():
+        shutil.rmtree(job.parts)
+    return report
+
+
+def _prompts(job: SamplingJob, tokenizer: Any) -> list[TokenizedPrompt]:
+    data = load_stage_data(
+        "prompt",
+        list(job.prompts),
+        [],
+        config=DataConfig(
+            template=job.template,
+            max_prompt_tokens=job.max_prompt_tokens,
+            max_response_tokens=job.max_response_tokens,
+            eval_fraction=0.0,
+        ),
+        stage="sample",
+        tokenizer=tokenizer,
+        seed=job.seed,
+        cache_dir=job.cache_dir,
+        report_dir=_made(job.parts),
+        field="prompts",
+    )
+    return list(data.train)
+
+
+def _made(directory: Path) -> Path:
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _claim_parts(job: SamplingJob, specs: Sequence[RewardSpec]) -> None:
+    """Note what the parts belong to. ConfigError where they are of another job."""
+    settings = {name: value for name, value in asdict(job).items() if name not in ("output", "cache_dir", "form")}
+    fingerprints = {name: None if path is None else model_fingerprint(path)
+                    for name, path in (("model", job.model), ("reward_model", job.reward_model))}  # fmt: skip
+    identity = json.dumps([settings, fingerprints, reward_fingerprints(specs)], sort_keys=True, default=list)
+    file, error = job.parts / "job.json", None
+    if is_main():
+        if file.is_file() and file.read_text(encoding="utf-8") != identity:
+            error = ConfigError(
+                f"{job.parts} holds batches of another job (another model, prompts, rewards or settings): remove it, "
+                "or choose another --output"
+            )
+        elif not file.is_file():
+            file.write_text(identity, encoding="utf-8")
+    raise_on_all(error)
+
+
+def _part(job: SamplingJob, index: int) -> Path:
+    return job.parts / f"{index:08d}.jsonl"
+
+
+def _drawer(
+    job: SamplingJob, specs: Sequence[RewardSpec], tokenizer: Any, device: torch.device
+) -> Callable[[Sequence[TokenizedPrompt], int], list[dict[str, Any]]]:
+    """What samples and scores the responses to a batch of prompts, with the random numbers of its number."""
+    dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
+    model = load_causal_lm(job.model, dtype=dtype).to(device).eval().requires_grad_(False)
+    eos_ids = eos_token_ids(model, tokenizer)
+    reward = _reward(job, specs, tokenizer, eos_ids, device, dtype)
+    pad = tokenizer.pad_token_id
+    backend = make_backend("own", model, eos_ids=eos_ids, pad_token_id=pad, seed=job.seed, slots=job.rows)
+    sampling = Sampling(job.max_response_tokens, temperature=job.temperature, vocabulary_size=len(tokenizer))
+
+    def draw(batch: Sequence[TokenizedPrompt], index: int) -> list[dict[str, Any]]:
+        examples = [prompt for prompt in batch for _ in range(job.samples)]
+        given = collate_prompts(examples, pad, row_ids=list(range(len(examples)))).to(device)
+        rollout = backend.generate(given, sampling, iteration=index)
+        texts, ended = _texts(rollout, tokenizer), _ended(rollout, eos_ids)
+        scores: list[float] = []
+        for start in range(0, len(examples), SCORED_ROWS):
+            rows = slice(start, start + SCORED_ROWS)
+            part = Responses(rollout.rows(rows).trimmed()[0], examples[rows], texts[rows], ended[rows])
+            scores += _scores(reward, part)
+        return [
+            {
+                "id": prompt.id,
+                "prompt": asked(prompt) if prompt.messages else prompt.text,
+                "messages": list(map(dict, prompt.messages)),
+                "responses": texts[row : row + job.samples],
+                "scores": scores[row : row + job.samples],
+                "ended": ended[row : row + job.samples].tolist(),
+            }
+            for prompt, row in zip(batch, range(0, len(examples), job.samples), strict=True)
+        ]
+
+    return draw
+
+
+def _reward(
+    job: SamplingJob, specs: Sequence[RewardSpec], tokenizer: Any, eos_ids: Sequence[int], device: torch.device,
+    dtype: torch.dtype,
+) -> Reward:  # fmt: skip
+    engine, reward_tokenizer = None, None
+    if needs_reward_model(specs):
+        if job.reward_model is None:
+            raise ConfigError("the reward reward_model needs --reward_model: a directory that step 2 saved")
+        check_scalar_directory(job.reward_model)
+        reward_tokenizer = load_tokenizer(job.reward_model)
+        engine = ScalarModel.from_pretrained(job.reward_model, ModelConfig(), dtype=dtype)
+        engine = engine.to(device).eval().requires_grad_(False)
+    chat = job.template == "chat"
+    return build_reward(specs, RewardSources(tokenizer, tuple(eos_ids), engine, reward_tokenizer, chat))
+
+
+def _scores(reward: Reward, responses: Responses) -> list[float]:
+    """What a response is worth: its score and the rewards of its tokens. RewardError where that is not finite."""
+    found = reward.score(responses)
+    scores = found.scores if found.per_token is None else found.scores + found.per_token.sum(1)
+    for row, score in enumerate(scores.tolist()):
+        if not math.isfinite(score):
+            raise RewardError(f"the reward gave {score} for a response to prompt {responses.prompts[row].id!r}")
+    return list(scores.tolist())
+
+
+def _texts(rollout: Rollout, tokenizer: Any) -> list[str]:
+    rows = [ids[mask].tolist() for ids, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+def _ended(rollout: Rollout, eos_ids: Sequence[int]) -> torch.Tensor:
+    final = rollout.response_ids.gather(1, last_true(rollout.response_mask).unsqueeze(1)).squeeze(1)
+    return (torch.isin(final, torch.tensor(list(eos_ids), device=final.device)) & rollout.response_mask.any(1)).cpu()
+
+
+def _merge(job: SamplingJob, batches: int) -> dict[str, int | float]:
+    """Write the data set from its parts, on rank 0; what stands in it."""
+    rows = [
+        json.loads(line)
+        for index in range(batches)
+        for line in _part(job, index).read_text(encoding="utf-8").splitlines()
+    ]
+    written = [form for row in rows if (form := formed(row, job.form)) is not None]
+    if is_main():
+        _made(job.output.parent)
+        with replaced_file(job.output) as part:
+            part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in written), encoding="utf-8")
+    scores = torch.tensor([row["scores"] for row in rows])
+    return {
+        "prompts": len(rows),
+        "written": len(written),
+        "mean_score": float(scores.mean()),
+        "mean_best_score": float(scores.amax(1).mean()),
+        "eos_rate": float(torch.tensor([row["ended"] for row in rows]).float().mean()),
+    }
+
+
+def formed(row: Mapping[str, Any], form: Form) -> dict[str, Any] | None:
+    """What is written of the responses to a prompt: a row that SFT (`best`), DPO (`pairs`) or RRHF and the reward model
+    (`all`) read without a mapping. None for a pair of responses that score alike."""
+    best, worst = (row["scores"].index(extreme(row["scores"])) for extreme in (max, min))
+    responses, scores = row["responses"], row["scores"]
+    turns = row["messages"]
+    if form == "best":
+        said = {"role": "assistant", "content": responses[best]}
+        asked_for = {"messages": [*turns, said]} if turns else {"prompt": row["prompt"], "response": responses[best]}
+        return {"id": row["id"], **asked_for, "score": scores[best]}
+    prompt = turns if len(turns) > 1 else row["prompt"]
+    if form == "all":
+        return {"id": row["id"], "prompt": prompt, "responses": responses, "scores": scores}
+    if scores[best] == scores[worst]:
+        return None
+    pair = (responses[best], responses[worst])
+    if len(turns) > 1:
+        chosen, rejected = ([{"role": "assistant", "content": text}] for text in pair)
+    else:
+        chosen, rejected = pair  # type: ignore[assignment]
+    return {
+        "id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected, "score_chosen": scores[best],
+        "score_rejected": scores[worst],
+    }  # fmt: skip
