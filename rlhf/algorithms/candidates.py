@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 import torch
@@ -34,6 +34,10 @@ class Candidates:
         """1 / pairs of its prompt, for each pair [M]: every prompt weighs the same."""
         prompt = self.groups[self.pairs[0]]
         return 1.0 / torch.bincount(prompt, minlength=int(self.groups.max()) + 1)[prompt]
+
+    def rows(self, kept: torch.Tensor) -> Candidates:
+        """Those of the mask `kept` [N]."""
+        return Candidates(*(getattr(self, item.name)[kept] for item in fields(self)))
 
     @property
     def prompts(self) -> float:

@@ -232,7 +232,7 @@ class PPOTrainer(OnPolicyTrainer):
         told = {"equal_groups": float(alike.float().mean())}
         if self.config.resample_equal_groups == 0:
             return scored, told
-        others = iter(self._others(chosen, iteration))
+        others = iter(self._others(chosen, iteration) if bool(alike.any()) else [])
         drawn, seconds = 0, [self.rollouts.seconds]
         for round_number in range(1, self.config.resample_equal_groups + 1):
             further = list(islice(others, int(alike.sum())))
@@ -266,7 +266,8 @@ class PPOTrainer(OnPolicyTrainer):
         """The other training prompts in a random order, the same for a seed and iteration."""
         generator = torch.Generator().manual_seed((self.run.seed * 1_000_003 + iteration) % 2**63)
         order = torch.randperm(len(self.prompts.train), generator=generator).tolist()
-        return [index for index in order if index not in set(chosen)]
+        taken = set(chosen)
+        return [index for index in order if index not in taken]
 
     def rewards_of(self, scored: ScoredRollout, kl_coef: float) -> torch.Tensor:
         """What is optimised, by token [B, T]: scores less the penalties of a missing end, of too many tokens and of

@@ -99,18 +99,13 @@ class PreferenceTrainer(OfflineTrainer[PreferenceBatch]):
         what measures say, and all of it under "sampled"."""
         meter = MeanMeter()
         for batch, counted in self.evaluation_batches():
-            rows = batch.ranked.groups < counted
-            if not bool(rows.any()):
-                self.candidates(batch.to(self.engine.device))  # a collective forward must not run short
-                continue
             given = self.candidates(batch.to(self.engine.device))
-            kept = rows.to(self.engine.device)
-            given = Candidates(*(value[kept] for value in (
-                given.logprobs, given.ref_logprobs, given.tokens, given.groups, given.ranks,
-            )))  # fmt: skip
+            if counted:
+                given = given.rows(given.groups < counted)
             sums, prompts = self.told(given)
             sums = {"loss": self.algorithm.loss(given, self.config), **sums}
-            meter.add({f"eval_{name}": value for name, value in sums.items()}, prompts)
+            share = float(counted > 0)  # every rank names the same figures, also of rows that only fill up
+            meter.add({f"eval_{name}": share * value for name, value in sums.items()}, share * prompts)
         found: dict[str, Any] = {**meter.means(self.engine.device), "eval_rows": float(len(self.evaluation))}
         if self.sample is not None:
             sampled = self.sample()

@@ -17,7 +17,8 @@ from rlhf.checkpoint.fingerprint import model_fingerprint
 from rlhf.config import ConfigError, DataConfig, ModelConfig
 from rlhf.data.collate import collate_prompts
 from rlhf.data.rendered import asked
-from rlhf.data.stage_data import load_stage_data
+from rlhf.data.stage_data import StageData, load_stage_data
+from rlhf.data.templates import Template, load_template
 from rlhf.distributed.collectives import any_rank, raise_on_all
 from rlhf.distributed.log import logger
 from rlhf.distributed.place import is_main, rank, world_size
@@ -97,9 +98,10 @@ def sample_dataset(job: SamplingJob) -> dict[str, int | float]:
     device = init_world()
     check_causal_directory(job.model)
     tokenizer = load_tokenizer(job.model)
-    prompts = _prompts(job, tokenizer)
+    data = _prompts(job, tokenizer)
+    prompts: list[TokenizedPrompt] = list(data.train)
     check_rewards(specs, prompts)
-    _claim_parts(job, specs)
+    _claim_parts(job, specs, data.fingerprint)
     per_batch = max(1, job.rows // job.samples)
     batches = [prompts[start : start + per_batch] for start in range(0, len(prompts), per_batch)]
     todo = [index for index in range(rank(), len(batches), world_size()) if not _part(job, index).is_file()]
@@ -118,8 +120,8 @@ def sample_dataset(job: SamplingJob) -> dict[str, int | float]:
     return report
 
 
-def _prompts(job: SamplingJob, tokenizer: Any) -> list[TokenizedPrompt]:
-    data = load_stage_data(
+def _prompts(job: SamplingJob, tokenizer: Any) -> StageData:
+    return load_stage_data(
         "prompt",
         list(job.prompts),
         [],
@@ -136,7 +138,6 @@ def _prompts(job: SamplingJob, tokenizer: Any) -> list[TokenizedPrompt]:
         report_dir=_made(job.parts),
         field="prompts",
     )
-    return list(data.train)
 
 
 def _made(directory: Path) -> Path:
@@ -144,12 +145,12 @@ def _made(directory: Path) -> Path:
     return directory
 
 
-def _claim_parts(job: SamplingJob, specs: Sequence[RewardSpec]) -> None:
+def _claim_parts(job: SamplingJob, specs: Sequence[RewardSpec], prompts: str) -> None:
     """Note what the parts belong to. ConfigError where they are of another job."""
     settings = {name: value for name, value in asdict(job).items() if name not in ("output", "cache_dir", "form")}
     fingerprints = {name: None if path is None else model_fingerprint(path)
                     for name, path in (("model", job.model), ("reward_model", job.reward_model))}  # fmt: skip
-    identity = json.dumps([settings, fingerprints, reward_fingerprints(specs)], sort_keys=True, default=list)
+    identity = json.dumps([settings, fingerprints, reward_fingerprints(specs), prompts], sort_keys=True, default=list)
     file, error = job.parts / "job.json", None
     if is_main():
         if file.is_file() and file.read_text(encoding="utf-8") != identity:
@@ -174,7 +175,7 @@ def _drawer(
     model = load_causal_lm(job.model, dtype=dtype).to(device).eval().requires_grad_(False)
     eos_ids = eos_token_ids(model, tokenizer)
     reward = _reward(job, specs, tokenizer, eos_ids, device, dtype)
-    pad = tokenizer.pad_token_id
+    pad, template = tokenizer.pad_token_id, load_template(job.template, tokenizer)
     backend = make_backend("own", model, eos_ids=eos_ids, pad_token_id=pad, seed=job.seed, slots=job.rows)
     sampling = Sampling(job.max_response_tokens, temperature=job.temperature, vocabulary_size=len(tokenizer))
 
@@ -191,8 +192,7 @@ def _drawer(
         return [
             {
                 "id": prompt.id,
-                "prompt": asked(prompt) if prompt.messages else prompt.text,
-                "messages": list(map(dict, prompt.messages)),
+                **_written_prompt(prompt, template),
                 "responses": texts[row : row + job.samples],
                 "scores": scores[row : row + job.samples],
                 "ended": ended[row : row + job.samples].tolist(),
@@ -201,6 +201,15 @@ def _drawer(
         ]
 
     return draw
+
+
+def _written_prompt(prompt: TokenizedPrompt, template: Template) -> dict[str, Any]:
+    """The prompt as training is to read it again: its turns, or the text that the actor read where the turns would be
+    rendered as another one (an instruction with an input)."""
+    turns = list(map(dict, prompt.messages))
+    if turns and template.render_messages(turns).endswith(prompt.text):  # its end where it is too long
+        return {"prompt": asked(prompt), "messages": turns}
+    return {"prompt": prompt.text, "messages": []}
 
 
 def _reward(
@@ -244,7 +253,8 @@ def _merge(job: SamplingJob, batches: int) -> dict[str, int | float]:
     rows = [
         json.loads(line)
         for index in range(batches)
-        for line in _part(job, index).read_text(encoding="utf-8").splitlines()
+        for line in _part(job, index).read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
+        if line
     ]
     written = [form for row in rows if (form := formed(row, job.form)) is not None]
     if is_main():
@@ -263,25 +273,29 @@ def _merge(job: SamplingJob, batches: int) -> dict[str, int | float]:
 
 def formed(row: Mapping[str, Any], form: Form) -> dict[str, Any] | None:
     """What is written of the responses to a prompt: a row that SFT (`best`), DPO (`pairs`) or RRHF and the reward model
-    (`all`) read without a mapping. None for a pair of responses that score alike."""
-    best, worst = (row["scores"].index(extreme(row["scores"])) for extreme in (max, min))
-    responses, scores = row["responses"], row["scores"]
+    (`all`) read without a mapping.
+
+    A response that was cut off is left out, since training would teach its end, and so is one that was there before.
+    None where too few are left, or where the two of a pair score alike.
+    """
+    found: dict[str, float] = {}
+    for text, score, ended in zip(row["responses"], row["scores"], row["ended"], strict=True):
+        if ended:
+            found.setdefault(text, score)
+    if len(found) < (1 if form == "best" else 2):
+        return None
+    best, worst = (extreme(found, key=found.__getitem__) for extreme in (max, min))
     turns = row["messages"]
     if form == "best":
-        said = {"role": "assistant", "content": responses[best]}
-        asked_for = {"messages": [*turns, said]} if turns else {"prompt": row["prompt"], "response": responses[best]}
-        return {"id": row["id"], **asked_for, "score": scores[best]}
+        said = {"role": "assistant", "content": best}
+        asked_for = {"messages": [*turns, said]} if turns else {"prompt": row["prompt"], "response": best}
+        return {"id": row["id"], **asked_for, "score": found[best]}
     prompt = turns if len(turns) > 1 else row["prompt"]
     if form == "all":
-        return {"id": row["id"], "prompt": prompt, "responses": responses, "scores": scores}
-    if scores[best] == scores[worst]:
+        return {"id": row["id"], "prompt": prompt, "responses": [*found], "scores": [*found.values()]}
+    if found[best] == found[worst]:
         return None
-    pair = (responses[best], responses[worst])
+    sides: dict[str, Any] = {"chosen": best, "rejected": worst}
     if len(turns) > 1:
-        chosen, rejected = ([{"role": "assistant", "content": text}] for text in pair)
-    else:
-        chosen, rejected = pair  # type: ignore[assignment]
-    return {
-        "id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected, "score_chosen": scores[best],
-        "score_rejected": scores[worst],
-    }  # fmt: skip
+        sides = {name: [{"role": "assistant", "content": text}] for name, text in sides.items()}
+    return {"id": row["id"], "prompt": prompt, **sides, "score_chosen": found[best], "score_rejected": found[worst]}

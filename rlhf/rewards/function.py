@@ -97,7 +97,7 @@ class FunctionReward:
         by_token = [isinstance(each, list | tuple) for each in rows]
         device = responses.rollout.response_ids.device
         if not any(by_token):
-            scores = [self._number(each, responses, row) for row, each in enumerate(rows)]
+            scores = self._numbers(rows, responses)
             return RewardOutput(torch.tensor(scores, dtype=torch.float32, device=device))
         if not all(by_token):
             raise RewardError(f"reward {self.name} gave numbers for some responses and lists for others")
@@ -111,6 +111,20 @@ class FunctionReward:
             numbers = [self._number(one, responses, row) for one in each]
             per_token[row, :tokens] = torch.tensor(numbers, device=device)
         return RewardOutput(torch.zeros(len(rows), device=device), per_token, {"tokens": per_token.sum(1)})
+
+    def _numbers(self, rows: list[Any], responses: Responses) -> list[float]:
+        """A number for each response. RewardError that names those which have none."""
+        scores: list[float] = []
+        wrong: list[tuple[int, RewardError]] = []
+        for row, each in enumerate(rows):
+            try:
+                scores.append(self._number(each, responses, row))
+            except RewardError as error:
+                scores.append(float("nan"))
+                wrong.append((row, error))
+        if wrong:
+            raise RewardError(str(wrong[0][1]), rows=[row for row, _ in wrong], scores=scores)
+        return scores
 
     def _number(self, value: Any, responses: Responses, row: int) -> float:
         if isinstance(value, int | float) and abs(value) < float("inf"):  # not for nan either

@@ -39,7 +39,7 @@ class _Refused(Exception):
     """An answer that is no list of scores; the sentence that says so."""
 
 
-_Key = tuple[str, str, bool]
+_Key = tuple[str, str, str, bool]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class _Row:
 
     @property
     def key(self) -> _Key:
-        return self.prompt.id, self.text, self.ended
+        return self.prompt.id, self.prompt.text, self.text, self.ended
 
 
 def _rows(responses: Responses) -> list[_Row]:
@@ -65,8 +65,8 @@ class HttpReward:
 
     A request that is not answered within `request_seconds`, whose connection fails, or that is answered with one of
     `TRY_AGAIN`, is sent again up to `retries` times, as late as `Retry-After` says or with growing, random pauses. What
-    has no score `timeout_seconds` after it was sent is an error that names the prompt. `token_variable` names the
-    environment variable with a bearer token.
+    has no score `timeout_seconds` after it was handed over is an error that names the prompt. `token_variable` names
+    the environment variable with a bearer token.
     """
 
     training_range = None
@@ -178,29 +178,38 @@ class HttpReward:
     def _send(self) -> None:
         """Ask for the scores of the rows that wait."""
         if self._waiting:
-            future = self._threads.submit(self._scores_of, _request(self._waiting))
+            until = time.monotonic() + self.timeout_seconds
+            future = self._threads.submit(self._scores_of, _request(self._waiting), until)
             for place, row in enumerate(self._waiting):
-                self._sent.setdefault(row.key, deque()).append((future, place, time.monotonic()))
+                self._sent.setdefault(row.key, deque()).append((future, place, until))
             self._waiting = []
 
-    def _answer(self, future: Future[list[float] | str], place: int, sent: float) -> float | str:
+    @property
+    def _late(self) -> str:
+        return (
+            f"no answer within timeout_seconds={self.timeout_seconds:g}, the wait for {self.concurrency} requests at a "
+            "time included"
+        )
+
+    def _answer(self, future: Future[list[float] | str], place: int, until: float) -> float | str:
         """The score at `place` of a request, or why there is none."""
-        left = sent + self.timeout_seconds - time.monotonic()
-        done, _ = wait([future], timeout=max(0.0, left))
+        done, _ = wait([future], timeout=max(0.0, until - time.monotonic()))
         if not done:
-            future.cancel()
-            return f"no answer within timeout_seconds={self.timeout_seconds:g}"
+            return self._late
         found = future.result()
         return found if isinstance(found, str) else found[place]
 
-    def _scores_of(self, request: dict[str, Any]) -> list[float] | str:
+    def _scores_of(self, request: dict[str, Any], until: float) -> list[float] | str:
+        left = until - time.monotonic()
+        if left <= 0:  # nobody waits for it any more
+            return self._late
         try:
-            return self._ask(request, len(request["responses"]), retries=self.retries)
+            return self._ask(request, len(request["responses"]), retries=self.retries, seconds=left)
         except _Refused as error:
             return str(error)
 
-    def _ask(self, request: dict[str, Any], expected: int, *, retries: int) -> list[float]:
-        """The scores of a request. `_Refused` says why there are none."""
+    def _ask(self, request: dict[str, Any], expected: int, *, retries: int, seconds: float = math.inf) -> list[float]:
+        """The scores of a request, a try of which takes no more than `seconds`. `_Refused` says why there are none."""
         import urllib3
 
         headers = {"Content-Type": "application/json"}
@@ -215,7 +224,8 @@ class HttpReward:
             backoff_max=LONGEST_BACKOFF_SECONDS,
             raise_on_status=False,
         )
-        limits = urllib3.Timeout(connect=min(CONNECT_SECONDS, self.request_seconds), read=self.request_seconds)
+        longest = min(self.request_seconds, seconds)
+        limits = urllib3.Timeout(connect=min(CONNECT_SECONDS, longest), read=longest)
         body = json.dumps(request).encode("ascii")  # also where a text holds half of a surrogate pair
         try:
             answer = self._connections.request(

@@ -66,7 +66,8 @@ class ServedReward:
                 raise ConfigError("serve-reward: normalize and fallback belong to the run that asks, not to the server")
             if spec.name == "reward_model":
                 raise ConfigError("serve-reward: name the reward model's directory in the place of reward_model")
-            check_rewards([spec], [])
+            if spec.name != "function":  # whose columns come with the requests
+                check_rewards([spec], [])
             read = None if tokenizer is None else load_tokenizer(tokenizer)
             sources = RewardSources(read, () if read is None else (int(read.eos_token_id),))
         if getattr(REWARDS[spec.name].build, "counts_tokens", False) and read is None:
@@ -89,7 +90,7 @@ class ServedReward:
         if len(prompts) != len(texts):
             raise RequestError(f"{len(prompts)} prompts and {len(texts)} responses: a prompt for each is needed")
         ended = request.get("ended") or [True] * len(texts)
-        if not isinstance(ended, list) or len(ended) != len(texts):
+        if not isinstance(ended, list) or len(ended) != len(texts) or not all(isinstance(end, bool) for end in ended):
             raise RequestError(f"ended must be a list of {len(texts)} truth values, one for each response")
         scores: list[float] = []
         for start in range(0, len(texts), MOST_COMPUTED):
@@ -123,6 +124,7 @@ class ServedReward:
         rendered = _strings(request, "rendered_prompts", count)
         if rendered is None:
             rendered = [self._render(each) for each in turns]
+        self._check_markup(rendered)
         encoded = [each.ids for each in self.encoder.prompts(rendered)] if self.encoder else [()] * count
         return [
             TokenizedPrompt(
@@ -135,6 +137,19 @@ class ServedReward:
             )
             for row in range(count)
         ]
+
+    def _check_markup(self, rendered: Sequence[str]) -> None:
+        """RequestError for prompts whose special tokens this server would read as plain text."""
+        if self.encoder is None or self.encoder.prompt_has_special_tokens:
+            return
+        tokenizer = self.encoder.tokenizer
+        common = {tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token}
+        for text in rendered:
+            for token in set(tokenizer.all_special_tokens) - common:
+                if token in text:
+                    raise RequestError(
+                        f"the rendered prompts hold the special token {token!r}: start the server with --template chat"
+                    )
 
     def _render(self, turns: Sequence[dict[str, str]]) -> str:
         if self.template is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 import rlhf.pipeline.sampling as sampling
 from rlhf.cli.sample import main
@@ -13,10 +14,11 @@ from rlhf.data.stage_data import load_stage_data
 from rlhf.models.loading import load_tokenizer
 from rlhf.pipeline.sampling import SamplingJob, formed, sample_dataset
 from rlhf.rewards.reward import RewardError
+from rlhf.types import RewardOutput, Rollout
 
 TURNS = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "1"}, {"role": "user", "content": "two"}]
 ROW = {"id": "a", "prompt": "ask", "messages": [{"role": "user", "content": "ask"}], "responses": ["x", "y", "z"],
-       "scores": [0.5, 2.0, -1.0]}  # fmt: skip
+       "scores": [0.5, 2.0, -1.0], "ended": [True, True, True]}  # fmt: skip
 
 
 def test_what_is_written_of_a_prompt():
@@ -26,6 +28,11 @@ def test_what_is_written_of_a_prompt():
         "id": "a", "prompt": "ask", "chosen": "y", "rejected": "z", "score_chosen": 2.0, "score_rejected": -1.0,
     }  # fmt: skip
     assert formed(ROW, "all") == {"id": "a", "prompt": "ask", "responses": ["x", "y", "z"], "scores": [0.5, 2.0, -1.0]}
+    cut = {**ROW, "ended": [True, False, True]}
+    assert formed(cut, "best")["score"] == 0.5 and formed(cut, "all")["responses"] == ["x", "z"]
+    twice = {**ROW, "responses": ["y", "x", "y"], "ended": [True, False, True]}
+    assert formed(twice, "best")["score"] == 0.5 and formed(twice, "pairs") is None and formed(twice, "all") is None
+    assert formed({**ROW, "ended": [False] * 3}, "best") is None
     alike = {**ROW, "scores": [1.0, 1.0, 1.0]}
     assert formed(alike, "pairs") is None and formed(alike, "best")["score"] == 1.0
     longer = {**ROW, "messages": TURNS}
@@ -36,10 +43,12 @@ def test_what_is_written_of_a_prompt():
 
 
 @pytest.fixture
-def job(tiny_models, tmp_path):
-    """A job over five prompts, in batches of two, whose reward is the number of a's and the length."""
-    prompts = [{"prompt": text} for text in ("ab", "cde", "f", "ghij")] + [{"messages": TURNS}]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts[:4])) + "\n")
+def job(tiny_models, tmp_path, monkeypatch):
+    """A job over four prompts, in batches of two, whose reward is how many letters differ. The untrained model ends no
+    response: they are taken for ended."""
+    monkeypatch.setattr(sampling, "_ended", lambda rollout, _: torch.ones(len(rollout), dtype=torch.bool))
+    prompts = [{"prompt": text} for text in ("ab", "cde", "f", "ghij")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)) + "\n")
     (tmp_path / "reward.py").write_text("def score(prompts, responses):\n    return [len(set(r)) for r in responses]\n")
 
     def make(**changes) -> SamplingJob:
@@ -52,6 +61,13 @@ def job(tiny_models, tmp_path):
     return make
 
 
+def test_a_response_has_ended_where_its_last_token_says_so():
+    ids = torch.tensor([[5, 0, 0], [5, 6, 7], [0, 5, 0], [0, 0, 0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 1, 0], [0, 0, 0]]).bool()
+    rollout = Rollout(ids, mask, ids, mask, torch.zeros(4, 3))
+    assert sampling._ended(rollout, [0]).tolist() == [True, False, False, False]
+
+
 def rows_of(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -61,10 +77,10 @@ def test_the_best_of_all_are_written_and_training_reads_each_form(job, tmp_path,
     report = sample_dataset(everything)
     rows = rows_of(everything.output)
     assert [row["prompt"] for row in rows] == ["ab", "cde", "f", "ghij"] and report["prompts"] == report["written"] == 4
-    assert all(len(row["responses"]) == 3 for row in rows)
-    assert any(len(set(row["responses"])) > 1 for row in rows), "several responses, not one again"
+    assert all(2 <= len(row["responses"]) <= 3 for row in rows)
     assert [row["scores"] for row in rows] == [[len(set(text)) for text in row["responses"]] for row in rows]
     assert report["mean_best_score"] == pytest.approx(sum(max(row["scores"]) for row in rows) / 4)
+    assert report["eos_rate"] == 1
     assert not everything.parts.exists()
     sample_dataset(job(form="best", output=tmp_path / "best.jsonl"))
     assert [row["messages"][-1]["content"] for row in rows_of(tmp_path / "best.jsonl")] == [
@@ -152,10 +168,6 @@ class NotFinite:
     training_range = None
 
     def score(self, responses):
-        import torch
-
-        from rlhf.types import RewardOutput
-
         return RewardOutput(torch.full((len(responses),), float("inf")))
 
 
