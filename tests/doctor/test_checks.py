@@ -258,12 +258,12 @@ def test_what_is_critical_comes_first_then_what_began_first():
     ]  # fmt: skip
 
 
-def test_better_responses_that_lose_half_a_nat_by_token_are_told():
+def test_better_responses_that_lose_a_quarter_of_a_nat_by_token_are_told():
     def lines(*values):
         return [{"step": 10 * index, "eval_chosen_logprob": value} for index, value in enumerate(values)]
 
-    assert examine(CHECKS["offline"], lines(-1.0, -1.45, -1.5)) == []
+    assert examine(CHECKS["offline"], lines(-1.0, -1.2, -1.25)) == []
     (found,) = examine(CHECKS["offline"], lines(-1.0, -1.2, -1.6, -2.0))
     assert (found.check, found.severity, found.since, found.step) == ("chosen_collapses", "warning", 20, 30)
-    assert found.message == "-2 nats by token after -1 at the start" and found.badness == 2
+    assert found.message == "-2 nats by token after -1 at the start" and found.badness == 4
     assert examine(CHECKS["offline"], lines(-1.0, -2.0, -1.2)) == [], "one that recovers"
