@@ -212,3 +212,11 @@ def test_constants_that_are_unset_are_those_of_the_source():
 def test_constants_of_another_loss_are_refused(config, told):
     with pytest.raises(ConfigError, match=told):
         OfflineConfig(**config)
+
+
+def test_of_several_best_responses_the_first_is_imitated():
+    given = Candidates(
+        torch.tensor([-2.0, -4.0, -6.0]), torch.zeros(3), torch.tensor([2, 2, 2]), torch.tensor([0, 0, 0]),
+        torch.tensor([0, 0, 1]),
+    )  # fmt: skip
+    assert given.best.tolist() == [0] and float(given.imitation()) == 1.0
