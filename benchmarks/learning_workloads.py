@@ -85,15 +85,19 @@ class Workplace:
 
     # ------------------------------------------------------------------------------------------------- processes
 
-    def run(self, command: Sequence[str], log: Path, *, python: Path | str = sys.executable) -> None:
-        """Run `python *command` with its output in `log`; SystemExit with the last lines if it fails."""
+    def run(self, command: Sequence[str], log: Path, *, python: Path | str = sys.executable) -> int:
+        """Run `python *command` with its output in `log`; its peak resident bytes. SystemExit with the last lines if
+        it fails."""
         environment = {**worker_environment(self.threads), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w", encoding="utf-8") as output:
-            done = subprocess.run([str(python), *command], env=environment, cwd=ROOT, stdout=output, stderr=output)
-        if done.returncode != 0:
+            process = subprocess.Popen([str(python), *command], env=environment, cwd=ROOT, stdout=output, stderr=output)
+            _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)  # it is no longer there to be waited for
+        if process.returncode != 0:
             tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-30:])
-            raise SystemExit(f"{' '.join(command)[:300]} ended with status {done.returncode} ({log}):\n{tail}")
+            raise SystemExit(f"{' '.join(command)[:300]} ended with status {process.returncode} ({log}):\n{tail}")
+        return usage.ru_maxrss * 1024  # kilobytes on Linux
 
     def job(self, script: Path, content: dict[str, Any], directory: Path, *, python: Any = sys.executable) -> Any:
         """What `script` writes of a job, in a process of its own."""

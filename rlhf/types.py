@@ -63,7 +63,18 @@ class RankedRecord:
     meta: Meta = field(default_factory=dict)
 
 
-Record = PromptRecord | ResponseRecord | PreferenceRecord | RankedRecord
+@dataclass(frozen=True)
+class LabelledRecord:
+    """A prompt and a response that somebody called good or bad."""
+
+    id: str
+    prompt: str
+    response: str
+    good: bool
+    meta: Meta = field(default_factory=dict)
+
+
+Record = PromptRecord | ResponseRecord | PreferenceRecord | RankedRecord | LabelledRecord
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,22 @@ class TokenizedRanking:
     source: str = ""
 
 
+@dataclass(frozen=True)
+class TokenizedLabel:
+    """A tokenised response that is `good` or not."""
+
+    response: TokenizedResponse
+    good: bool
+
+    @property
+    def id(self) -> str:
+        return self.response.id
+
+    @property
+    def category(self) -> str:
+        return self.response.category
+
+
 class TensorBatch:
     """Mixin of the batch dataclasses: move to a device, count rows, slice rows."""
 
@@ -161,6 +188,16 @@ class TokenBatch(TensorBatch):
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class ResponseBatch(TensorBatch):
+    """Right-padded prompts with their responses. `input_ids`, `attention_mask` [B, L]; `lengths` [B] are the tokens of
+    the responses, with which the rows end."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    lengths: torch.Tensor
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,8 @@ def main(job_file: str, out_file: str) -> None:
                 trainer.engine.actor.module.load_state_dict(policy.state_dict())
             found = trainer.evaluate(iteration)
             numbers = {name: value for name, value in found.items() if isinstance(value, float)}
-            result["evaluations"].append({"iteration": iteration, **numbers})
+            by_prompt = found["prompt_measures"].get("gold")
+            result["evaluations"].append({"iteration": iteration, **numbers, "gold_by_prompt": by_prompt})
     Path(out_file).write_text(json.dumps(result))
     close_world()
 

@@ -21,7 +21,7 @@ from rlhf.data.row_formats import ROW_FORMATS, RowFormat
 from rlhf.data.row_values import content_of, is_missing
 from rlhf.data.sources import FILE_FORMATS, DataError, DatasetSpec, Row
 
-KINDS = ("prompt", "response", "preference", "ranked", "comparison")
+KINDS = ("prompt", "response", "preference", "ranked", "comparison", "labelled")
 
 _SHAPES = {
     "prompt": (("prompt",), ("messages",), ("text",), ("chosen", "rejected")),
@@ -37,6 +37,7 @@ _SHAPES = {
 _ANSWERS: tuple[tuple[str, ...], ...] = (("chosen", "rejected"), ("responses",), ("response",))
 """Our names of the answers that may stand beside a prompt."""
 _SHAPES["comparison"] = _SHAPES["ranked"] + _SHAPES["preference"][1:]
+_SHAPES["labelled"] = _SHAPES["preference"][1:3] + _SHAPES["ranked"] + _SHAPES["preference"][3:]
 """Our names that make up a record of each kind when `columns` says what they are."""
 
 CONTENT = ("prompt", "response", "chosen", "rejected", "responses", "ranks", "scores", "label", "messages", "text")

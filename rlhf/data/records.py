@@ -46,7 +46,7 @@ from rlhf.data.row_values import (
 from rlhf.data.sources import DataError, DatasetSpec, Row, SkippedRow
 from rlhf.data.spec import ReadingNotes
 from rlhf.data.templates import Template
-from rlhf.types import PreferenceRecord, PromptRecord, RankedRecord, Record, ResponseRecord
+from rlhf.types import LabelledRecord, PreferenceRecord, PromptRecord, RankedRecord, Record, ResponseRecord
 
 __all__ = ["SkippedRow", "prompt_key", "rows_to_records"]
 
@@ -58,6 +58,10 @@ UNFINISHED = (
     "take the markers off, or add the answer's"
 )
 """The warning of prompts that `begins_with_plain_marker` is true of."""
+
+
+BETWEEN = "responses between the best and the worst of a ranking are neither good nor bad and were left out"
+"""The warning of rankings that are read as labels."""
 
 
 @dataclass
@@ -81,8 +85,9 @@ def rows_to_records(
 ) -> list[Record]:
     """The records of one data set.
 
-    `kind`: "prompt", "response", "preference", "ranked", or "comparison" (pairs or rankings, as the files have them).
-    Pairs can be read as rankings of two, labelled rows become pairs (acceptable against not, at most
+    `kind`: "prompt", "response", "preference", "ranked", "comparison" (pairs or rankings, as the files have them), or
+    "labelled" (good or bad; of a pair or a ranking the best responses are good, the worst bad, and those between are
+    left out and counted). Pairs can be read as rankings of two, labelled rows become pairs (acceptable against not, at most
     `MAX_PAIRS_PER_PROMPT` a prompt), and prompts can be read from every format. A bad row raises DataError with file,
     line and field, or with `on_bad_row="skip"` is appended to `skipped`. Ties and labelled prompts without both labels
     teach nothing: they are appended to `skipped` in either case. Responses labelled as bad are left out of "response".
@@ -107,7 +112,7 @@ def rows_to_records(
         _notice_ignored(file_rows, layout, notes)
         if unfinished := sum(begins_with_plain_marker(row, layout) for row in file_rows):
             notes.warnings[UNFINISHED] += unfinished
-        reader = _Reader(kind, spec, layout, PromptReader(template, layout, answers_repeat=answers_repeat))
+        reader = _Reader(kind, spec, layout, PromptReader(template, layout, answers_repeat=answers_repeat), notes)
         for row in file_rows:
             try:
                 made = reader.read(row)
@@ -160,7 +165,10 @@ def _with_unique_id(record: Record, ids: set[str]) -> Record:
 class _Reader:
     """Reads the rows of one file with one layout."""
 
-    def __init__(self, kind: str, spec: DatasetSpec, layout: Layout, prompts: PromptReader) -> None:
+    def __init__(
+        self, kind: str, spec: DatasetSpec, layout: Layout, prompts: PromptReader, notes: ReadingNotes
+    ) -> None:
+        self.notes = notes
         self.kind = kind
         self.spec = spec
         self.layout = layout
@@ -179,10 +187,26 @@ class _Reader:
         if self.kind == "response":
             return self._read_responses(row)
         if "chosen" in columns:
-            return [self._read_pair(row)]
+            return self._as_wanted(self._read_pair(row))
         if "sum1" in columns:
-            return [self._read_scored_pair(row)]
-        return [self._read_ranking(row)]
+            return self._as_wanted(self._read_scored_pair(row))
+        return self._as_wanted(self._read_ranking(row))
+
+    def _as_wanted(self, compared: PreferenceRecord | RankedRecord) -> list[Record]:
+        """A comparison, or for labelled records its best and its worst responses."""
+        if self.kind != "labelled":
+            return [compared]
+        responses, ranks = (compared.chosen, compared.rejected), (0, 1)
+        if isinstance(compared, RankedRecord):
+            responses, ranks = compared.responses, compared.ranks
+        worst = max(ranks)
+        if any(0 < rank < worst for rank in ranks):
+            self.notes.warnings[BETWEEN] += 1
+        return [
+            LabelledRecord(f"{compared.id}-{place}", compared.prompt, response, rank == 0, compared.meta)
+            for place, (response, rank) in enumerate(zip(responses, ranks, strict=True))
+            if rank in (0, worst)
+        ]
 
     def labelled_pairs(self, skipped: list[SkippedRow]) -> Iterable[Record]:
         """Acceptable against not acceptable responses of each prompt; earlier rows pair first."""
@@ -236,18 +260,20 @@ class _Reader:
             if not label:
                 raise DroppedRow(column, "labels the response as bad, which is not to be imitated")
             return [ResponseRecord(self._id(row), prompt.text, response, self._meta(row, prompt))]
+        if self.kind == "labelled":
+            return [LabelledRecord(self._id(row), prompt.text, response, label, self._meta(row, prompt))]
         group = self.labelled.setdefault(prompt_key(prompt.raw), _Labelled(prompt))
         (group.good if label else group.bad).append((row, response))
         return []
 
-    def _read_pair(self, row: Row) -> Record:
+    def _read_pair(self, row: Row) -> PreferenceRecord | RankedRecord:
         prompt, chosen, rejected = self.prompts.pair(row)
         if content_of(chosen) == content_of(rejected):
             columns = self.layout.columns
             raise BadRow(columns["rejected"], f"is the same text as `{columns['chosen']}`")
         return self._pair_record(row, prompt, chosen, rejected, self._margin(row))
 
-    def _read_scored_pair(self, row: Row) -> Record:
+    def _read_scored_pair(self, row: Row) -> PreferenceRecord | RankedRecord:
         columns = self.layout.columns
         prompt, responses = self.prompts.prompt_and_answers(row)
         sums = [self._sum(row, "sum1", "scores1"), self._sum(row, "sum2", "scores2")]
@@ -260,12 +286,12 @@ class _Reader:
         margin = read_number(abs(sums[0] - sums[1]), columns["sum1"]) if by_sums else self._margin(row)
         return self._pair_record(row, prompt, responses[best], responses[1 - best], margin)
 
-    def _pair_record(self, row: Row, prompt: Prompt, chosen: str, rejected: str, margin: float) -> Record:
+    def _pair_record(self, row: Row, prompt: Prompt, chosen: str, rejected: str, margin: float) -> PreferenceRecord | RankedRecord:
         if self.kind == "ranked":
             return RankedRecord(self._id(row), prompt.text, (chosen, rejected), (0, 1), self._meta(row, prompt))
         return PreferenceRecord(self._id(row), prompt.text, chosen, rejected, margin, self._meta(row, prompt))
 
-    def _read_ranking(self, row: Row) -> Record:
+    def _read_ranking(self, row: Row) -> RankedRecord:
         columns = self.layout.columns
         prompt, responses = self.prompts.prompt_and_answers(row)
         name = self.layout.response_columns[-1] if self.layout.response_columns else columns["responses"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-PREFERENCE = ("prompt", "preference", "ranked", "comparison")
-RANKED = ("prompt", "ranked", "comparison")
+PREFERENCE = ("prompt", "preference", "ranked", "comparison", "labelled")
+RANKED = ("prompt", "ranked", "comparison", "labelled")
 RESPONSE = ("prompt", "response")
-LABELLED = ("prompt", "response", "preference", "comparison")
+LABELLED = ("prompt", "response", "preference", "comparison", "labelled")
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,13 @@ from rlhf.data.spec import DataError
 from rlhf.data.tokenize import Tokenized, TokenReport
 from rlhf.distributed.collectives import rank_zero_first
 from rlhf.types import (
+    LabelledRecord,
     PreferenceRecord,
     PromptRecord,
     RankedRecord,
     Record,
     ResponseRecord,
+    TokenizedLabel,
     TokenizedPrompt,
     TokenizedRanking,
     TokenizedResponse,
@@ -79,6 +81,8 @@ def record_key_parts(records: Sequence[Record]) -> Iterator[str]:
             values += ["pair", record.chosen, record.rejected, record.margin]
         elif isinstance(record, RankedRecord):
             values += ["ranked", record.responses, record.ranks]
+        elif isinstance(record, LabelledRecord):
+            values += ["label", record.response, record.good]
         elif isinstance(record, PromptRecord):
             values += ["prompt", record.messages, record.columns]
         yield json.dumps(values, ensure_ascii=False)
@@ -127,6 +131,9 @@ def _to_arrays(rows: Sequence[Tokenized], report: TokenReport) -> dict[str, np.n
         if isinstance(row, TokenizedRanking):
             sequences.extend(row.candidates)
             ranks.extend(row.ranks)
+        elif isinstance(row, TokenizedLabel):
+            sequences.append(row.response)
+            ranks.append(int(not row.good))
         else:
             sequences.append(row)
         groups.append(len(sequences))
@@ -171,6 +178,8 @@ def _from_arrays(arrays: dict[str, np.ndarray]) -> tuple[list[Tokenized], TokenR
         )
         if facts["kind"] == TokenizedResponse.__name__:
             rows.append(responses[0])
+        elif facts["kind"] == TokenizedLabel.__name__:
+            rows.append(TokenizedLabel(responses[0], ranks[first] == 0))
         else:
             rows.append(TokenizedRanking(row_id, responses, tuple(ranks[first:last]), margins[index], category))
     return rows, TokenReport(**facts["report"])

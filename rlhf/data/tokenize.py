@@ -17,11 +17,13 @@ from rlhf.data.row_values import without_end_marks
 from rlhf.data.spec import DataError
 from rlhf.distributed.progress import Progress
 from rlhf.types import (
+    LabelledRecord,
     PreferenceRecord,
     PromptRecord,
     RankedRecord,
     Record,
     ResponseRecord,
+    TokenizedLabel,
     TokenizedPrompt,
     TokenizedRanking,
     TokenizedResponse,
@@ -32,7 +34,7 @@ COMMON_EOS_TEXT = "<|endoftext|>"
 TEXTS_PER_CALL = 1024
 PROGRESS_FROM_TEXTS = 20_000
 
-Tokenized = TokenizedPrompt | TokenizedResponse | TokenizedRanking
+Tokenized = TokenizedPrompt | TokenizedResponse | TokenizedRanking | TokenizedLabel
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def tokenize_records(
     max_response_tokens: int,
     prompt_has_special_tokens: bool = False,
 ) -> tuple[list[Tokenized], TokenReport]:
-    """Tokenise records in order: prompts, prompt-response rows, or (pairs and rankings alike) rankings.
+    """Tokenise records in order: prompts, prompt-response rows, labelled ones, or (pairs and rankings alike) rankings.
 
     Special tokens in a prompt are read as such where `prompt_has_special_tokens`, or the record's meta, says so.
     A long prompt keeps its end; a long response keeps its beginning and has no end of sequence then. Both are counted.
@@ -217,7 +219,7 @@ def _appends_eos(tokenizer: Any) -> bool:
 
 
 def _responses_of(record: Record) -> tuple[str, ...]:
-    if isinstance(record, ResponseRecord):
+    if isinstance(record, ResponseRecord | LabelledRecord):
         return (record.response,)
     if isinstance(record, PreferenceRecord):
         return (record.chosen, record.rejected)
@@ -238,6 +240,8 @@ def _assemble(record: Record, prompt: EncodedText, responses: Sequence[EncodedTe
     )
     if isinstance(record, ResponseRecord):
         return rows[0]
+    if isinstance(record, LabelledRecord):
+        return TokenizedLabel(rows[0], record.good)
     if isinstance(record, PreferenceRecord):
         return TokenizedRanking(record.id, rows, (0, 1), record.margin, category)
     return TokenizedRanking(record.id, rows, tuple(record.ranks), 0.0, category)

@@ -1,0 +1,218 @@
+"""What `algorithms.py` compares: the ways from an SFT model to an aligned one, and a run of each, kept as JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from learning_workloads import CONFIG, QUICK, Run, Workplace, points_of, read_lines
+
+ITERATIONS = 40
+KL_COEF = 0.1
+RESPONSES = 64
+"""Sampled in one iteration."""
+PROMPTS = 3000
+"""Rows of `sample:prompts_train`."""
+SAMPLES = 4
+"""Responses to a prompt where they are compared with each other."""
+CALIBRATION_STEPS = 16
+"""Steps of an offline run that tells how long one takes."""
+GROUPED = (f"rollout_batch_size={RESPONSES // SAMPLES}", f"samples_per_prompt={SAMPLES}")
+
+Source = Literal["rollouts", "rankings", "own responses"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to align: what it learns from, and what differs from default.yaml.
+
+    `rollouts` are sampled as it learns (step3_ppo/main.py). `rankings` are those of the world (step3_ppo/offline.py).
+    `own responses` are sampled once from the SFT model, as many as the rollouts of a run, and scored by the reward
+    model: `form` is what `rlhf sample` makes of them.
+    """
+
+    name: str
+    source: Source
+    options: tuple[str, ...] = ()
+    form: str = ""
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("ppo", "rollouts"),
+        Method("rloo", "rollouts", ("advantage=rloo", *GROUPED)),
+        Method("grpo", "rollouts", ("advantage=grpo", "kl_coef=0.04", *GROUPED)),
+        Method("dr_grpo", "rollouts", ("advantage=dr_grpo", *GROUPED)),
+        Method("reinforce_pp", "rollouts", ("advantage=reinforce_pp",)),
+        Method("reinforce_pp_baseline", "rollouts", ("advantage=reinforce_pp_baseline", *GROUPED)),
+        Method("dpo", "rankings", ("algorithm=dpo", "learning_rate=3e-5")),
+        Method("ipo", "rankings", ("algorithm=ipo", "learning_rate=3e-5")),
+        Method("kto", "rankings", ("algorithm=kto", "learning_rate=3e-5")),
+        Method("rrhf", "rankings", ("algorithm=rrhf", "learning_rate=3e-4")),
+        Method("orpo", "rankings", ("algorithm=orpo", "learning_rate=3e-4")),
+        Method("simpo", "rankings", ("algorithm=simpo", "learning_rate=3e-5")),
+        Method("raft", "own responses", ("learning_rate=1e-4",), form="best"),
+        Method("dpo_own_pairs", "own responses", ("algorithm=dpo", "learning_rate=3e-5"), form="pairs"),
+    )
+}
+"""By name, in the order of the table."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of a method: its seed, and the learning rate where it is not the method's."""
+
+    method: str
+    seed: int
+    learning_rate: str = ""
+
+    @property
+    def key(self) -> str:
+        """The name of its file."""
+        rate = [f"lr{self.learning_rate}"] if self.learning_rate else []
+        return "_".join([self.method, f"seed{self.seed}", *rate])
+
+    @property
+    def options(self) -> list[str]:
+        """What a stage's script is given beside the configuration."""
+        changes = list(METHODS[self.method].options)
+        if self.learning_rate:
+            changes.append(f"learning_rate={self.learning_rate}")
+        return [word for change in changes for word in _as_words(change)]
+
+
+def _as_words(change: str) -> tuple[str, str]:
+    name, _, value = change.partition("=")
+    return f"--{name}", value
+
+
+@dataclass(frozen=True)
+class AlignmentPlace(Workplace):
+    """Where the models of each seed and the runs of the methods are kept. `offline_seconds`: of an offline run."""
+
+    offline_seconds: float = 100.0
+
+    def file(self, trial: Trial) -> Path:
+        """Where what a trial came to is kept."""
+        return self.directory / "results" / f"{trial.key}.json"
+
+    def trial(self, trial: Trial) -> dict[str, Any]:
+        """What `trial` came to; run first if it is not there.
+
+        "start" and "end" are evaluations of the SFT model and of the exported one by the same code
+        (sides/rlhf_judge.py), "points" those on the way, where there are any.
+        """
+        path = self.file(trial)
+        if not path.is_file():
+            print(f"running {trial.key}", file=sys.stderr, flush=True)
+            directory = self.directory / "runs" / trial.key
+            shutil.rmtree(directory, ignore_errors=True)
+            source = METHODS[trial.method].source
+            run = {"rollouts": self._rollouts, "rankings": self._rankings, "own responses": self._own_responses}[source]
+            found = run(trial, directory)
+            policies = [[0, None], [1, str(found.pop("actor"))]]
+            judged = self.judged(Run("ours", trial.seed, KL_COEF, ITERATIONS), policies, directory)
+            start, end = judged["evaluations"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_suffix(".part")
+            content = {"key": trial.key, "threads": self.threads, "start": start, "end": end, **found}
+            part.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            part.replace(path)
+            shutil.rmtree(directory)
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content
+
+    def _rollouts(self, trial: Trial, directory: Path) -> dict[str, Any]:
+        command = [
+            "-m",
+            "step3_ppo.main",
+            *self.arguments(Run("ours", trial.seed, KL_COEF, ITERATIONS)),
+            *trial.options,
+        ]
+        peak = self.run([*command, "--output_dir", str(directory)], directory / "log.txt")
+        lines = read_lines(directory / "ppo" / "metrics.jsonl")
+        seconds = [one["seconds_experience"] + one["seconds_update"] for one in lines if "seconds_update" in one]
+        evaluations = [
+            {"iteration": line["step"], **{name.removeprefix("eval_"): value for name, value in line.items()}}
+            for line in lines
+            if "eval_score" in line
+        ]
+        return {
+            "actor": directory / "ppo" / "actor",
+            "steps": len(seconds),
+            "seconds": sum(seconds),
+            "peak_bytes": peak,
+            "points": points_of(evaluations, seconds),
+        }
+
+    def _rankings(self, trial: Trial, directory: Path) -> dict[str, Any]:
+        steps = max(1, round(self.offline_seconds / self._step_seconds(trial.method)))
+        return self._offline(trial, directory, ["--max_steps", str(2 if self.quick else steps)])
+
+    def _own_responses(self, trial: Trial, directory: Path) -> dict[str, Any]:
+        method, file = METHODS[trial.method], directory / "responses.jsonl"
+        prompts = (16 if self.quick else ITERATIONS * RESPONSES) // SAMPLES
+        data = json.dumps({"path": "sample:prompts_train", "weight": prompts / PROMPTS})
+        command = [
+            "-m",
+            "rlhf.cli",
+            "sample",
+            str(self.sft_model(trial.seed)),
+            "--prompts",
+            data,
+            "--output",
+            str(file),
+        ]
+        command += ["--reward_model", str(self.reward_model("default", trial.seed)), "--form", method.form]
+        command += ["--max_prompt_tokens", "64", "--max_response_tokens", "64", "--temperature", "0.7"]
+        command += ["--samples", str(SAMPLES), "--seed", str(trial.seed), "--cache_dir", str(self.cache_dir)]
+        started = time.perf_counter()
+        peak = self.run(command, directory / "sample.txt")
+        seconds = time.perf_counter() - started
+        if method.form == "pairs":
+            found = self._offline(trial, directory, ["--epochs", "3", "--preference_data", str(file)])
+        else:
+            found = self._imitate(trial, directory, file)
+        return {**found, "seconds": seconds + found["seconds"], "peak_bytes": max(peak, found["peak_bytes"])}
+
+    def _step_seconds(self, method: str) -> float:
+        """Seconds that an optimizer step of an offline method takes here, measured once."""
+        path = self.directory / "step_seconds" / f"{method}.json"
+        if not path.is_file():
+            directory = self.directory / "runs" / f"step-seconds-{method}"
+            shutil.rmtree(directory, ignore_errors=True)
+            steps = 2 if self.quick else CALIBRATION_STEPS
+            found = self._offline(Trial(method, 1), directory, ["--max_steps", str(steps), "--prompt_eval_data"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(found["seconds"] / found["steps"]), encoding="utf-8")
+            shutil.rmtree(directory)
+        return float(json.loads(path.read_text(encoding="utf-8")))
+
+    def _offline(self, trial: Trial, directory: Path, options: Sequence[str]) -> dict[str, Any]:
+        quick = QUICK["ppo"][6:] if self.quick else []
+        command = ["-m", "step3_ppo.offline", "--actor_model", str(self.sft_model(trial.seed)), *options, *quick]
+        return self._trained(trial, command, directory, "offline", "actor")
+
+    def _imitate(self, trial: Trial, directory: Path, file: Path) -> dict[str, Any]:
+        quick = QUICK["stage"] if self.quick else []
+        command = ["-m", "step1_sft.main", "--base_model", str(self.sft_model(trial.seed)), "--sft_data", str(file)]
+        return self._trained(trial, [*command, *quick], directory, "sft", "model")
+
+    def _trained(self, trial: Trial, command: Sequence[str], directory: Path, stage: str, model: str) -> dict[str, Any]:
+        """What an offline stage's script came to; seconds are those of its steps."""
+        shared = ["--config", str(CONFIG), "--seed", str(trial.seed), "--cache_dir", str(self.cache_dir),
+                  "--tensorboard", "false", "--log_every_steps", "1", "--eval_every_steps", "0",
+                  "--output_dir", str(directory)]  # fmt: skip
+        peak = self.run([*command, *shared, *trial.options], directory / "log.txt")
+        lines = read_lines(directory / stage / "metrics.jsonl")
+        began = next(line["seconds"] for line in lines if "eval_progress" in line)
+        steps = [line["seconds"] for line in lines if "loss" in line]
+        actor = directory / stage / model
+        return {"actor": actor, "steps": len(steps), "seconds": steps[-1] - began, "peak_bytes": peak, "points": []}
