@@ -189,7 +189,7 @@ class AlignmentPlace(Workplace):
             directory = self.directory / "runs" / f"step-seconds-{method}"
             shutil.rmtree(directory, ignore_errors=True)
             steps = 2 if self.quick else CALIBRATION_STEPS
-            found = self._offline(Trial(method, 1), directory, ["--max_steps", str(steps), "--prompt_eval_data"])
+            found = self._offline(Trial(method, 1), directory, ["--max_steps", str(steps)])
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(found["seconds"] / found["steps"]), encoding="utf-8")
             shutil.rmtree(directory)
