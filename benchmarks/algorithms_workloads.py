@@ -136,7 +136,8 @@ class AlignmentPlace(Workplace):
             *self.arguments(Run("ours", trial.seed, KL_COEF, ITERATIONS)),
             *trial.options,
         ]
-        peak = self.run([*command, "--output_dir", str(directory)], directory / "log.txt")
+        command += ["--output_dir", str(directory), *(QUICK["stage"] if self.quick else [])]
+        peak = self.run(command, directory / "log.txt")
         lines = read_lines(directory / "ppo" / "metrics.jsonl")
         seconds = [one["seconds_experience"] + one["seconds_update"] for one in lines if "seconds_update" in one]
         evaluations = [
