@@ -285,12 +285,13 @@ class PPOConfig:
 OFFLINE_CONSTANTS: dict[str, dict[str, float]] = {
     "dpo": {"beta": 0.1, "label_smoothing": 0.0, "length_coef": 0.0},
     "ipo": {"beta": 0.1},
+    "kto": {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
     "rrhf": {"length_penalty": 1.0, "rank_coef": 1.0, "sft_coef": 1.0},
     "orpo": {"beta": 0.1, "sft_coef": 1.0},
     "simpo": {"beta": 2.0, "target_margin": 1.0},
 }
-"""The constants of each offline loss and what its source sets them to (DPO, IPO: TRL; RRHF: Law-Polyglot; ORPO and
-SimPO: their authors)."""
+"""The constants of each offline loss and what its source sets them to (DPO, IPO, KTO: TRL; RRHF: Law-Polyglot; ORPO
+and SimPO: their authors)."""
 
 
 @dataclass
@@ -299,16 +300,25 @@ class OfflineConfig:
 
     actor_model: str | None = setting(None, may_change_on_resume=True, path="read", names_model=True)
     """The SFT model to align; unset takes `<output_dir>/sft/model`."""
-    algorithm: Literal["dpo", "ipo", "rrhf", "orpo", "simpo"] = "dpo"
-    """The loss: dpo (arXiv 2305.18290), ipo (2310.12036), rrhf (2304.05302), orpo (2403.07691), simpo (2405.14734)."""
+    algorithm: Literal["dpo", "ipo", "kto", "rrhf", "orpo", "simpo"] = "dpo"
+    """The loss: dpo (arXiv 2305.18290), ipo (2310.12036), kto (2402.01306), rrhf (2304.05302), orpo (2403.07691), simpo
+    (2405.14734)."""
+    reference: Literal["cached", "live"] = "cached"
+    """dpo, ipo, kto: log-probabilities of the reference computed once before training and kept under `cache_dir`, or at
+    every step by a model that is held for it (with LoRA the actor without its adapter)."""
     beta: float | None = None
-    """dpo, simpo: scale of the implicit reward (0.1, 2.0); ipo: its tau (0.1); orpo: weight of the odds ratio (0.1)."""
+    """dpo, kto, simpo: scale of the implicit reward (0.1, 0.1, 2.0); ipo: its tau (0.1); orpo: weight of the odds ratio
+    (0.1)."""
     label_smoothing: float | None = None
     """dpo: share of the pairs whose label is taken to be wrong (conservative DPO); 0 trusts them all."""
     robust: bool = False
     """dpo: `label_smoothing` by the unbiased form of arXiv 2403.00409."""
     length_coef: float | None = None
     """dpo: alpha of length-regularised DPO (arXiv 2403.19159: 0.01 to 0.1), per token; 0 turns it off."""
+    desirable_weight: float | None = None
+    """kto: weight of good responses (1); times their number it should be 1 to 4/3 of the same of bad ones."""
+    undesirable_weight: float | None = None
+    """kto: weight of bad responses (1)."""
     target_margin: float | None = None
     """simpo: gamma, by which the better response is to be preferred (1.0: half of beta)."""
     length_penalty: float | None = None

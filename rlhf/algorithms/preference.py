@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,10 @@ from rlhf.algorithms.ranking_losses import ranked_pairs
 from rlhf.algorithms.ranking_metrics import accuracy_of
 from rlhf.data.collate import collate_rankings
 from rlhf.data.stage_data import StageData
+from rlhf.training.alignment import AlignmentTrainer
 from rlhf.training.metrics import MeanMeter
-from rlhf.training.offline import OfflineTrainer
-from rlhf.training.reference_logprobs import ReferencedRanking, response_log_likelihoods
-from rlhf.types import RankedBatch, TensorBatch
-
-SAMPLED = ("eos_rate", "response_tokens", "repeated_4grams", "empty_responses", "entropy_estimate")
-"""Figures of sampled responses that an evaluation records."""
+from rlhf.training.reference_logprobs import Referenced, response_log_likelihoods
+from rlhf.types import RankedBatch, TensorBatch, TokenizedRanking
 
 
 @dataclass(frozen=True)
@@ -32,34 +29,20 @@ class PreferenceBatch(TensorBatch):
     ref_logprobs: torch.Tensor
 
 
-class PreferenceTrainer(OfflineTrainer[PreferenceBatch]):
-    """Learns the loss `config.algorithm`, averaged over the prompts of the global batch that have a pair.
+class PreferenceTrainer(AlignmentTrainer[PreferenceBatch]):
+    """Learns the loss `config.algorithm`, averaged over the prompts of the global batch that have a pair."""
 
-    `sample` says what the actor's responses to held-out prompts are like, see `RolloutWorker.evaluate`.
-    """
-
-    def __init__(
-        self,
-        engine: Any,
-        data: StageData,
-        config: OfflineConfig,
-        *,
-        pad_token_id: int,
-        sample: Callable[[], dict[str, Any]] | None = None,
-        **loop: Any,
-    ) -> None:
+    def __init__(self, engine: Any, data: StageData, config: OfflineConfig, **loop: Any) -> None:
         super().__init__(engine, data, eval_every_steps=config.eval_every_steps, **loop)
         self.config = config
-        self.pad_token_id = pad_token_id
-        self.sample = sample
         self.algorithm = OFFLINE_LOSSES[config.algorithm]
         self.numbers = {name: 0 for name in {example.category for example in [*data.train, *data.evaluation]}}
 
-    def length(self, example: ReferencedRanking) -> int:
-        return sum(len(candidate.input_ids) for candidate in example.ranking.candidates)
+    def length(self, example: Referenced[TokenizedRanking]) -> int:
+        return sum(len(candidate.input_ids) for candidate in example.row.candidates)
 
-    def collate(self, examples: Sequence[ReferencedRanking]) -> PreferenceBatch:
-        ranked = collate_rankings([example.ranking for example in examples], self.pad_token_id, self.numbers)
+    def collate(self, examples: Sequence[Referenced[TokenizedRanking]]) -> PreferenceBatch:
+        ranked = collate_rankings([example.row for example in examples], self.pad_token_id, self.numbers)
         return PreferenceBatch(ranked, torch.tensor([value for example in examples for value in example.ref_logprobs]))
 
     def loss_count(self, batch: PreferenceBatch) -> float:
@@ -74,8 +57,9 @@ class PreferenceTrainer(OfflineTrainer[PreferenceBatch]):
     def candidates(self, batch: PreferenceBatch) -> Candidates:
         """The batch with what the actor says of it."""
         ranked = batch.ranked
+        reference = self.reference(ranked, batch.ref_logprobs)
         logprobs = response_log_likelihoods(self.engine, ranked)
-        return Candidates(logprobs, batch.ref_logprobs, ranked.lengths, ranked.groups, ranked.ranks)
+        return Candidates(logprobs, reference, ranked.lengths, ranked.groups, ranked.ranks)
 
     @torch.no_grad()
     def told(self, given: Candidates) -> tuple[dict[str, torch.Tensor], float]:
@@ -94,9 +78,8 @@ class PreferenceTrainer(OfflineTrainer[PreferenceBatch]):
             found["chosen_shift"] = (by_token - given.ref_logprobs / given.tokens)[better]
         return {name: given.mean_over_pairs(values) for name, values in found.items()}, given.prompts
 
-    def evaluate(self) -> dict[str, Any]:
-        """Loss and what is logged in training, on the held-out rankings; of sampled responses what `SAMPLED` names and
-        what measures say, and all of it under "sampled"."""
+    def held_out(self) -> dict[str, float]:
+        """Averaged over the held-out prompts that have a pair."""
         meter = MeanMeter()
         for batch, counted in self.evaluation_batches():
             given = self.candidates(batch.to(self.engine.device))
@@ -105,11 +88,5 @@ class PreferenceTrainer(OfflineTrainer[PreferenceBatch]):
             sums, prompts = self.told(given)
             sums = {"loss": self.algorithm.loss(given, self.config), **sums}
             share = float(counted > 0)  # every rank names the same figures, also of rows that only fill up
-            meter.add({f"eval_{name}": share * value for name, value in sums.items()}, share * prompts)
-        found: dict[str, Any] = {**meter.means(self.engine.device), "eval_rows": float(len(self.evaluation))}
-        if self.sample is not None:
-            sampled = self.sample()
-            names = [*SAMPLED, *sampled.get("prompt_measures", {})]
-            found |= {f"eval_{name}": sampled[name] for name in names if name in sampled}
-            found["sampled"] = sampled
-        return found
+            meter.add({name: share * value for name, value in sums.items()}, share * prompts)
+        return meter.means(self.engine.device)

@@ -14,6 +14,7 @@ from rlhf.types import (
     IGNORE_INDEX,
     PromptBatch,
     RankedBatch,
+    ResponseBatch,
     TokenBatch,
     TokenizedPrompt,
     TokenizedRanking,
@@ -33,6 +34,12 @@ def collate_responses(examples: Sequence[TokenizedResponse], pad_id: int, *, who
         counted &= torch.arange(input_ids.shape[1]) >= starts[:, None]
     labels = torch.where(counted, input_ids, IGNORE_INDEX)
     return TokenBatch(input_ids=input_ids, attention_mask=mask, labels=labels)
+
+
+def collate_with_lengths(examples: Sequence[TokenizedResponse], pad_id: int) -> ResponseBatch:
+    """Right-padded rows [B, L] with the lengths of the responses. Raises ValueError without examples."""
+    input_ids, mask = _pad([example.input_ids for example in examples], pad_id, left=False)
+    return ResponseBatch(input_ids, mask, torch.tensor([example.response_tokens for example in examples]))
 
 
 def collate_rankings(

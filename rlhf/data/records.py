@@ -87,12 +87,12 @@ def rows_to_records(
 
     `kind`: "prompt", "response", "preference", "ranked", "comparison" (pairs or rankings, as the files have them), or
     "labelled" (good or bad; of a pair or a ranking the best responses are good, the worst bad, and those between are
-    left out and counted). Pairs can be read as rankings of two, labelled rows become pairs (acceptable against not, at most
-    `MAX_PAIRS_PER_PROMPT` a prompt), and prompts can be read from every format. A bad row raises DataError with file,
-    line and field, or with `on_bad_row="skip"` is appended to `skipped`. Ties and labelled prompts without both labels
-    teach nothing: they are appended to `skipped` in either case. Responses labelled as bad are left out of "response".
-    Ids are unique in the result. `notes` is told what else a user should know. Raises DataError where no record is
-    left.
+    left out and counted). Pairs can be read as rankings of two, labelled rows become pairs (acceptable against not, at
+    most `MAX_PAIRS_PER_PROMPT` a prompt), and prompts can be read from every format. A bad row raises DataError with
+    file, line and field, or with `on_bad_row="skip"` is appended to `skipped`. Ties and labelled prompts without both
+    labels teach nothing: they are appended to `skipped` in either case. Responses labelled as bad are left out of
+    "response". Ids are unique in the result. `notes` is told what else a user should know. Raises DataError where no
+    record is left.
     """
     if on_bad_row not in ("error", "skip"):
         raise DataError(f"on_bad_row={on_bad_row!r} is not one of error, skip")
@@ -196,9 +196,12 @@ class _Reader:
         """A comparison, or for labelled records its best and its worst responses."""
         if self.kind != "labelled":
             return [compared]
-        responses, ranks = (compared.chosen, compared.rejected), (0, 1)
+        responses: tuple[str, ...]
+        ranks: tuple[int, ...]
         if isinstance(compared, RankedRecord):
             responses, ranks = compared.responses, compared.ranks
+        else:
+            responses, ranks = (compared.chosen, compared.rejected), (0, 1)
         worst = max(ranks)
         if any(0 < rank < worst for rank in ranks):
             self.notes.warnings[BETWEEN] += 1
@@ -286,7 +289,9 @@ class _Reader:
         margin = read_number(abs(sums[0] - sums[1]), columns["sum1"]) if by_sums else self._margin(row)
         return self._pair_record(row, prompt, responses[best], responses[1 - best], margin)
 
-    def _pair_record(self, row: Row, prompt: Prompt, chosen: str, rejected: str, margin: float) -> PreferenceRecord | RankedRecord:
+    def _pair_record(
+        self, row: Row, prompt: Prompt, chosen: str, rejected: str, margin: float
+    ) -> PreferenceRecord | RankedRecord:
         if self.kind == "ranked":
             return RankedRecord(self._id(row), prompt.text, (chosen, rejected), (0, 1), self._meta(row, prompt))
         return PreferenceRecord(self._id(row), prompt.text, chosen, rejected, margin, self._meta(row, prompt))

@@ -23,7 +23,12 @@ from rlhf.distributed.log import logger
 from rlhf.distributed.place import is_main
 from rlhf.types import Record, TokenizedRanking
 
-FIELDS = {"response": "sft_data", "comparison": "preference_data", "labelled": "preference_data", "prompt": "prompt_data"}
+FIELDS = {
+    "response": "sft_data",
+    "comparison": "preference_data",
+    "labelled": "preference_data",
+    "prompt": "prompt_data",
+}
 """The option that names the data sets of each kind."""
 EVAL_FIELDS = {kind: field.replace("_data", "_eval_data") for kind, field in FIELDS.items()}
 
@@ -84,8 +89,8 @@ def load_stage_data(
 ) -> StageData:
     """Read, render, split, blend and tokenise the data of one stage.
 
-    `kind` is what a row must give: "prompt", "response", "comparison" or "labelled". Each data set is cut to the share that
-    `config.stage_split` gives to `stage`, one of all `stages`; `eval_specs`, or where there are none
+    `kind` is what a row must give: "prompt", "response", "comparison" or "labelled". Each data set is cut to the share
+    that `config.stage_split` gives to `stage`, one of all `stages`; `eval_specs`, or where there are none
     `config.eval_fraction` of each set, is held out, and training records with a held-out prompt are dropped. Columns
     that nothing is read from are logged and reported for each data set. Tokens are kept under `cache_dir`. Rank 0
     writes `report_dir/data.json`, and `skipped_rows.jsonl` when rows were skipped. A second call for the same directory

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
+from torch import nn
+
+from rlhf.algorithms.config import OFFLINE_CONSTANTS
+from rlhf.algorithms.kto import KTOTrainer, with_mismatches
+from rlhf.algorithms.offline_losses import OFFLINE_LOSSES
 from rlhf.algorithms.ppo import chosen_prompts
-from rlhf.engine import RLHFEngine
+from rlhf.algorithms.preference import PreferenceTrainer
+from rlhf.data.stage_data import StageData
+from rlhf.engine import RLHFEngine, inference_engine, zero3_loading
 from rlhf.evaluation.gold import measure_gold
 from rlhf.generation.backend import make_backend
 from rlhf.generation.token_sampling import Sampling
@@ -15,8 +25,85 @@ from rlhf.pipeline.stage_run import StageRun
 from rlhf.pipeline.stages import OfflineStageConfig
 from rlhf.rewards.reward import RewardSources
 from rlhf.rewards.rules import Ends
+from rlhf.training.alignment import AlignmentTrainer, LiveReference
+from rlhf.training.data_order import visited
+from rlhf.training.reference_logprobs import response_log_likelihoods, with_reference, without_reference
 from rlhf.training.rollouts import RolloutWorker
-from rlhf.types import TokenizedPrompt
+from rlhf.types import RankedBatch, ResponseBatch, TokenizedPrompt
+
+
+@dataclass(frozen=True)
+class OfflineAlgorithm:
+    """What an algorithm learns from and what trains it.
+
+    `kind` of its rows, see `load_stage_data`; `prepared` makes of all rows, with the seed, what `trainer` learns from.
+    """
+
+    kind: Literal["comparison", "labelled"]
+    needs_reference: bool
+    trainer: type[AlignmentTrainer[Any]]
+    prepared: Callable[[Sequence[Any], int], Sequence[Any]]
+
+
+OFFLINE_ALGORITHMS = {
+    name: OfflineAlgorithm("labelled", True, KTOTrainer, with_mismatches)
+    if name == "kto"
+    else OfflineAlgorithm(
+        "comparison", OFFLINE_LOSSES[name].needs_reference, PreferenceTrainer, lambda rows, seed: rows
+    )
+    for name in OFFLINE_CONSTANTS
+}
+"""By the name that `algorithm` has in the configuration."""
+
+
+def referenced_data(
+    stage: StageRun[OfflineStageConfig], engine: Any, data: StageData, pad_token_id: int, *, base: str, steps: int
+) -> StageData:
+    """`data` with what the reference says of the rows that `steps` steps visit and of the held-out ones, where the
+    algorithm asks it beforehand. `base`: the fingerprint of the actor."""
+    config = stage.config
+    algorithm = OFFLINE_ALGORITHMS[config.offline.algorithm]
+    known = algorithm.needs_reference and config.offline.reference == "cached"
+    identity = {"model": base, "precision": config.engine.precision, "quantization": config.model.quantization}
+
+    def referenced(rows: Sequence[Any]) -> list[Any]:
+        if not known:
+            return without_reference(rows)
+        return with_reference(
+            engine, rows, stage.plan, pad_token_id=pad_token_id, cache_dir=Path(config.run.cache_dir), identity=identity
+        )
+
+    rows, held_out = (algorithm.prepared(part, config.run.seed) for part in (data.train, data.evaluation))
+    train = without_reference(rows)
+    used = visited(len(rows), stage.plan, config.run.seed, steps=steps)
+    for index, row in zip(used, referenced([rows[index] for index in used]), strict=True):
+        train[index] = row
+    return replace(data, train=train, evaluation=referenced(held_out))
+
+
+def live_reference(
+    stage: StageRun[OfflineStageConfig], engine: Any, load: Callable[[], nn.Module]
+) -> LiveReference | None:
+    """The reference as a model: the one that `load` gives, or with LoRA the actor of `engine` without its adapter.
+
+    None where the algorithm needs none, or has asked it beforehand.
+    """
+    config = stage.config
+    if config.offline.reference == "cached" or not OFFLINE_ALGORITHMS[config.offline.algorithm].needs_reference:
+        return None
+    adapted = bool(config.model.lora_rank)
+    reference = None
+    if not adapted:
+        with zero3_loading(config.engine, stage.plan):
+            model = load()
+        reference = inference_engine(model, engine=config.engine, plan=stage.plan)
+    models = RLHFEngine(engine, reference=reference, reference_is_actor_without_adapter=adapted)
+
+    def said(batch: RankedBatch | ResponseBatch) -> torch.Tensor:
+        with torch.no_grad(), models.reference_model() as model:
+            return response_log_likelihoods(model, batch)
+
+    return said
 
 
 def held_out_prompts(stage: StageRun[OfflineStageConfig], tokenizer: Any) -> list[TokenizedPrompt]:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import defaultdict
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -188,7 +189,9 @@ def test_odds_are_exact_where_probabilities_are_near_0_and_1():
 
 
 def test_constants_that_are_unset_are_those_of_the_source():
-    assert set(OFFLINE_LOSSES) == set(OFFLINE_CONSTANTS)
+    assert (
+        {*OFFLINE_LOSSES, "kto"} == set(OFFLINE_CONSTANTS) == set(get_args(get_type_hints(OfflineConfig)["algorithm"]))
+    )
     assert OfflineConfig(algorithm="simpo").of("beta") == 2.0 and OfflineConfig().of("beta") == 0.1
     assert OfflineConfig(algorithm="simpo", beta=1.5).of("beta") == 1.5
 
@@ -196,7 +199,7 @@ def test_constants_that_are_unset_are_those_of_the_source():
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"algorithm": "kahneman"}, "is not one of dpo, ipo, rrhf, orpo, simpo"),
+        ({"algorithm": "kahneman"}, "is not one of dpo, ipo, kto, rrhf, orpo, simpo"),
         (
             {"algorithm": "ipo", "label_smoothing": 0.1},
             "label_smoothing=0.1 is a constant of dpo, not of algorithm=ipo",

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.records import SkippedRow, prompt_key, rows_to_records
+from rlhf.data.records import BETWEEN, SkippedRow, prompt_key, rows_to_records
 from rlhf.data.sources import DataError, DatasetSpec, Row, read_rows
+from rlhf.data.spec import ReadingNotes
 from rlhf.data.templates import load_template
-from rlhf.types import PreferenceRecord, PromptRecord, RankedRecord, ResponseRecord
+from rlhf.types import LabelledRecord, PreferenceRecord, PromptRecord, RankedRecord, ResponseRecord
 from tests.support.published import published
 
 PLAIN = load_template("none")
@@ -211,6 +212,41 @@ def test_rankings(row: dict[str, Any], ranks: tuple[int, ...]) -> None:
     assert one("prompt", row).prompt == "q"
     with pytest.raises(DataError, match=r"no known format.*\{"):
         make("preference", row)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (
+            [{"prompt": "q", "completion": "a", "label": True}, {"prompt": "q", "completion": "b", "label": False},
+             {"prompt": "p", "completion": "c", "label": "yes"}],
+            [("q", "a", True), ("q", "b", False), ("p", "c", True)],
+        ),
+        ([{"messages": [user("q"), bot("a")], "label": 0}, {"messages": [user("q"), bot("b")], "label": 1}],
+         [("q", "a", False), ("q", "b", True)]),
+        ([{"prompt": "q", "chosen": "a", "rejected": "b"}], [("q", "a", True), ("q", "b", False)]),
+        ([{"query": "q", "responses": ["a", "b", "c", "d", "e"], "scores": [0, 2, 1, 2, 0]}],
+         [("q", "a", False), ("q", "b", True), ("q", "d", True), ("q", "e", False)]),
+        ([{"prompt": "q", "response1": "a", "scores1": [1], "sum1": 1, "response2": "b", "scores2": [2], "sum2": 2}],
+         [("q", "b", True), ("q", "a", False)]),
+    ],
+)  # fmt: skip
+def test_labels(rows: list[dict[str, Any]], expected: list[tuple[str, str, bool]]) -> None:
+    """One record for each labelled response, and the best and the worst ones of what is compared."""
+    found = make("labelled", *rows)
+    assert all(isinstance(record, LabelledRecord) for record in found)
+    assert [(record.prompt, record.response, record.good) for record in found] == expected
+    assert len({record.id for record in found}) == len(found)
+    assert found[0].meta["prompt_key"] and found[0].meta["source"] == "set/file.jsonl:1"
+
+
+def test_responses_between_the_best_and_the_worst_are_counted() -> None:
+    notes = ReadingNotes()
+    rows = [Row({"query": "q", "responses": ["a", "b", "c"], "scores": [0, 2, 1]}, "f", 1)]
+    rows_to_records(rows, "labelled", template=PLAIN, spec=DatasetSpec("f"), notes=notes)
+    assert notes.warnings == {BETWEEN: 1}
+    with pytest.raises(DataError, match="`scores` is the same for all 2 responses: a tie"):
+        make("labelled", {"query": "q", "responses": ["a", "b"], "scores": [1, 1]})
 
 
 def test_ten_completions_are_in_number_order() -> None:

@@ -15,10 +15,12 @@ from rlhf.data.token_cache import cached_tokens, record_key_parts, tokenizer_fin
 from rlhf.data.tokenize import TokenReport
 from rlhf.models.tiny_base import train_tokenizer
 from rlhf.types import (
+    LabelledRecord,
     PreferenceRecord,
     PromptRecord,
     RankedRecord,
     ResponseRecord,
+    TokenizedLabel,
     TokenizedPrompt,
     TokenizedRanking,
     TokenizedResponse,
@@ -31,6 +33,10 @@ ROWS = {
     "ranking": [
         TokenizedRanking("a", (TokenizedResponse("a", (1, 2), 1), TokenizedResponse("a", (1, 3, 4), 1)), (0, 1), 0.3),
         TokenizedRanking("b", tuple(TokenizedResponse("b", (5,) * n, 1, "x") for n in (3, 2, 1)), (1, 0, 1), 0.0, "x"),
+    ],
+    "label": [
+        TokenizedLabel(TokenizedResponse("a", (1, 2, 3), 2, "law"), True),
+        TokenizedLabel(TokenizedResponse("b", (4, 5), 1), False),
     ],
     "none": [],
 }
@@ -74,6 +80,8 @@ def test_record_keys_tell_every_field_and_kind_apart():
         PreferenceRecord("a", "p", "r", "s", 0.5),
         RankedRecord("a", "p", ("r", "s"), (0, 1)),
         RankedRecord("a", "p", ("r", "s"), (1, 0)),
+        LabelledRecord("a", "p", "r", True),
+        LabelledRecord("a", "p", "r", False),
     ]
     assert len(set(record_key_parts(records))) == len(records)
     assert list(record_key_parts(records)) == list(record_key_parts(records))

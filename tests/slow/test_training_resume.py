@@ -261,7 +261,18 @@ def test_permanent_states_stay_after_the_run(micro_base, data, tmp_path):
 SETTINGS = {
     "two ranks, ZeRO-2": {"ranks": 2, "zero_stage": 2},
     "4-bit with LoRA": {
-        "extra": ("--quantization", "4bit", "--lora_rank", "4", "--model_dropout", "0.1", "--offline", "rrhf")
+        "extra": (
+            "--quantization",
+            "4bit",
+            "--lora_rank",
+            "4",
+            "--model_dropout",
+            "0.1",
+            "--offline",
+            "rrhf",
+            "--advantage",
+            "grpo",
+        )
     },
 }
 """Two of many: `python -m tests.slow.chaos.kill_and_resume` takes any."""

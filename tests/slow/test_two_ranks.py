@@ -20,7 +20,8 @@ from tests.support.samples import write_sample
 
 WORKER = Path(__file__).parents[1] / "support" / "pipeline_worker.py"
 TOLERANCE = 2e-4
-MODELS = ("sft/model", "reward/model", "ppo/actor", "ppo/critic", "offline/actor")
+STAGES = ("sft", "reward", "ppo", "offline", "also/offline")
+MODELS = ("sft/model", "reward/model", "ppo/actor", "ppo/critic", "offline/actor", "also/offline/actor")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,9 @@ def inputs(micro_base, tmp_path_factory) -> tuple[Path, Path]:
 
 def run_pipeline(inputs: tuple[Path, Path], output: Path, *, world: int, zero_stage: int) -> Path:
     base, data = inputs
-    result = run_ranks(WORKER, world, output, [str(base), str(data), str(output), str(zero_stage)])
+    result = run_ranks(
+        WORKER, world, output, [str(base), str(data), str(output), str(zero_stage), "--also_offline", "kto"]
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
     return output
 
@@ -61,7 +64,7 @@ def metrics(directory: Path) -> list[dict[str, float]]:
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_two_ranks_equal_one(inputs, one_rank, tmp_path, zero_stage):
     two_ranks = run_pipeline(inputs, tmp_path / "out", world=2, zero_stage=zero_stage)
-    for stage in ("sft", "reward", "ppo", "offline"):
+    for stage in STAGES:
         expected, found = metrics(one_rank / stage), metrics(two_ranks / stage)
         assert len(expected) == len(found)
         for first, second in zip(expected, found, strict=True):

@@ -1,5 +1,6 @@
 """Run every stage in one process:
-pipeline_worker.py BASE DATA_DIR OUTPUT_DIR ZERO_STAGE [--steps N] [--iterations N] [--field value ...]"""
+pipeline_worker.py BASE DATA_DIR OUTPUT_DIR ZERO_STAGE [--steps N] [--iterations N] [--advantage NAME]
+    [--offline NAME] [--also_offline NAME] [--field value ...]"""
 
 from __future__ import annotations
 
@@ -31,7 +32,9 @@ def run() -> None:
         parser.add_argument(name)
     parser.add_argument("--steps", default="3", help="optimizer steps of SFT and of the reward model")
     parser.add_argument("--iterations", default="2", help="of PPO")
+    parser.add_argument("--advantage", default="gae", help="of the on-policy stage")
     parser.add_argument("--offline", default="dpo", help="algorithm of the offline stage")
+    parser.add_argument("--also_offline", help="another one, in OUTPUT_DIR/also, with a live reference")
     given, extra = parser.parse_known_args()
     common = ["--output_dir", given.output, "--cache_dir", f"{given.output}/cache", "--zero_stage", given.zero_stage]
     common += ["--base_model", given.base, *SMALL.split(), *extra]
@@ -46,10 +49,16 @@ def run() -> None:
 
     sft([*common, *data("sft", "sft"), "--max_steps", given.steps])
     reward([*common, *data("preference", "preference"), "--max_steps", given.steps])
-    ppo([*common, *data("prompt", "prompts"), "--max_steps", given.iterations, *ON_POLICY.split()])
+    grouped = ["--samples_per_prompt", "4", "--rollout_batch_size", "4"] if given.advantage != "gae" else []
+    on_policy = [*ON_POLICY.split(), "--advantage", given.advantage, *grouped]
+    ppo([*common, *data("prompt", "prompts"), "--max_steps", given.iterations, *on_policy])
     sampled = ["--prompt_eval_data", f"{given.data}/prompts_eval.jsonl", "--eval_samples_per_prompt", "1"]
     aligned = ["--max_steps", given.steps, "--algorithm", given.offline]
     offline([*common, *data("preference", "preference"), *aligned, *sampled])
+    if given.also_offline:
+        actor = ["--actor_model", f"{given.output}/sft/model", "--output_dir", f"{given.output}/also"]
+        also = ["--max_steps", given.steps, "--algorithm", given.also_offline, "--reference", "live"]
+        offline([*common, *data("preference", "preference"), *actor, *also])
 
 
 if __name__ == "__main__":
