@@ -1,4 +1,4 @@
-"""SFT and the reward model beside TRL's trainers: what `sft.py` and `reward.py` share.
+"""Training on rows that are there beside TRL's trainers: what `sft.py`, `reward.py`, `dpo.py` and `kto.py` share.
 
 Tokens are made once. Each side then trains on the same rows from the same weights in a process of its own, in
 interleaved rounds. The rows of step s are those of our trainer's step s; TRL gets them in an order shuffled within the
@@ -82,7 +82,14 @@ def run_side(task: Task, run: Run, work: Path, name: str) -> dict[str, Any]:
     script = BENCHMARKS / ("sides/rlhf_offline.py" if name == OURS else "peers/trl_offline.py")
     result = work / "result.json"
     result.unlink(missing_ok=True)
-    job = {"kind": task.kind, "run": asdict(run), "work": str(work), "result": str(result), "seed": SEED}
+    job = {
+        "kind": task.kind,
+        "algorithm": task.algorithm,
+        "run": asdict(run),
+        "work": str(work),
+        "result": str(result),
+        "seed": SEED,
+    }
     job.update(learning_rate=LEARNING_RATE, max_tokens=MAX_TOKENS)
     if name != OURS:
         job["arguments"] = dict(task.peers[name].arguments)

@@ -1,4 +1,4 @@
-"""What both sides of `sft.py` and `reward.py` are given: a model in a directory, rows as token ids, their order."""
+"""What both sides of sft.py, reward.py, dpo.py and kto.py are given: a model, rows as token ids, their order."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
+from rlhf.algorithms.kto import MatchedLabel, with_mismatches
 from rlhf.config import DataConfig
 from rlhf.data import DatasetSpec, load_stage_data
 from rlhf.data.sources import read_rows
@@ -57,13 +58,17 @@ class PeerSetting:
 
 @dataclass(frozen=True)
 class Task:
-    """One comparison: what rows are read, and the peer's settings by name (the first one must give our loss)."""
+    """One comparison: what rows are read, and the peer's settings by name (the first one must give our loss).
+
+    `algorithm`: of step 3 without sampling, where it is that one's rows.
+    """
 
     name: str
     kind: str
     data: Sequence[Mapping[str, Any]]
     sample: str
     peers: Mapping[str, PeerSetting] = field(default_factory=dict)
+    algorithm: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,8 @@ def prepare(task: Task, run: Run, out_dir: Path) -> Path:
     """The directory with `base/` (model, tokenizer), `head.pt`, `rows.json`, `order.json`; made when it is not there.
 
     `rows.json` lists {"id", "candidates": [[ids, prompt tokens], ...]}, one candidate a row for SFT, best first for
-    comparisons; `order.json` holds our trainer's row numbers of every step.
+    comparisons, for labelled rows ("good") the response and one to another prompt behind the same one; `order.json`
+    holds our trainer's row numbers of every step.
     """
     specs = data_specs(task)
     files = [Path(DatasetSpec.parse(spec).path) for spec in specs]
@@ -144,6 +150,8 @@ def _prepare(task: Task, run: Run, specs: Sequence[str], work: Path) -> None:
     if len(data.train) < wanted:
         raise SystemExit(f"{run.steps} steps need {wanted} rows and the data has {len(data.train)}; lower --steps")
     chosen = random.Random(SEED).sample(data.train, wanted)
+    if task.kind == "labelled":
+        chosen = with_mismatches(chosen, SEED)
     rows = [_row(example) for example in chosen]
     (work / "rows.json").write_text(json.dumps(rows))
     lengths = [sum(len(ids) for ids, _ in row["candidates"]) for row in rows]
@@ -174,6 +182,9 @@ def save_models(size: Size, tokenizer: Any, work: Path) -> None:
 
 
 def _row(example: Any) -> dict[str, Any]:
+    if isinstance(example, MatchedLabel):
+        candidates = [[list(one.input_ids), one.prompt_tokens] for one in example.candidates]
+        return {"id": example.id, "candidates": candidates, "good": example.label.good}
     candidates = getattr(example, "candidates", None)
     if candidates is None:
         return {"id": example.id, "candidates": [[list(example.input_ids), example.prompt_tokens]]}

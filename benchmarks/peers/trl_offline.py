@@ -1,4 +1,4 @@
-"""TRL's side of `sft.py` and `reward.py`: SFTTrainer or RewardTrainer in this process.
+"""TRL's side of `sft.py`, `reward.py`, `dpo.py` and `kto.py`: its trainer in this process.
 
 python benchmarks/peers/trl_offline.py '<job as json>' (see `offline.run_side`)
 """
@@ -18,10 +18,24 @@ import measure
 import torch
 from datasets import Dataset
 from transformers import AutoTokenizer, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, TrainerCallback
-from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 REBALANCE_SEED = 42
 """`BatchRebalanceSampler` is made without a seed by the trainer, and this is its default."""
+
+
+class TokenisedDPO(DPOTrainer):
+    """Takes rows that are token ids already, as the other trainers do by themselves."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+
+class TokenisedKTO(KTOTrainer):
+    """As `TokenisedDPO`."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
 
 
 class StepClock(TrainerCallback):
@@ -67,9 +81,23 @@ def rows_in_order(job: Mapping[str, Any], work: Path) -> list[dict[str, Any]]:
     return ordered
 
 
-def data_set(kind: str, rows: list[dict[str, Any]]) -> Dataset:
+def data_set(job: Mapping[str, Any], rows: list[dict[str, Any]]) -> Dataset:
     """Pre-tokenised columns as the trainers take them, with the `length` that samplers group by."""
-    if kind == "response":
+    kind = job["kind"]
+    if job["algorithm"]:
+        names = ("completion_ids", "KL_completion_ids") if kind == "labelled" else ("chosen_ids", "rejected_ids")
+        columns = [
+            {
+                "prompt_ids": first[:start],
+                names[0]: first[start:],
+                names[1]: second[start:],
+                "length": max(len(first), len(second)),
+                **({"label": row["good"]} if kind == "labelled" else {}),
+            }
+            for row in rows
+            for (first, start), (second, _) in [row["candidates"]]
+        ]
+    elif kind == "response":
         columns = [
             {"input_ids": ids, "labels": [-100] * start + ids[start:], "length": len(ids)}
             for ids, start in (row["candidates"][0] for row in rows)
@@ -122,11 +150,15 @@ def train(job: Mapping[str, Any]) -> dict[str, Any]:
     tokens = sum(len(ids) for row in rows for ids, _ in row["candidates"])
     tokenizer = AutoTokenizer.from_pretrained(work / "base")
     clock = StepClock(run["device"])
-    shared: dict[str, Any] = {"train_dataset": data_set(job["kind"], rows), "processing_class": tokenizer}
+    shared: dict[str, Any] = {"train_dataset": data_set(job, rows), "processing_class": tokenizer}
     shared["callbacks"] = [clock]
     model: Any
     trainer: Any
-    if job["kind"] == "response":
+    if job["algorithm"]:
+        model = GPTNeoXForCausalLM.from_pretrained(work / "base")
+        made, configured = (TokenisedKTO, KTOConfig) if job["kind"] == "labelled" else (TokenisedDPO, DPOConfig)
+        trainer = made(model, args=configured(**arguments(job, tokens)), **shared)
+    elif job["kind"] == "response":
         model = GPTNeoXForCausalLM.from_pretrained(work / "base")
         trainer = SFTTrainer(model, SFTConfig(**arguments(job, tokens)), **shared)
     else:

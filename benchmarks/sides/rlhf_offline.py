@@ -1,4 +1,4 @@
-"""Our side of `sft.py` and `reward.py`: one training run in this process, timed from outside the trainer.
+"""Our side of sft.py, reward.py, dpo.py and kto.py: one training run in this process, timed from outside.
 
 python benchmarks/sides/rlhf_offline.py '<job as json>' (see `offline.run_side`)
 """
@@ -18,10 +18,10 @@ from sides.stage_trainers import offline_trainer
 
 from rlhf.config import BatchConfig, OptimizerConfig
 from rlhf.distributed.world import init_world, seed_everything
-from rlhf.types import TokenizedRanking, TokenizedResponse
+from rlhf.types import TokenizedLabel, TokenizedRanking, TokenizedResponse
 
 STAGE_OF = {"response": "sft", "comparison": "reward"}
-"""The stage that learns from rows of each kind."""
+"""The stage that learns from rows of each kind, where no algorithm is named."""
 
 
 class StepClock:
@@ -68,6 +68,8 @@ def read_rows_file(kind: str, path: Path) -> list[Any]:
         )
         if kind == "response":
             examples.append(candidates[0])
+        elif kind == "labelled":  # matched with responses to other prompts again, by the same seed
+            examples.append(TokenizedLabel(candidates[0], row["good"]))
         else:
             examples.append(TokenizedRanking(row["id"], candidates, ranks=tuple(range(len(candidates)))))
     return examples
@@ -80,13 +82,14 @@ def train(job: Mapping[str, Any]) -> dict[str, Any]:
     seed_everything(job["seed"])
     work, run = Path(job["work"]), job["run"]
     trainer = offline_trainer(
-        STAGE_OF[job["kind"]],
+        "offline" if job["algorithm"] else STAGE_OF[job["kind"]],
         str(work / "base"),
         read_rows_file(job["kind"], work / "rows.json"),
         work / "ours",
         batch=BatchConfig(run["global_batch_size"], run["micro_batch_size"], max_steps=run["steps"]),
         optimizer=OptimizerConfig(learning_rate=job["learning_rate"], lr_schedule="constant", adam_betas=[0.9, 0.999]),
         precision=run["dtype"],
+        algorithm=job["algorithm"],
     )
     clock: Any = StepClock(device)
     trainer.writer = clock

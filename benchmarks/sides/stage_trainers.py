@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.algorithms.config import RewardConfig, SFTConfig
+from rlhf.algorithms.config import OfflineConfig, RewardConfig, SFTConfig
 from rlhf.algorithms.ppo import PPOTrainer, ppo_optimizer_steps
 from rlhf.algorithms.reward import RewardTrainer
 from rlhf.algorithms.sft import SFTTrainer
@@ -15,6 +15,7 @@ from rlhf.config import (
     BatchConfig,
     EngineConfig,
     ModelConfig,
+    OfflineDataConfig,
     OptimizerConfig,
     RewardDataConfig,
     RunConfig,
@@ -24,16 +25,19 @@ from rlhf.data import StageData
 from rlhf.engine import compute_dtype
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.models.scalar import ScalarModel
+from rlhf.pipeline.offline import OFFLINE_ALGORITHMS, referenced_data
 from rlhf.pipeline.on_policy import OnPolicyModels
 from rlhf.pipeline.stage_run import StageRun
-from rlhf.pipeline.stages import STAGES, PPOStageConfig, RewardStageConfig, SFTStageConfig
+from rlhf.pipeline.stages import STAGES, OfflineStageConfig, PPOStageConfig, RewardStageConfig, SFTStageConfig
 from rlhf.training.loop import RunContext
+from rlhf.training.offline import OfflineTrainer
 from rlhf.types import TokenizedPrompt
 
 
 def run_config(directory: Path, *, seed: int = 1) -> RunConfig:
     """A run that writes a line of metrics for every step and nothing else."""
-    return RunConfig(output_dir=str(directory), seed=seed, log_every_steps=1, tensorboard=False)
+    cache = str(directory / "cache")
+    return RunConfig(output_dir=str(directory), cache_dir=cache, seed=seed, log_every_steps=1, tensorboard=False)
 
 
 def offline_trainer(
@@ -45,8 +49,10 @@ def offline_trainer(
     batch: BatchConfig,
     optimizer: OptimizerConfig,
     precision: Any,
-) -> SFTTrainer | RewardTrainer:
-    """The trainer of step 1 ("sft") or 2 ("reward") from the causal LM in `model`; nothing is held out or exported."""
+    algorithm: str = "",
+) -> OfflineTrainer[Any]:
+    """The trainer of step 1 ("sft"), 2 ("reward") or 3 without sampling ("offline", `algorithm`) from the causal LM in
+    `model`; nothing is held out or exported."""
     shared: dict[str, Any] = {
         "run": run_config(directory),
         "model": ModelConfig(),
@@ -57,8 +63,13 @@ def offline_trainer(
     dtype, tokenizer = compute_dtype(precision), load_tokenizer(model)
     config: Any
     load: Callable[[], Any]
-    trainer: Callable[..., SFTTrainer | RewardTrainer]
-    if stage_name == "sft":
+    trainer: Callable[..., OfflineTrainer[Any]]
+    if stage_name == "offline":
+        offline = OfflineConfig(algorithm=algorithm)  # type: ignore[arg-type]
+        config = OfflineStageConfig(**shared, data=OfflineDataConfig(), offline=offline)
+        load = partial(load_causal_lm, model, config.model, dtype=dtype)
+        trainer = partial(OFFLINE_ALGORITHMS[algorithm].trainer, config=offline)
+    elif stage_name == "sft":
         config = SFTStageConfig(**shared, data=SFTDataConfig(), sft=SFTConfig())
         load = partial(load_causal_lm, model, config.model, dtype=dtype)
         trainer = partial(SFTTrainer, config=config.sft)
@@ -69,8 +80,11 @@ def offline_trainer(
     stage = StageRun(STAGES[stage_name], config, directory)
     data = StageData(list(rows), [], {}, "")
     total_steps = stage.planned_steps(data)
+    engine = stage.training_engine(load, tokenizer, total_steps=total_steps)
+    if stage_name == "offline":
+        data = referenced_data(stage, engine, data, tokenizer.pad_token_id, base="", steps=total_steps)
     return trainer(
-        stage.training_engine(load, tokenizer, total_steps=total_steps),
+        engine,
         data,
         pad_token_id=tokenizer.pad_token_id,
         plan=stage.plan,
