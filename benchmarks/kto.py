@@ -3,7 +3,7 @@
 python benchmarks/kto.py [--quick] [--rounds N] [--device cuda --dtype bf16 --size 1.3b]
 
 The rows of `dpo.py`, the better responses as good ones, the worse ones as bad ones. Both sides put the same response to
-another prompt beside each; the tokens of both count. TRL estimates the KL divergence in every micro-batch anew, ours
+another prompt beside each, whose tokens do not count. TRL estimates the KL divergence in every micro-batch anew, ours
 once for the step.
 """
 

@@ -193,5 +193,9 @@ def _row(example: Any) -> dict[str, Any]:
 
 
 def step_tokens(rows: Sequence[Mapping[str, Any]], order: Sequence[Sequence[int]]) -> list[int]:
-    """Real tokens of each optimizer step: those of all candidates of its rows."""
-    return [sum(len(ids) for index in step for ids, _ in rows[index]["candidates"]) for step in order]
+    """Real tokens of each optimizer step: those of all candidates of its rows, of labelled ones the first alone."""
+
+    def learnt(row: Mapping[str, Any]) -> int:
+        return sum(len(ids) for ids, _ in row["candidates"][: 1 if "good" in row else None])
+
+    return [sum(learnt(rows[index]) for index in step) for step in order]

@@ -11,7 +11,8 @@ environment that the benchmark makes on first use.
 W1 32 prompts of 16 to 96 tokens (`--prompts skewed`: log-normal, median 24, at most 96), 64 new tokens, 1 PPO epoch,
 micro-batch 8; W2 192 new tokens; W3 W2 with a model trained to end its answers; W4 W1 with 4 PPO epochs. In the others
 the models practically never end an answer, so that every response has the full length on both sides. What is counted
-as necessary is said in `flops.py`.
+as necessary is said in `flops.py`. With `--advantage grpo` or `rloo` the rollouts have four responses to each of a
+quarter of the prompts, there is no critic, and the peer is that trainer of TRL 1.x in this environment.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ from measure import (
 from ppo_workloads import QUICK, SIZES, WORKLOADS, length_statistics, make_job, write_job
 
 PEER_REQUIREMENTS = ["trl==0.24.0", "transformers==4.57.*"]
+GROUPED = ("grpo", "rloo")
+SAMPLES_PER_PROMPT = 4
+"""Of the estimators that compare the responses to a prompt."""
 PHASES = ("generation", "scoring", "update")
 
 
@@ -61,6 +65,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="processes of each side, taking turns")
     parser.add_argument("--iterations", type=int, default=3, help="measured in each process")
     parser.add_argument("--warmup", type=int, default=1, help="iterations of each process that do not count")
+    parser.add_argument("--advantage", choices=("gae", *GROUPED), default="gae", help="gae: PPO with a critic")
     parser.add_argument("--peer", choices=("trl", "none"), default="trl")
     parser.add_argument(
         "--peer_rollout_batch", type=int, default=32, help="TRL's local_rollout_forward_batch_size (its default: 64)"
@@ -162,6 +167,8 @@ def measure_workload(name: str, arguments: argparse.Namespace, peer_python: Path
         workload = replace(workload, skewed_prompts=True)
     job = {
         **make_job(workload, arguments.size, arguments.work_dir, seed=arguments.seed, quick=arguments.quick),
+        "advantage": arguments.advantage,
+        "samples_per_prompt": SAMPLES_PER_PROMPT if arguments.advantage in GROUPED else 1,
         "device": device.type,
         "dtype": precision,
         "threads": arguments.threads,
@@ -171,13 +178,14 @@ def measure_workload(name: str, arguments: argparse.Namespace, peer_python: Path
         "peer_bf16_weights": arguments.peer_bf16_weights,
         "peer_gradient_checkpointing": arguments.peer_gradient_checkpointing,
     }
+    peer_script = "trl_groups.py" if arguments.advantage in GROUPED else "trl_ppo.py"
     ours, peer, rates = [], [], []
     for turn in range(1, arguments.rounds + 1):
         rates.append(matmul_rate(dtype, device))
         ours.append(run_process(sys.executable, BENCHMARKS / "sides" / "rlhf_ppo.py", job))
         progress(name, turn, "ours", ours[-1])
         if peer_python is not None:
-            peer.append(run_process(peer_python, BENCHMARKS / "peers" / "trl_ppo.py", job))
+            peer.append(run_process(peer_python, BENCHMARKS / "peers" / peer_script, job))
             progress(name, turn, "trl", peer[-1])
             check_same_model(ours[-1], peer[-1], precision)
     rate = statistics.median(rates)
@@ -187,7 +195,9 @@ def measure_workload(name: str, arguments: argparse.Namespace, peer_python: Path
         "job": {key: value for key, value in job.items() if key not in ("prompts", "actor", "reward")},
         "prompt_tokens": [len(ids) for ids in job["prompts"]],
         "matmul_flops_per_second": {"median": rate, "measured": rates},
-        "ours": {**our_summary, **rate_shares(ours, our_summary, job, rate)},
+        "ours": our_summary
+        if arguments.advantage in GROUPED
+        else {**our_summary, **rate_shares(ours, our_summary, job, rate)},
     }
     if peer:
         result["peer"] = summarise_side(peer, job)
@@ -220,7 +230,7 @@ def table_row(result: dict[str, Any]) -> dict[str, Any]:
         row["TRL samples/s"], row["ratio"] = peer["samples_per_second"], result["speed_ratio"]
     row["s/iteration"] = ours["seconds"]["median"]
     for label, side in (("", ours), ("TRL ", peer)):
-        if side:
+        if side and side["phase_seconds"]["update"] is not None:
             phases = side["phase_seconds"]
             first = phases["generation"], phases["scoring"]
             together = f"({phases['experience']:.2f})" if None in first else " + ".join(f"{part:.2f}" for part in first)
@@ -232,7 +242,8 @@ def table_row(result: dict[str, Any]) -> dict[str, Any]:
     if peer:
         row["TRL response tokens"] = peer["response_tokens"]["mean"]
     row["median / limit"] = ours["response_tokens"]["median_share_of_maximum"]
-    row["share of matmul rate"] = f"{ours['share_of_matmul_rate']['total']:.0%}"
+    if "share_of_matmul_rate" in ours:
+        row["share of matmul rate"] = f"{ours['share_of_matmul_rate']['total']:.0%}"
     row["matmul GFLOP/s"] = result["matmul_flops_per_second"]["median"] / 1e9
     return row
 
@@ -248,7 +259,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             "that than their share; cpu_seconds in the JSON of a run with --threads 1 are the more reliable figure",
             file=sys.stderr,
         )
-    peer_python = peer_environment("trl-0.24", PEER_REQUIREMENTS) if arguments.peer == "trl" else None
+    peer_python = None
+    if arguments.peer == "trl":
+        grouped = arguments.advantage in GROUPED
+        peer_python = Path(sys.executable) if grouped else peer_environment("trl-0.24", PEER_REQUIREMENTS)
     results = [measure_workload(name, arguments, peer_python) for name in arguments.workloads.split(",")]
     rows = [table_row(result) for result in results]
     payload = {
@@ -258,7 +272,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "flops_counted": sys.modules["flops"].__doc__,
         "workloads": results,
     }
-    name = f"ppo-{arguments.size}-{device.type}-{str(dtype).removeprefix('torch.')}"
+    task = "ppo" if arguments.advantage == "gae" else arguments.advantage
+    name = f"{task}-{arguments.size}-{device.type}-{str(dtype).removeprefix('torch.')}"
     if arguments.peer_bf16_weights:
         name += "-peer-bf16"
     if arguments.peer_gradient_checkpointing:

@@ -35,7 +35,8 @@ def stage_config(job: dict[str, Any], directory: Path) -> PPOStageConfig:
             global_batch_size=workload["prompts"],
             micro_batch_size=workload["micro_batch_size"],
             max_steps=job["warmup"] + job["iterations"],
-            rollout_batch_size=workload["prompts"],
+            rollout_batch_size=workload["prompts"] // job["samples_per_prompt"],
+            samples_per_prompt=job["samples_per_prompt"],
             ppo_epochs=workload["ppo_epochs"],
         ),
         data=PPODataConfig(
@@ -44,6 +45,7 @@ def stage_config(job: dict[str, Any], directory: Path) -> PPOStageConfig:
         ppo=PPOConfig(
             actor_model=job["actor"],
             reward_model=job["reward"],
+            advantage=job["advantage"],
             critic_init="reward",  # as TRL's starts here
             kl_coef=workload["kl_coef"],
         ),

@@ -13,6 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import offline
 import scaling
+from dpo import DPO
+from kto import KTO
 from reward import REWARD
 from sft import SFT
 
@@ -24,7 +26,7 @@ def no_real_data(monkeypatch, tmp_path):
     monkeypatch.setenv("RLHF_DATA_DIR", str(tmp_path / "absent"))
 
 
-@pytest.mark.parametrize("task", [SFT, REWARD], ids=["sft", "reward"])
+@pytest.mark.parametrize("task", [SFT, REWARD, DPO, KTO], ids=["sft", "reward", "dpo", "kto"])
 def test_our_side_reports_the_real_tokens_of_its_steps(task, tmp_path, no_real_data, capsys):
     batch = ["--global-batch-size", "4", "--micro-batch-size", "2"]
     payload = offline.compare(task, [*TINY, *batch, "--out-dir", str(tmp_path)])
@@ -40,9 +42,9 @@ def test_our_side_reports_the_real_tokens_of_its_steps(task, tmp_path, no_real_d
     for step in order:
         count = 0
         for index in step:
-            for ids, start in rows[index]["candidates"]:
+            for place, (ids, start) in enumerate(rows[index]["candidates"]):
                 assert 0 < start < len(ids) <= offline.MAX_TOKENS
-                count += len(ids)
+                count += len(ids) if place == 0 or task is not KTO else 0
         by_hand.append(count)
     assert ours["step_tokens"] == by_hand
     assert ours["measured_tokens"] == by_hand[1]
