@@ -1,4 +1,4 @@
-"""`rlhf sample MODEL`: a data set of a model's own responses, the best of N, pairs or all with scores."""
+"""`rlhf sample MODEL...`: a data set of models' own responses, the best of N, pairs or all with scores."""
 
 from __future__ import annotations
 
@@ -11,22 +11,28 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `rlhf sample`."""
     parser.description = (
-        "Sample N responses to each prompt with MODEL, score them with any rewards, and write the best of each (SFT "
-        "reads it), pairs of the best and the worst (DPO, the reward model), or all with scores (RRHF, the reward "
+        "Sample N responses to each prompt with every MODEL, score them with any rewards, and write the best of each "
+        "(SFT reads it), pairs of the best and the worst (DPO, the reward model), or all with scores (RRHF, the reward "
         "model). On several devices: deepspeed --module rlhf.cli.sample MODEL ... Interrupted, the same command goes "
         "on. Exit status: 0 written, 2 a mistake on the command line or in the data, 130 interrupted."
     )
-    parser.add_argument("model", metavar="MODEL", help="directory of the model that answers")
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="directories of the models that answer")
     parser.add_argument(
         "--prompts", nargs="+", required=True, metavar="DATA", help="data sets, as prompt_data has them"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="the .jsonl that is written")
     parser.add_argument("--form", choices=("best", "pairs", "all"), default="best", help="what is written (best)")
-    parser.add_argument("--samples", type=int, default=4, help="responses to each prompt (4)")
+    parser.add_argument("--samples", type=int, default=4, help="responses of a model to each prompt (4)")
     parser.add_argument("--rewards", nargs="+", default=["reward_model"], help="as in a configuration (reward_model)")
     parser.add_argument("--reward_model", metavar="DIR", help="of step 2, for the reward reward_model")
     parser.add_argument("--template", default="kullm", help="prompt template (kullm)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of sampling (1)")
+    parser.add_argument(
+        "--diversity",
+        type=float,
+        metavar="PENALTY",
+        help="diverse beam search in place of sampling, SAMPLES groups of one beam (RRHF: 1.0)",
+    )
     parser.add_argument("--max_prompt_tokens", type=int, default=256, help="longer prompts lose their beginning (256)")
     parser.add_argument("--max_response_tokens", type=int, default=256, help="of a response (256)")
     parser.add_argument("--rows", type=int, default=64, help="responses sampled side by side on a device (64)")

@@ -1,4 +1,4 @@
-"""A data set of a model's own responses: N to each prompt, scored by any rewards (best-of-N, RAFT, pairs, rankings)."""
+"""A data set of models' own responses: N to each prompt, scored by any rewards (best-of-N, RAFT, pairs, rankings)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from rlhf.distributed.collectives import any_rank, raise_on_all
 from rlhf.distributed.log import logger
 from rlhf.distributed.place import is_main, rank, world_size
 from rlhf.distributed.world import init_world
-from rlhf.generation.backend import make_backend
+from rlhf.generation.backend import Backend, make_backend
+from rlhf.generation.diverse_beams import DiverseBeams
 from rlhf.generation.token_sampling import Sampling
 from rlhf.models.directories import check_causal_directory, check_scalar_directory
 from rlhf.models.inner_model import eos_token_ids
@@ -42,9 +43,13 @@ SCORED_ROWS = 32
 
 @dataclass(frozen=True)
 class SamplingJob:
-    """What is sampled, with what, and where it goes. `rows`: responses that are sampled side by side on a device."""
+    """What is sampled, with what, and where it goes.
 
-    model: str
+    Every one of `models` gives `samples` responses to each prompt. `diversity`: the penalty of a diverse beam search
+    that takes the place of sampling (`DiverseBeams`). `rows`: responses that are sampled side by side on a device.
+    """
+
+    models: Sequence[str]
     prompts: Sequence[str]
     output: Path
     rewards: Sequence[str]
@@ -52,6 +57,7 @@ class SamplingJob:
     samples: int = 4
     form: Form = "best"
     temperature: float = 1.0
+    diversity: float | None = None
     rows: int = 64
     seed: int = 1
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -61,13 +67,26 @@ class SamplingJob:
     cache_dir: Path = Path("runs/.cache")
 
     def __post_init__(self) -> None:
-        for name, least in (("samples", 1 if self.form == "best" else 2), ("rows", 1)):
+        if not self.models:
+            raise ConfigError("models is empty: name at least one directory of a model that answers")
+        if repeated := [path for path in self.models if self.models.count(path) > 1]:
+            raise ConfigError(f"models names {repeated[0]} twice: raise samples for more responses of one model")
+        alone = 1 if self.form == "best" or len(self.models) > 1 else 2
+        for name, least in (("samples", alone), ("rows", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least {least} with form={self.form}")
         if self.form not in get_args(Form):
             raise ConfigError(f"form={self.form!r} is not one of {', '.join(get_args(Form))}")
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature={self.temperature} must be above 0")
+        if self.diversity is not None:
+            if not 0 < self.diversity < math.inf:
+                raise ConfigError(f"diversity={self.diversity} must be above 0 (RRHF: 1.0); leave it out to sample")
+            if self.samples < 2 or self.temperature != 1:
+                raise ConfigError(
+                    f"diversity={self.diversity} with samples={self.samples}, temperature={self.temperature}: a "
+                    "diverse beam search needs 2 samples at least and has no temperature; leave temperature out"
+                )
         if self.output.suffix != ".jsonl":
             raise ConfigError(f"output={self.output}: give a name that ends in .jsonl, which is what is written")
 
@@ -96,24 +115,28 @@ def sample_dataset(job: SamplingJob) -> dict[str, int | float]:
     """
     specs = job.specs()
     device = init_world()
-    check_causal_directory(job.model)
-    tokenizer = load_tokenizer(job.model)
-    data = _prompts(job, tokenizer)
-    prompts: list[TokenizedPrompt] = list(data.train)
-    check_rewards(specs, prompts)
-    _claim_parts(job, specs, data.fingerprint)
+    for path in job.models:
+        check_causal_directory(path)
+    tokenizers = [load_tokenizer(path) for path in job.models]
+    data = [_prompts(job, tokenizer) for tokenizer in tokenizers]
+    check_rewards(specs, data[0].train)
+    _claim_parts(job, specs, [each.fingerprint for each in data])
     per_batch = max(1, job.rows // job.samples)
-    batches = [prompts[start : start + per_batch] for start in range(0, len(prompts), per_batch)]
-    todo = [index for index in range(rank(), len(batches), world_size()) if not _part(job, index).is_file()]
-    if todo:
-        draw = _drawer(job, specs, tokenizer, device)
+    starts = range(0, len(data[0].train), per_batch)
+    for model, (tokenizer, prompts) in enumerate(zip(tokenizers, data, strict=True)):
+        mine = range(rank(), len(starts), world_size())
+        todo = [index for index in mine if not _part(job, model, index).is_file()]
+        if not todo:
+            continue
+        draw = _drawer(job, model, specs, tokenizer, device)
         for done, index in enumerate(todo, start=1):
-            rows = draw(batches[index], index)
-            with replaced_file(_part(job, index)) as part:
+            rows = draw(prompts.train[starts[index] : starts[index] + per_batch], index)
+            with replaced_file(_part(job, model, index)) as part:
                 part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-            logger.info("sampled %d of %d batches of this rank", done, len(todo))
+            logger.info("%s: sampled %d of %d batches of this rank", job.models[model], done, len(todo))
+        del draw  # and with it the model, before the next one is loaded
     any_rank(False, device)  # all parts are there
-    report = _merge(job, len(batches))
+    report = _merge(job, len(starts))
     any_rank(False, device)  # all have read them
     if is_main():
         shutil.rmtree(job.parts)
@@ -145,11 +168,10 @@ def _made(directory: Path) -> Path:
     return directory
 
 
-def _claim_parts(job: SamplingJob, specs: Sequence[RewardSpec], prompts: str) -> None:
+def _claim_parts(job: SamplingJob, specs: Sequence[RewardSpec], prompts: Sequence[str]) -> None:
     """Note what the parts belong to. ConfigError where they are of another job."""
     settings = {name: value for name, value in asdict(job).items() if name not in ("output", "cache_dir", "form")}
-    fingerprints = {name: None if path is None else model_fingerprint(path)
-                    for name, path in (("model", job.model), ("reward_model", job.reward_model))}  # fmt: skip
+    fingerprints = [None if path is None else model_fingerprint(path) for path in (*job.models, job.reward_model)]
     identity = json.dumps([settings, fingerprints, reward_fingerprints(specs), prompts], sort_keys=True, default=list)
     file, error = job.parts / "job.json", None
     if is_main():
@@ -163,20 +185,25 @@ def _claim_parts(job: SamplingJob, specs: Sequence[RewardSpec], prompts: str) ->
     raise_on_all(error)
 
 
-def _part(job: SamplingJob, index: int) -> Path:
-    return job.parts / f"{index:08d}.jsonl"
+def _part(job: SamplingJob, model: int, index: int) -> Path:
+    return job.parts / f"{model}-{index:08d}.jsonl"
 
 
 def _drawer(
-    job: SamplingJob, specs: Sequence[RewardSpec], tokenizer: Any, device: torch.device
+    job: SamplingJob, number: int, specs: Sequence[RewardSpec], tokenizer: Any, device: torch.device
 ) -> Callable[[Sequence[TokenizedPrompt], int], list[dict[str, Any]]]:
-    """What samples and scores the responses to a batch of prompts, with the random numbers of its number."""
+    """What samples with the model of that `number` and scores the responses to a batch of prompts, with the random
+    numbers of the batch's number."""
     dtype = torch.bfloat16 if job.precision == "bf16" else torch.float32
-    model = load_causal_lm(job.model, dtype=dtype).to(device).eval().requires_grad_(False)
+    model = load_causal_lm(job.models[number], dtype=dtype).to(device).eval().requires_grad_(False)
     eos_ids = eos_token_ids(model, tokenizer)
     reward = _reward(job, specs, tokenizer, eos_ids, device, dtype)
     pad, template = tokenizer.pad_token_id, load_template(job.template, tokenizer)
-    backend = make_backend("own", model, eos_ids=eos_ids, pad_token_id=pad, seed=job.seed, slots=job.rows)
+    backend: Backend | DiverseBeams
+    if job.diversity is None:
+        backend = make_backend("own", model, eos_ids=eos_ids, pad_token_id=pad, seed=job.seed, slots=job.rows)
+    else:
+        backend = DiverseBeams(model, eos_ids=eos_ids, pad_token_id=pad, groups=job.samples, penalty=job.diversity)
     sampling = Sampling(job.max_response_tokens, temperature=job.temperature, vocabulary_size=len(tokenizer))
 
     def draw(batch: Sequence[TokenizedPrompt], index: int) -> list[dict[str, Any]]:
@@ -250,12 +277,16 @@ def _ended(rollout: Rollout, eos_ids: Sequence[int]) -> torch.Tensor:
 
 def _merge(job: SamplingJob, batches: int) -> dict[str, int | float]:
     """Write the data set from its parts, on rank 0; what stands in it."""
-    rows = [
-        json.loads(line)
-        for index in range(batches)
-        for line in _part(job, index).read_text(encoding="utf-8").split("\n")  # a text may hold other line ends
-        if line
+    by_model = [
+        [
+            json.loads(line)
+            for index in range(batches)
+            for line in _part(job, model, index).read_text(encoding="utf-8").split("\n")  # a text may hold other ends
+            if line
+        ]
+        for model in range(len(job.models))
     ]
+    rows = [_together(of_prompt) for of_prompt in zip(*by_model, strict=True)]
     written = [form for row in rows if (form := formed(row, job.form)) is not None]
     if is_main():
         _made(job.output.parent)
@@ -269,6 +300,12 @@ def _merge(job: SamplingJob, batches: int) -> dict[str, int | float]:
         "mean_best_score": float(scores.amax(1).mean()),
         "eos_rate": float(torch.tensor([row["ended"] for row in rows]).float().mean()),
     }
+
+
+def _together(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The responses of several models to one prompt as one row, in their order."""
+    lists = {name: [entry for row in rows for entry in row[name]] for name in ("responses", "scores", "ended")}
+    return {**rows[0], **lists}
 
 
 def formed(row: Mapping[str, Any], form: Form) -> dict[str, Any] | None:

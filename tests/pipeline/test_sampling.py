@@ -53,7 +53,7 @@ def job(tiny_models, tmp_path, monkeypatch):
 
     def make(**changes) -> SamplingJob:
         return SamplingJob(**{
-            "model": str(tiny_models["gpt_neox"]), "prompts": [str(tmp_path / "prompts.jsonl")],
+            "models": [str(tiny_models["gpt_neox"])], "prompts": [str(tmp_path / "prompts.jsonl")],
             "output": tmp_path / "out.jsonl", "rewards": [f"{tmp_path / 'reward.py'}:score"], "samples": 3, "rows": 6,
             "max_response_tokens": 8, "cache_dir": tmp_path / "cache", **changes,
         })  # fmt: skip
@@ -129,6 +129,33 @@ def test_an_interrupted_job_goes_on_and_ends_with_the_same_file(job, tmp_path, m
     assert job().output.read_bytes() == whole.output.read_bytes()
 
 
+def test_several_models_answer_each_prompt(job, tmp_path, tiny_models):
+    """The responses of each are those that it gives alone, one model's after the other's."""
+    both = [str(tiny_models[name]) for name in ("gpt_neox", "llama")]
+    alone = []
+    for number, path in enumerate(both):
+        sample_dataset(job(models=[path], form="all", output=tmp_path / f"{number}.jsonl"))
+        alone.append({row["id"]: row for row in rows_of(tmp_path / f"{number}.jsonl")})
+    sample_dataset(job(models=both, form="all"))
+    rows = rows_of(job().output)
+    assert len(rows) == 4
+    for row in rows:
+        expected = [text for each in alone for text in each[row["id"]]["responses"]]
+        assert row["responses"] == list(dict.fromkeys(expected)) and len(row["scores"]) == len(row["responses"]) > 3
+    with pytest.raises(ConfigError, match="names .*gpt_neox.* twice: raise samples"):
+        job(models=both[:1] * 2)
+    assert job(models=both, samples=1, form="pairs").samples == 1
+
+
+def test_diverse_beams_take_the_place_of_sampling(job):
+    sample_dataset(job(form="all", diversity=2.0))
+    first = job().output.read_bytes()
+    job().output.unlink()
+    sample_dataset(job(form="all", diversity=2.0, seed=9))  # no chance in it
+    assert job().output.read_bytes() == first
+    assert all(len(set(row["responses"])) == 3 for row in rows_of(job().output))
+
+
 def test_batches_of_another_job_are_not_mixed_in(job, monkeypatch):
     monkeypatch.setattr(sampling, "_drawer", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
@@ -142,6 +169,9 @@ def test_batches_of_another_job_are_not_mixed_in(job, monkeypatch):
     [
         ({"samples": 0}, "samples=0 must be at least 1"),
         ({"samples": 1, "form": "pairs"}, "at least 2 with form=pairs"),
+        ({"models": []}, "models is empty"), ({"diversity": 0.0}, "diversity=0.0 must be above 0"),
+        ({"diversity": 1.0, "temperature": 0.7}, "diversity=1.0 with samples=3, temperature=0.7"),
+        ({"diversity": 1.0, "samples": 1, "form": "best"}, "diversity=1.0 with samples=1"),
         ({"rows": 0}, "rows=0"), ({"temperature": 0.0}, "temperature=0.0 must be above 0"),
         ({"form": "worst"}, "form='worst' is not one of best, pairs, all"), ({"rewards": []}, "rewards is empty"),
         ({"rewards": ["reward_model"]}, "needs --reward_model"),
@@ -173,7 +203,7 @@ class NotFinite:
 
 def test_the_command_says_what_it_wrote_and_what_is_wrong(job, capsys, tmp_path):
     made = job()
-    words = [made.model, "--prompts", *made.prompts, "--output", str(made.output), "--rewards", *made.rewards]
+    words = [*made.models, "--prompts", *made.prompts, "--output", str(made.output), "--rewards", *made.rewards]
     words += ["--samples", "3", "--rows", "6", "--max_response_tokens", "8", "--cache_dir", str(made.cache_dir)]
     assert main(words) == 0
     assert f"{made.output}: 4 rows of 4 prompts; score +" in capsys.readouterr().out
