@@ -49,6 +49,7 @@ METHODS = {
         Method("ppo", "rollouts"),
         Method("rloo", "rollouts", ("advantage=rloo", *GROUPED)),
         Method("grpo", "rollouts", ("advantage=grpo", "kl_coef=0.04", *GROUPED)),
+        Method("grpo_kl_0.3", "rollouts", ("advantage=grpo", "kl_coef=0.3", *GROUPED)),
         Method("dr_grpo", "rollouts", ("advantage=dr_grpo", *GROUPED)),
         Method("reinforce_pp", "rollouts", ("advantage=reinforce_pp",)),
         Method("reinforce_pp_baseline", "rollouts", ("advantage=reinforce_pp_baseline", *GROUPED)),

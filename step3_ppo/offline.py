@@ -39,7 +39,12 @@ def main(stage: StageRun[OfflineStageConfig]) -> dict:
     tokenizer = load_tokenizer(actor, trust_remote_code=config.model.trust_remote_code)
     algorithm = OFFLINE_ALGORITHMS[config.offline.algorithm]
     data = stage.load_data(
-        algorithm.kind, config.data.preference_data, config.data.preference_eval_data, tokenizer, stage="reward"
+        algorithm.kind,
+        config.data.preference_data,
+        config.data.preference_eval_data,
+        tokenizer,
+        stage="reward",
+        kept_apart=config.data.prompt_eval_data,
     )
     prompts = held_out_prompts(stage, tokenizer)
     total_steps = stage.planned_steps(data)

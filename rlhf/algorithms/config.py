@@ -339,8 +339,16 @@ class OfflineConfig:
     """Prompts shown with their responses at each evaluation."""
     eval_every_steps: int = 0
     """Optimizer steps between evaluations; 0 evaluates before and after only. The best model is kept."""
+    keep_best: Literal["gold"] | None = None
+    """The figure of an evaluation by which the best model is the one kept: `gold`, where `prompt_eval_data` is of the
+    embedded world. Unset: the held-out loss."""
 
     def __post_init__(self) -> None:
+        if self.keep_best is not None and self.eval_every_steps < 1:
+            raise ConfigError(
+                f"keep_best={self.keep_best} chooses between evaluations, and eval_every_steps={self.eval_every_steps} "
+                "makes none on the way: set eval_every_steps to 50, say"
+            )
         require_at_least(self, 0, "eval_prompts", "generation_batch_size", "sample_table_rows", "eval_every_steps")
         require_at_least(self, 1, "eval_samples_per_prompt")
         if self.temperature <= 0:

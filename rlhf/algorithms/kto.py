@@ -103,7 +103,7 @@ class KTOTrainer(AlignmentTrainer[KTOBatch]):
     """Learns `kto_loss`, averaged over the responses of the global batch, of all of which z_0 is one estimate."""
 
     def __init__(self, engine: Any, data: StageData, config: OfflineConfig, **loop: Any) -> None:
-        super().__init__(engine, data, eval_every_steps=config.eval_every_steps, **loop)
+        super().__init__(engine, data, eval_every_steps=config.eval_every_steps, keep_best=config.keep_best, **loop)
         self.config = config
         self.kl = torch.zeros((), device=self.device)
         self._tell_balance()

@@ -33,7 +33,7 @@ class PreferenceTrainer(AlignmentTrainer[PreferenceBatch]):
     """Learns the loss `config.algorithm`, averaged over the prompts of the global batch that have a pair."""
 
     def __init__(self, engine: Any, data: StageData, config: OfflineConfig, **loop: Any) -> None:
-        super().__init__(engine, data, eval_every_steps=config.eval_every_steps, **loop)
+        super().__init__(engine, data, eval_every_steps=config.eval_every_steps, keep_best=config.keep_best, **loop)
         self.config = config
         self.algorithm = OFFLINE_LOSSES[config.algorithm]
         self.numbers = {name: 0 for name in {example.category for example in [*data.train, *data.evaluation]}}

@@ -86,6 +86,7 @@ def load_stage_data(
     report_name: str = "data",
     stages: Sequence[str] = (),
     field: str | None = None,
+    kept_apart: Sequence[str] = (),
 ) -> StageData:
     """Read, render, split, blend and tokenise the data of one stage.
 
@@ -95,7 +96,8 @@ def load_stage_data(
     that nothing is read from are logged and reported for each data set. Tokens are kept under `cache_dir`. Rank 0
     writes `report_dir/data.json`, and `skipped_rows.jsonl` when rows were skipped. A second call for the same directory
     needs a `report_name` of its own (`ptx`: `ptx.json`, `ptx_skipped_rows.jsonl`). `field` is the option that named
-    `specs` where it is not that of `FIELDS`. DataError when no row is left, and with the option written out where a
+    `specs` where it is not that of `FIELDS`. `kept_apart` are data sets of prompts (`prompt_eval_data`) that training
+    records may not be about either. DataError when no row is left, and with the option written out where a
     file's columns must be named.
     """
     template = load_template(config.template, tokenizer)
@@ -104,6 +106,7 @@ def load_stage_data(
     try:
         parts = _read_all(kind, specs, field or FIELDS[kind], template, config, skipped)
         eval_parts = _read_all(kind, eval_specs, EVAL_FIELDS[kind], template, config, skipped)
+        apart = _read_all("prompt", kept_apart, EVAL_FIELDS["prompt"], template, config, [])
     finally:  # also when reading fails: the list says which rows led to it
         if is_main():
             _write_skipped(skipped_file, skipped)
@@ -113,7 +116,8 @@ def load_stage_data(
         parts = [_with_heldout(part, config.eval_fraction) for part in parts]
     heldout = [record for part in eval_parts for record in part.records]
     heldout += [record for part in parts for record in part.heldout]
-    parts = [_without_leaks(part, heldout) for part in parts]
+    kept_out = [*heldout, *(record for part in apart for record in part.records)]
+    parts = [_without_leaks(part, kept_out) for part in parts]
     report: dict[str, Any] = {
         "stage": stage,
         "kind": kind,

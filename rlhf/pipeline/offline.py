@@ -10,14 +10,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rlhf.algorithms.config import OFFLINE_CONSTANTS
+from rlhf.algorithms.config import OFFLINE_CONSTANTS, OfflineConfig
 from rlhf.algorithms.kto import KTOTrainer, with_mismatches
 from rlhf.algorithms.offline_losses import OFFLINE_LOSSES
 from rlhf.algorithms.ppo import chosen_prompts
 from rlhf.algorithms.preference import PreferenceTrainer
+from rlhf.config import ConfigError
 from rlhf.data.stage_data import StageData
 from rlhf.engine import RLHFEngine, inference_engine, zero3_loading
-from rlhf.evaluation.gold import measure_gold
+from rlhf.evaluation.gold import GOLD, measure_gold, of_the_world
 from rlhf.generation.backend import make_backend
 from rlhf.generation.token_sampling import Sampling
 from rlhf.models.inner_model import eos_token_ids
@@ -107,15 +108,30 @@ def live_reference(
 
 
 def held_out_prompts(stage: StageRun[OfflineStageConfig], tokenizer: Any) -> list[TokenizedPrompt]:
-    """The prompts of `prompt_eval_data` that are sampled, the same ones for a seed; none where none are named."""
+    """The prompts of `prompt_eval_data` that are sampled, the same ones for a seed; none where none are named.
+
+    ConfigError where `keep_best` names a figure that they do not give.
+    """
     config = stage.config
     if not config.data.prompt_eval_data:
+        _check_kept(config.offline, [])
         return []
     data = stage.load_data(
         "prompt", config.data.prompt_eval_data, [], tokenizer, stage="ppo", report_name="prompts",
         field="prompt_eval_data",
     )  # fmt: skip
+    _check_kept(config.offline, [*data.train, *data.evaluation])
     return list(chosen_prompts([*data.train, *data.evaluation], config.offline.eval_prompts, config.run.seed))
+
+
+def _check_kept(config: OfflineConfig, prompts: Sequence[TokenizedPrompt]) -> None:
+    """ConfigError where `keep_best` names a figure that these held-out prompts do not give."""
+    if config.keep_best == GOLD and not (prompts and all(map(of_the_world, prompts))):
+        there = "not all of them are" if prompts else "none is named"
+        raise ConfigError(
+            f"keep_best=gold needs prompt_eval_data of the embedded world, which alone has a gold, and {there}: name "
+            "sample:prompts_heldout, or leave keep_best out"
+        )
 
 
 def sampled_evaluation(

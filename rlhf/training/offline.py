@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -132,10 +132,14 @@ class OfflineTrainer(Loop, Generic[Batch]):
             self.record(step, self.meter.means(self.engine.device))
         return loss
 
+    def better(self, metrics: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
+        """Whether the model of one evaluation is to be kept in place of another one's."""
+        return bool(metrics[self.best_metric] < than[self.best_metric])
+
     def _keep_if_best(self, step: int, metrics: dict[str, Any]) -> None:
         """Export the model when no evaluation before was as good. A disk that is full costs this one, not the run."""
         best_step, best = self.outcome["best_step"], self.outcome["after"]
-        if best_step and metrics[self.best_metric] >= best[self.best_metric]:
+        if best_step and not self.better(metrics, best):
             return
         if self.exported(last=step == self.total_steps):
             self.outcome.update(after=metrics, best_step=step)

@@ -147,6 +147,21 @@ def test_the_rows_that_a_run_visits_are_known_before_it(steps):
     assert visited(11, plan, 7, steps=steps) == expected and len(expected) == min(11, 4 * steps)
 
 
+def test_the_best_by_gold_is_kept_where_that_is_asked_for(make):
+    """Gold falls after the second evaluation while the loss goes on falling."""
+    golds = {False: [0.5, 0.8, 0.7, 0.6], True: [0.5, 0.8, 0.7, 0.6]}
+    kept = {}
+    for by_gold, values in golds.items():
+        trainer = make("simpo", steps=3, lr=0.05, eval_every_steps=1, **({"keep_best": "gold"} if by_gold else {}))
+        left = iter(values)
+        trainer.sample = lambda left=left: {"gold": next(left), "prompt_measures": {"gold": [0.0]}}
+        exported = []
+        trainer._export = lambda exported=exported, trainer=trainer: exported.append(trainer.step + 1)
+        outcome = trainer.fit()
+        kept[by_gold] = (outcome["best_step"], outcome["after"]["eval_gold"], exported)
+    assert kept == {False: (3, 0.6, [1, 2, 3]), True: (1, 0.8, [1])}
+
+
 def test_sampled_responses_stand_beside_the_loss(make):
     said = {"eos_rate": 0.75, "gold": 0.5, "score": 9.0, "prompt_measures": {"gold": [0.5]}, "samples": []}
     trainer = make("simpo")

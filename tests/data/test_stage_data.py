@@ -30,7 +30,7 @@ def write(path, rows):
 
 @pytest.fixture
 def load(tokenizer, tmp_path):
-    def call(kind, specs, eval_specs=(), *, stage="sft", seed=0, tokenizer=tokenizer, name="data", **config):
+    def call(kind, specs, eval_specs=(), *, stage="sft", seed=0, tokenizer=tokenizer, name="data", apart=(), **config):
         return load_stage_data(
             kind,
             specs,
@@ -43,6 +43,7 @@ def load(tokenizer, tmp_path):
             report_dir=tmp_path / "report",
             report_name=name,
             stages=("sft", "reward", "ppo"),
+            kept_apart=apart,
         )
 
     return call
@@ -97,6 +98,17 @@ def test_long_texts_are_cut_and_counted(load, tokenizer, tmp_path):
     assert tokenizer.decode(long.input_ids[:30]).endswith("질문 끝\n\n### 답변:")
     assert any("1 of 2 prompts were longer than max_prompt_tokens=30" in line for line in data.summary)
     assert any("1 of 2 responses were longer than max_response_tokens=20" in line for line in data.summary)
+
+
+def test_prompts_that_are_kept_apart_are_not_trained_on(load, tokenizer, tmp_path):
+    pairs = [{"prompt": f"질문 {n}", "chosen": "대답 좋은", "rejected": "대답 나쁜"} for n in range(4)]
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "질문  2"}, {"prompt": "질문 7"}])
+    whole = load("comparison", [write(tmp_path / "pairs.jsonl", pairs)], stage="reward")
+    data = load("comparison", [str(tmp_path / "pairs.jsonl")], stage="reward", apart=[prompts])
+    assert len(whole.train) == 4 and data.report["dropped_leaks"] == 1
+    left = texts([row.candidates[0] for row in data.train], tokenizer)
+    assert len(left) == 3 and not any("질문 2" in text for text in left)
+    assert data.evaluation == []
 
 
 def test_named_evaluation_data_is_used_and_leaks_are_dropped(load, tokenizer, tmp_path):
