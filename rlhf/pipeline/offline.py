@@ -1,4 +1,4 @@
-"""What an offline stage is put together from beside its trainer: responses sampled at its evaluations."""
+"""What the offline stage is put together from: a trainer for each algorithm, its reference, and sampled evaluations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from rlhf.algorithms.config import OFFLINE_CONSTANTS, OfflineConfig
+from rlhf.algorithms.config import OfflineConfig
 from rlhf.algorithms.kto import KTOTrainer, with_mismatches
 from rlhf.algorithms.offline_losses import OFFLINE_LOSSES
 from rlhf.algorithms.ppo import chosen_prompts
@@ -47,12 +47,11 @@ class OfflineAlgorithm:
 
 
 OFFLINE_ALGORITHMS = {
-    name: OfflineAlgorithm("labelled", True, KTOTrainer, with_mismatches)
-    if name == "kto"
-    else OfflineAlgorithm(
-        "comparison", OFFLINE_LOSSES[name].needs_reference, PreferenceTrainer, lambda rows, seed: rows
-    )
-    for name in OFFLINE_CONSTANTS
+    **{
+        name: OfflineAlgorithm("comparison", loss.needs_reference, PreferenceTrainer, lambda rows, _: rows)
+        for name, loss in OFFLINE_LOSSES.items()
+    },
+    "kto": OfflineAlgorithm("labelled", True, KTOTrainer, with_mismatches),
 }
 """By the name that `algorithm` has in the configuration."""
 
@@ -101,8 +100,12 @@ def live_reference(
     models = RLHFEngine(engine, reference=reference, reference_is_actor_without_adapter=adapted)
 
     def said(batch: RankedBatch | ResponseBatch) -> torch.Tensor:
+        was_training = engine.training
+        engine.eval()  # with LoRA it is the reference, without dropout
         with torch.no_grad(), models.reference_model() as model:
-            return response_log_likelihoods(model, batch)
+            found = response_log_likelihoods(model, batch)
+        engine.train(was_training)
+        return found
 
     return said
 
