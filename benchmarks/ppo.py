@@ -87,6 +87,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         arguments.size = "tiny"
         if arguments.workloads == parser.get_default("workloads"):
             arguments.workloads = ",".join(known)
+    if arguments.advantage in GROUPED:
+        if arguments.workloads == parser.get_default("workloads"):
+            arguments.workloads = "W1,W2,W3"
+        if any(name in known and known[name].ppo_epochs > 1 for name in arguments.workloads.split(",")):
+            parser.error(f"--advantage {arguments.advantage} measures one pass over a rollout: leave W4 out")
     unknown = set(arguments.workloads.split(",")) - set(known)
     if unknown:
         parser.error(f"--workloads {','.join(sorted(unknown))}: choose from {', '.join(known)}")

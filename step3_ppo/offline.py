@@ -25,6 +25,7 @@ from rlhf.pipeline.offline import (
     OFFLINE_ALGORITHMS,
     held_out_prompts,
     live_reference,
+    prepared_data,
     referenced_data,
     sampled_evaluation,
 )
@@ -38,15 +39,16 @@ def main(stage: StageRun[OfflineStageConfig]) -> dict:
     actor = stage.starting_model("actor_model", config.offline.actor_model)
     tokenizer = load_tokenizer(actor, trust_remote_code=config.model.trust_remote_code)
     algorithm = OFFLINE_ALGORITHMS[config.offline.algorithm]
+    prompts, kept_apart = held_out_prompts(stage, tokenizer)
     data = stage.load_data(
         algorithm.kind,
         config.data.preference_data,
         config.data.preference_eval_data,
         tokenizer,
         stage="reward",
-        kept_apart=config.data.prompt_eval_data,
+        kept_apart=kept_apart,
     )
-    prompts = held_out_prompts(stage, tokenizer)
+    data = prepared_data(config, data)
     total_steps = stage.planned_steps(data)
     dtype = compute_dtype(config.engine.precision)
     load = partial(load_causal_lm, actor, config.model, dtype=dtype)

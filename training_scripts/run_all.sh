@@ -14,7 +14,7 @@ OUTPUT_DIR/summary.json. With no option it aligns the embedded tiny Korean model
   --sft_data PATH...       instruction data        --preference_data PATH...  pairs or rankings
   --prompt_data PATH...    prompts for PPO         --output_dir DIR           default runs/default
   --FIELD VALUE            any field, for every stage that has it; --STAGE.FIELD VALUE for one stage
-  --align dpo              after supervised fine-tuning dpo, ipo, rrhf, orpo or simpo, in the place of reward model and PPO
+  --align dpo              after supervised fine-tuning dpo, ipo, kto, rrhf, orpo or simpo, in place of reward model and PPO
   --stages sft,reward,ppo  only some of the stages; --short: a few steps of each, in a directory of its own
 
   --num_devices N          processes on this machine (default: every GPU; 1 without a GPU); --master_port PORT

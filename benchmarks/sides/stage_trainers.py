@@ -25,7 +25,7 @@ from rlhf.data import StageData
 from rlhf.engine import compute_dtype
 from rlhf.models.loading import load_causal_lm, load_tokenizer
 from rlhf.models.scalar import ScalarModel
-from rlhf.pipeline.offline import OFFLINE_ALGORITHMS, referenced_data
+from rlhf.pipeline.offline import OFFLINE_ALGORITHMS, prepared_data, referenced_data
 from rlhf.pipeline.on_policy import OnPolicyModels
 from rlhf.pipeline.stage_run import StageRun
 from rlhf.pipeline.stages import STAGES, OfflineStageConfig, PPOStageConfig, RewardStageConfig, SFTStageConfig
@@ -82,6 +82,7 @@ def offline_trainer(
     total_steps = stage.planned_steps(data)
     engine = stage.training_engine(load, tokenizer, total_steps=total_steps)
     if stage_name == "offline":
+        data = prepared_data(config, data)
         data = referenced_data(stage, engine, data, tokenizer.pad_token_id, base="", steps=total_steps)
     return trainer(
         engine,

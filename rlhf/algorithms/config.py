@@ -293,6 +293,9 @@ OFFLINE_CONSTANTS: dict[str, dict[str, float]] = {
 """The constants of each offline loss and what its source sets them to (DPO, IPO, KTO: TRL; RRHF: Law-Polyglot; ORPO
 and SimPO: their authors)."""
 
+REFERENCED = ("dpo", "ipo", "kto")
+"""The offline losses that compare with a reference."""
+
 
 @dataclass
 class OfflineConfig:
@@ -355,6 +358,11 @@ class OfflineConfig:
             raise ConfigError(f"temperature={self.temperature} must be above 0")
         if self.algorithm not in OFFLINE_CONSTANTS:
             raise ConfigError(f"algorithm={self.algorithm!r} is not one of {', '.join(OFFLINE_CONSTANTS)}")
+        if self.reference == "live" and self.algorithm not in REFERENCED:
+            raise ConfigError(
+                f"reference=live with algorithm={self.algorithm}, which has no reference: leave it out, or take one of "
+                f"{', '.join(REFERENCED)}"
+            )
         constants = OFFLINE_CONSTANTS[self.algorithm]
         for name in sorted({name for each in OFFLINE_CONSTANTS.values() for name in each}):
             value = getattr(self, name)

@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(
             f"{arguments.output}: {report['written']:.0f} rows of {report['prompts']:.0f} prompts; score "
             f"{report['mean_score']:+.3f} on average, {report['mean_best_score']:+.3f} of the best of "
-            f"{arguments.samples}; {report['eos_rate']:.0%} of the responses end"
+            f"{arguments.samples * len(arguments.models)}; {report['eos_rate']:.0%} of the responses end"
         )
     return 0
 

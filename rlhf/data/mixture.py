@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import TypeVar
@@ -112,13 +112,15 @@ def drawn(rows: int, weight: float, seed: int, index: int) -> Iterator[tuple[int
     yield from ((copies, position) for position in sorted(random.Random(f"{seed}/{index}").sample(range(rows), rest)))
 
 
-def drop_leaked(train: Sequence[RecordT], heldout: Sequence[RecordT]) -> tuple[list[RecordT], int]:
-    """The training records whose prompt is not held out, and how many were dropped.
+def drop_leaked(
+    train: Sequence[RecordT], heldout: Sequence[RecordT], further: Collection[str] = ()
+) -> tuple[list[RecordT], int]:
+    """The training records whose prompt is not held out, nor among the keys `further`, and how many were dropped.
 
     Used where the user names files of their own for both: the held-out set stays as it is published, and what leaked
     from it leaves the training set.
     """
-    held = {_key(record) for record in heldout}
+    held = {_key(record) for record in heldout}.union(further)
     kept = [record for record in train if _key(record) not in held]
     return kept, len(train) - len(kept)
 

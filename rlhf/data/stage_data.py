@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,8 @@ EVAL_FIELDS = {kind: field.replace("_data", "_eval_data") for kind, field in FIE
 class StageData:
     """Tokenised rows to train and to evaluate on, and the report that was written as `data.json`.
 
-    `fingerprint` is one of all rows, in their order, as tokens; `summary` says in a few lines what there is.
+    `fingerprint` is one of all rows, in their order, as tokens; `summary` says in a few lines what there is;
+    `prompt_keys` are their prompts, whatever the template and spacing.
     """
 
     train: list[Any]
@@ -45,6 +46,7 @@ class StageData:
     report: dict[str, Any]
     fingerprint: str
     summary: Sequence[str] = ()
+    prompt_keys: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def load_stage_data(
     report_name: str = "data",
     stages: Sequence[str] = (),
     field: str | None = None,
-    kept_apart: Sequence[str] = (),
+    kept_apart: Collection[str] = (),
 ) -> StageData:
     """Read, render, split, blend and tokenise the data of one stage.
 
@@ -96,8 +98,8 @@ def load_stage_data(
     that nothing is read from are logged and reported for each data set. Tokens are kept under `cache_dir`. Rank 0
     writes `report_dir/data.json`, and `skipped_rows.jsonl` when rows were skipped. A second call for the same directory
     needs a `report_name` of its own (`ptx`: `ptx.json`, `ptx_skipped_rows.jsonl`). `field` is the option that named
-    `specs` where it is not that of `FIELDS`. `kept_apart` are data sets of prompts (`prompt_eval_data`) that training
-    records may not be about either. DataError when no row is left, and with the option written out where a
+    `specs` where it is not that of `FIELDS`. `kept_apart` are the keys of further prompts that training records
+    may not be about. DataError when no row is left, and with the option written out where a
     file's columns must be named.
     """
     template = load_template(config.template, tokenizer)
@@ -106,7 +108,6 @@ def load_stage_data(
     try:
         parts = _read_all(kind, specs, field or FIELDS[kind], template, config, skipped)
         eval_parts = _read_all(kind, eval_specs, EVAL_FIELDS[kind], template, config, skipped)
-        apart = _read_all("prompt", kept_apart, EVAL_FIELDS["prompt"], template, config, [])
     finally:  # also when reading fails: the list says which rows led to it
         if is_main():
             _write_skipped(skipped_file, skipped)
@@ -116,8 +117,7 @@ def load_stage_data(
         parts = [_with_heldout(part, config.eval_fraction) for part in parts]
     heldout = [record for part in eval_parts for record in part.records]
     heldout += [record for part in parts for record in part.heldout]
-    kept_out = [*heldout, *(record for part in apart for record in part.records)]
-    parts = [_without_leaks(part, kept_out) for part in parts]
+    parts = [_without_leaks(part, heldout, kept_apart) for part in parts]
     report: dict[str, Any] = {
         "stage": stage,
         "kind": kind,
@@ -150,7 +150,8 @@ def load_stage_data(
             logger.warning(line)
     fingerprint = f"{train_report.key} {eval_report.key}"
     evaluation = [_with_source(row, record) for row, record in zip(evaluation, heldout, strict=True)]
-    return StageData(train, evaluation, report, fingerprint, _summary(report, config, skipped_file))
+    keys = frozenset(str(record.meta["prompt_key"]) for record in [*records, *heldout])
+    return StageData(train, evaluation, report, fingerprint, _summary(report, config, skipped_file), keys)
 
 
 def _with_source(row: Tokenized, record: Record) -> Tokenized:
@@ -202,8 +203,8 @@ def _with_heldout(part: _Part, fraction: float) -> _Part:
     return replace(part, records=train, heldout=heldout)
 
 
-def _without_leaks(part: _Part, heldout: Sequence[Record]) -> _Part:
-    kept, leaked = drop_leaked(part.records, heldout)
+def _without_leaks(part: _Part, heldout: Sequence[Record], further: Collection[str]) -> _Part:
+    kept, leaked = drop_leaked(part.records, heldout, further)
     return replace(part, records=kept, leaked=leaked)
 
 

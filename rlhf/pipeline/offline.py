@@ -16,6 +16,7 @@ from rlhf.algorithms.offline_losses import OFFLINE_LOSSES
 from rlhf.algorithms.ppo import chosen_prompts
 from rlhf.algorithms.preference import PreferenceTrainer
 from rlhf.config import ConfigError
+from rlhf.data.spec import DataError
 from rlhf.data.stage_data import StageData
 from rlhf.engine import RLHFEngine, inference_engine, zero3_loading
 from rlhf.evaluation.gold import GOLD, measure_gold, of_the_world
@@ -56,11 +57,36 @@ OFFLINE_ALGORITHMS = {
 """By the name that `algorithm` has in the configuration."""
 
 
+def prepared_data(config: OfflineStageConfig, data: StageData) -> StageData:
+    """`data` as the rows that the algorithm learns from. DataError where it can learn from no such rows, ConfigError
+    where `keep_best` has no evaluation to choose from."""
+    if config.offline.keep_best is not None and not data.evaluation:
+        raise ConfigError(
+            f"keep_best={config.offline.keep_best} chooses between evaluations, and without held-out rows there are "
+            "none: name preference_eval_data, set eval_fraction above 0, or leave keep_best out"
+        )
+    prepared = OFFLINE_ALGORITHMS[config.offline.algorithm].prepared
+    parts = {}
+    for name, rows, told in (
+        ("train", data.train, "preference_data"),
+        (
+            "evaluation",
+            data.evaluation,
+            "the held-out rows (preference_eval_data, or eval_fraction of preference_data)",
+        ),
+    ):
+        try:
+            parts[name] = list(prepared(rows, config.run.seed))
+        except DataError as error:
+            raise DataError(f"{told}: {error}") from error
+    return replace(data, **parts)
+
+
 def referenced_data(
     stage: StageRun[OfflineStageConfig], engine: Any, data: StageData, pad_token_id: int, *, base: str, steps: int
 ) -> StageData:
-    """`data` with what the reference says of the rows that `steps` steps visit and of the held-out ones, where the
-    algorithm asks it beforehand. `base`: the fingerprint of the actor."""
+    """`prepared_data` with what the reference says of the rows that `steps` steps visit and of the held-out ones, where
+    the algorithm asks it beforehand. `base`: the fingerprint of the actor."""
     config = stage.config
     algorithm = OFFLINE_ALGORITHMS[config.offline.algorithm]
     known = algorithm.needs_reference and config.offline.reference == "cached"
@@ -73,12 +99,11 @@ def referenced_data(
             engine, rows, stage.plan, pad_token_id=pad_token_id, cache_dir=Path(config.run.cache_dir), identity=identity
         )
 
-    rows, held_out = (algorithm.prepared(part, config.run.seed) for part in (data.train, data.evaluation))
-    train = without_reference(rows)
-    used = visited(len(rows), stage.plan, config.run.seed, steps=steps)
-    for index, row in zip(used, referenced([rows[index] for index in used]), strict=True):
+    train = without_reference(data.train)
+    used = visited(len(train), stage.plan, config.run.seed, steps=steps)
+    for index, row in zip(used, referenced([data.train[index] for index in used]), strict=True):
         train[index] = row
-    return replace(data, train=train, evaluation=referenced(held_out))
+    return replace(data, train=train, evaluation=referenced(data.evaluation))
 
 
 def live_reference(
@@ -110,21 +135,25 @@ def live_reference(
     return said
 
 
-def held_out_prompts(stage: StageRun[OfflineStageConfig], tokenizer: Any) -> list[TokenizedPrompt]:
-    """The prompts of `prompt_eval_data` that are sampled, the same ones for a seed; none where none are named.
+def held_out_prompts(
+    stage: StageRun[OfflineStageConfig], tokenizer: Any
+) -> tuple[list[TokenizedPrompt], frozenset[str]]:
+    """The prompts of `prompt_eval_data` that are sampled, the same ones for a seed, none where none are named; and the
+    keys of all that are there, which nothing is to be trained on.
 
     ConfigError where `keep_best` names a figure that they do not give.
     """
     config = stage.config
     if not config.data.prompt_eval_data:
         _check_kept(config.offline, [])
-        return []
+        return [], frozenset()
     data = stage.load_data(
         "prompt", config.data.prompt_eval_data, [], tokenizer, stage="ppo", report_name="prompts",
         field="prompt_eval_data",
     )  # fmt: skip
-    _check_kept(config.offline, [*data.train, *data.evaluation])
-    return list(chosen_prompts([*data.train, *data.evaluation], config.offline.eval_prompts, config.run.seed))
+    everything = [*data.train, *data.evaluation]
+    _check_kept(config.offline, everything)
+    return list(chosen_prompts(everything, config.offline.eval_prompts, config.run.seed)), data.prompt_keys
 
 
 def _check_kept(config: OfflineConfig, prompts: Sequence[TokenizedPrompt]) -> None:

@@ -208,7 +208,8 @@ def _drawer(
 
     def draw(batch: Sequence[TokenizedPrompt], index: int) -> list[dict[str, Any]]:
         examples = [prompt for prompt in batch for _ in range(job.samples)]
-        given = collate_prompts(examples, pad, row_ids=list(range(len(examples)))).to(device)
+        first = number * max(job.rows, job.samples)  # models that are alike draw with other random numbers
+        given = collate_prompts(examples, pad, row_ids=list(range(first, first + len(examples)))).to(device)
         rollout = backend.generate(given, sampling, iteration=index)
         texts, ended = _texts(rollout, tokenizer), _ended(rollout, eos_ids)
         scores: list[float] = []

@@ -34,10 +34,13 @@ class MeanMeter:
             self._sums[name] = self._sums.get(name, torch.zeros((), dtype=torch.float64)) + value
             self._counts[name] = self._counts.get(name, torch.zeros((), dtype=torch.float64)) + weight
 
-    def means(self, device: torch.device | str = "cpu", *, keep: bool = False) -> dict[str, float]:
+    def means(
+        self, device: torch.device | str = "cpu", *, keep: bool = False, counted: bool = False
+    ) -> dict[str, float]:
         """Means over all ranks (a collective; every rank must have added the same names), then start anew.
 
-        `keep` leaves the sums as they are, for a look in between.
+        `keep` leaves the sums as they are, for a look in between. A name of which no rank counted an element is nan, or
+        with `counted` left out.
         """
         names = sorted(self._sums)
         if not names:
@@ -47,7 +50,9 @@ class MeanMeter:
         if not keep:
             self._sums, self._counts = {}, {}
         return {
-            name: (packed[i, 0] / packed[i, 1]).item() if packed[i, 1] > 0 else math.nan for i, name in enumerate(names)
+            name: (packed[i, 0] / packed[i, 1]).item() if packed[i, 1] > 0 else math.nan
+            for i, name in enumerate(names)
+            if packed[i, 1] > 0 or not counted
         }
 
     def state(self) -> dict[str, tuple[float, float]]:

@@ -129,7 +129,7 @@ class OfflineTrainer(Loop, Generic[Batch]):
         )
         self.meter.add({"loss": loss, "learning_rate": learning_rate(self.engine)}, 1)
         if step % self.run.log_every_steps == 0 or step == self.total_steps:
-            self.record(step, self.meter.means(self.engine.device))
+            self.record(step, self.meter.means(self.engine.device, counted=True))
         return loss
 
     def better(self, metrics: Mapping[str, Any], than: Mapping[str, Any]) -> bool:

@@ -209,6 +209,7 @@ def test_constants_that_are_unset_are_those_of_the_source():
         ({"beta": -1.0}, "beta=-1.0 must be at least 0"),
         ({"label_smoothing": 0.5}, r"must lie in \[0, 0.5\)"),
         ({"keep_best": "gold"}, "keep_best=gold chooses between evaluations, and eval_every_steps=0 makes none"),
+        ({"algorithm": "orpo", "reference": "live"}, "reference=live with algorithm=orpo, which has no reference"),
         ({"robust": True}, "robust=true with algorithm=dpo, label_smoothing=None"),
         ({"algorithm": "rrhf", "robust": True}, "robust=true with algorithm=rrhf"),
     ],

@@ -234,7 +234,7 @@ def test_an_offline_alignment_takes_the_place_of_reward_model_and_ppo(tmp_path):
     whole = sort_arguments(["--align", "ppo", "--output_dir", "out"], user_dir=tmp_path)
     assert whole.stages == ("sft", "reward", "ppo") and "SUMMARISED=yes" in bash_assignments(whole)
     for words, told in (
-        (["--align", "kto"], "--align kto: choose ppo or one of dpo, ipo, rrhf, orpo, simpo"),
+        (["--align", "kahneman"], "--align kahneman: choose ppo or one of dpo, ipo, kto, rrhf, orpo, simpo"),
         (["--align", "dpo", "--stages", "sft"], "--align dpo says which stages run: leave --stages out"),
         (["--align", "dpo", "--kl_coef", "0.1"], "--kl_coef is a field of ppo, which this run"),
     ):

@@ -38,6 +38,9 @@ def test_a_count_of_zero_is_nan_not_a_crash():
     meter.add({"loss": 0.0, "accuracy": 1.0}, 0)
     means = meter.means()
     assert math.isnan(means["loss"]) and math.isnan(means["accuracy"])
+    meter.add({"loss": 0.0}, 0)
+    meter.add({"accuracy": 1.0}, 2)
+    assert meter.means(counted=True) == {"accuracy": 0.5}
 
 
 def test_sums_are_kept_in_float64_and_without_a_graph():
