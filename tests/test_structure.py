@@ -32,7 +32,7 @@ FLOORS = (
 )
 """The rooms from the ground up: each may import those before it in this list and no other."""
 ALTERNATIVES = {
-    "rlhf.algorithms": {"sft", "reward", "ppo", "preference", "dpo", "orpo", "rrhf", "simpo"},
+    "rlhf.algorithms": {"sft", "reward", "ppo", "preference", "kto", "dpo", "orpo", "rrhf", "simpo"},
     "rlhf.rewards": {"reward_model", "classifier", "function", "http", "rules"},
     "rlhf.generation": {"actor_backend", "deepspeed_backend"},
 }
