@@ -60,7 +60,8 @@ class PeerSetting:
 class Task:
     """One comparison: what rows are read, and the peer's settings by name (the first one must give our loss).
 
-    `algorithm`: of step 3 without sampling, where it is that one's rows.
+    `algorithm`: of step 3 without sampling, where it is that one's rows. `split_tolerance`: how far the mean loss of
+    its later steps may lie apart where a step is several micro-batches, of which the sides make different use.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Task:
     sample: str
     peers: Mapping[str, PeerSetting] = field(default_factory=dict)
     algorithm: str = ""
+    split_tolerance: float = 0.0
 
 
 @dataclass(frozen=True)
