@@ -58,6 +58,25 @@ def side(loss, tokens=(10, 12)):
     return {"first_loss": loss, "step_tokens": list(tokens)}
 
 
+def test_where_the_first_loss_says_nothing_the_later_ones_are_compared():
+    """KTO's two sides estimate the KL divergence on other batches, unless a step is one micro-batch."""
+    run = offline.Run(steps=2, warm_up=1, rounds=1)
+    plain = next(iter(DPO.peers))
+
+    def sides(later):
+        return {name: {**side(0.69315), "mean_loss_after_first": value} for name, value in
+                (("ours", 0.5), (plain, later))}  # fmt: skip
+
+    for task, later in ((DPO, 0.5005), (KTO, 0.51)):
+        compared = sides(later)
+        offline.judge(task, run, compared)
+        assert compared[plain]["same_result"]
+    whole = replace(run, micro_batch_size=run.global_batch_size)
+    for task, settings in ((DPO, run), (KTO, whole)):
+        with pytest.raises(SystemExit, match="later ones differ by 0.010000 on average"):
+            offline.judge(task, settings, sides(0.51))
+
+
 def test_a_peer_with_another_loss_stops_the_benchmark():
     run = offline.Run(steps=2, warm_up=1, rounds=1)
     plain = next(iter(SFT.peers))
