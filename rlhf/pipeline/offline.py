@@ -66,7 +66,7 @@ def prepared_data(config: OfflineStageConfig, data: StageData) -> StageData:
             "none: name preference_eval_data, set eval_fraction above 0, or leave keep_best out"
         )
     prepared = OFFLINE_ALGORITHMS[config.offline.algorithm].prepared
-    parts = {}
+    parts: dict[str, Any] = {}
     for name, rows, told in (
         ("train", data.train, "preference_data"),
         (
