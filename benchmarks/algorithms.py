@@ -94,24 +94,29 @@ FIGURES = {"KL": "kl_per_response", "well formed": "well_formed_responses", "eos
 
 
 def plot(results: Results, path: Path) -> None:
-    """Gold against the square root of the KL: a curve for each run that was judged on the way, a mark where it ends."""
+    """Gold against the square root of the KL: a curve for each run that was judged on the way, a mark where it ends.
+
+    The right panel shows what four of five runs end within.
+    """
     from learning_plots import plt, save
 
-    figure, axis = plt.subplots(figsize=(7.2, 4.4))
+    figure, axes = plt.subplots(1, 2, figsize=(9.0, 4.0), sharey=True, width_ratios=(1, 2))
+    reached = []
     for number, method in enumerate(dict.fromkeys(trial.method for trial in results)):
         colour, label = plt.get_cmap("tab20")(number % 20), method
-        for trial, result in results.items():
-            if trial.method != method:
-                continue
+        for result in (result for trial, result in results.items() if trial.method == method):
             ends = [result["start"], result["end"]]
             line = result["points"] or [{"kl": each["kl_per_response"], "gold": each["gold"]} for each in ends]
-            style = "-" if result["points"] else ":"
             along = [math.sqrt(max(0.0, point["kl"])) for point in line]
-            axis.plot(along, [point["gold"] for point in line], style, color=colour, linewidth=0.8)
-            axis.plot(along[-1:], [line[-1]["gold"]], "o", color=colour, label=label)
-            label = None
-    axis.set_xlabel("square root of the KL to the SFT model, nats per response (dotted: judged at both ends only)")
-    axis.set_ylabel("gold")
+            reached.append(along[-1])
+            for axis in axes:
+                style = "-" if result["points"] else ":"
+                axis.plot(along, [point["gold"] for point in line], style, color=colour, linewidth=0.7, alpha=0.6)
+                axis.plot(along[-1:], [line[-1]["gold"]], "o", markersize=5, color=colour, label=label)
+                label = None
+    axes[1].set_xlim(0, 1.2 * sorted(reached)[4 * (len(reached) - 1) // 5] + 0.1)
+    figure.supxlabel("square root of the KL to the SFT model, nats per response", fontsize=8)
+    axes[0].set_ylabel("gold")
     figure.legend(fontsize=6, loc="outside right upper")
     save(figure, path)
 
