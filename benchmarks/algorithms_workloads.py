@@ -58,6 +58,7 @@ METHODS = {
         Method("kto", "rankings", ("algorithm=kto", "learning_rate=3e-5")),
         Method("rrhf", "rankings", ("algorithm=rrhf", "learning_rate=3e-4")),
         Method("orpo", "rankings", ("algorithm=orpo", "learning_rate=3e-4")),
+        Method("imitation", "rankings", ("algorithm=rrhf", "rank_coef=0", "learning_rate=3e-4")),
         Method("simpo", "rankings", ("algorithm=simpo", "learning_rate=3e-5")),
         Method("raft", "own responses", ("learning_rate=1e-4",), form="best"),
         Method("dpo_own_pairs", "own responses", ("algorithm=dpo", "learning_rate=3e-5"), form="pairs"),
