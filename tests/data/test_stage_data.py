@@ -104,7 +104,8 @@ def test_prompts_that_are_kept_apart_are_not_trained_on(load, tokenizer, tmp_pat
     pairs = [{"prompt": f"질문 {n}", "chosen": "대답 좋은", "rejected": "대답 나쁜"} for n in range(4)]
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "질문  2"}, {"prompt": "질문 7"}])
     whole = load("comparison", [write(tmp_path / "pairs.jsonl", pairs)], stage="reward")
-    data = load("comparison", [str(tmp_path / "pairs.jsonl")], stage="reward", apart=[prompts])
+    keys = load("prompt", [prompts], stage="ppo", name="prompts").prompt_keys
+    data = load("comparison", [str(tmp_path / "pairs.jsonl")], stage="reward", apart=keys)
     assert len(whole.train) == 4 and data.report["dropped_leaks"] == 1
     left = texts([row.candidates[0] for row in data.train], tokenizer)
     assert len(left) == 3 and not any("질문 2" in text for text in left)
