@@ -41,7 +41,7 @@ def by_hand(model, prompt, penalty, eos, groups=GROUPS):
     return said, likely
 
 
-@pytest.mark.parametrize("name", ["gpt_neox", "llama"])
+@pytest.mark.parametrize("name", ["gpt_neox", "llama", "gpt2"])  # the last learns its positions one by one
 @pytest.mark.parametrize("penalty", [0.05, 3.0])
 def test_the_groups_choose_as_by_hand(tiny_models, name, penalty):
     model = load_causal_lm(str(tiny_models[name]), dtype=torch.float32).eval()
@@ -60,6 +60,14 @@ def test_the_groups_choose_as_by_hand(tiny_models, name, penalty):
             assert not found.logprobs[row][~mask].any() and not mask.int().diff().gt(0).any()
             ended += expected[group][-1] == eos
     assert ended, "no group has ended: the test looks elsewhere"
+
+
+def test_a_group_that_has_ended_is_no_longer_kept_clear_of():
+    """The first group likes token 0 best and so does the second, which stays with it once the first has ended."""
+    search = DiverseBeams(torch.nn.Identity(), eos_ids=[2], pad_token_id=0, groups=2, penalty=1.0)
+    likely = torch.tensor([[0.0, -5.0, -5.0], [-1.0, -1.5, -9.0]])
+    assert search._choose(likely, torch.tensor([False, False])).tolist() == [0, 1]
+    assert search._choose(likely, torch.tensor([True, False])).tolist()[1] == 0
 
 
 def test_without_a_penalty_worth_the_name_all_groups_say_the_same(tiny_models):
