@@ -48,6 +48,8 @@ ppo:
 - `extends: default` at the top of a file builds on that preset, or any other of `training_scripts/configs/` by its bare
   name, or on a file of your own (`extends: ./base.yaml`). Every field of the file wins over those of the extended one.
   Evaluation data of the extended file is left out where the file names other training data.
+- A section named after a method (`grpo:`, `orpo:`) is read after `ppo:` or `offline:` where `advantage` or `algorithm`
+  has that value.
 - `python -m step3_ppo.main --help` shows each field with the value in force and where it comes from.
 - A name that no stage has is an error with the nearest names. A field of another stage in a shared file is passed over.
 - A list takes several values on the command line (`--lora_targets q_proj v_proj`); a data set that needs more than a

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,17 @@ class FileFields:
 
 
 def load_config_file(
-    path: str | Path, stage: str, *, sections: Collection[str], presets: Path | None = None
+    path: str | Path, stage: str, *, sections: Collection[str], presets: Path | None = None, method: str | None = None
 ) -> FileFields:
-    """Read a YAML file as one stage sees it: what it extends, then its shared fields, then the stage's section.
+    """Read a YAML file as one stage sees it: what it extends, then its shared fields, then the stage's section, then
+    that of the stage's `method`.
 
-    `sections` are the names of all stages; `extends` names a file of the directory `presets`, or a path beside the
-    file. Raises ConfigError when a file is missing, cannot be read, is not YAML, repeats a key, is not a mapping, or
-    extends itself.
+    `sections` are the names of all stages and methods; `extends` names a file of the directory `presets`, or a path
+    beside the file. Raises ConfigError when a file is missing, cannot be read, is not YAML, repeats a key, is not a
+    mapping, or extends itself.
     """
-    return _load(Path(path), stage, sections, presets, ())
+    own = (stage,) if method is None else (stage, method)
+    return _load(Path(path), own, sections, presets, ())
 
 
 def save_config(path: Path, configs: Iterable[Any]) -> None:
@@ -65,22 +67,23 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _load(
-    path: Path, stage: str, sections: Collection[str], presets: Path | None, above: tuple[Path, ...]
+    path: Path, own_sections: Sequence[str], sections: Collection[str], presets: Path | None, above: tuple[Path, ...]
 ) -> FileFields:
     if path.resolve() in above:
         chain = " -> ".join(str(each) for each in (*above, path.resolve()))
         raise ConfigError(f"configuration files extend one another in a circle: {chain}")
     content = _read(path)
-    shared = {name: value for name, value in content.items() if name not in (*sections, EXTENDS)}
-    section = {} if content.get(stage) is None else content[stage]
-    if not isinstance(section, dict):
-        raise ConfigError(f"{path}: section `{stage}:` must hold a mapping of field names to values")
-    own = {**shared, **section}
-    if EXTENDS in section:
-        raise ConfigError(f"{path}: `{EXTENDS}` stands at the top level of a file, not in section `{stage}:`")
+    own = {name: value for name, value in content.items() if name not in (*sections, EXTENDS)}
+    for name in own_sections:
+        section = {} if content.get(name) is None else content[name]
+        if not isinstance(section, dict):
+            raise ConfigError(f"{path}: section `{name}:` must hold a mapping of field names to values")
+        if EXTENDS in section:
+            raise ConfigError(f"{path}: `{EXTENDS}` stands at the top level of a file, not in section `{name}:`")
+        own.update(section)
     if EXTENDS not in content:
         return FileFields(own, dict.fromkeys(own, path), (path,))
-    base = _load(_extended(content[EXTENDS], path, presets), stage, sections, presets, (*above, path.resolve()))
+    base = _load(_extended(content[EXTENDS], path, presets), own_sections, sections, presets, (*above, path.resolve()))
     left_out = {name: base.sources[name] for name in evaluation_data_left_out(base.values, own)}
     kept = {name: value for name, value in base.values.items() if name not in left_out}
     return FileFields(

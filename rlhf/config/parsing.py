@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import logging
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 from rlhf.config.errors import ConfigError
@@ -22,6 +24,7 @@ from rlhf.config.values import check_values, from_words, from_yaml
 logger = logging.getLogger("rlhf")
 
 HELP = ("-h", "--help")
+NO_METHODS: Mapping[str, Collection[str]] = MappingProxyType({})
 
 
 def parse_config(
@@ -30,13 +33,15 @@ def parse_config(
     argv: Sequence[str] | None = None,
     *,
     sections: Collection[str],
+    methods: Mapping[str, Collection[str]] = NO_METHODS,
     known_fields: AbstractSet[str] = frozenset(),
     default_config: str | Path | None = None,
 ) -> dict[str, Any]:
     """Fill `config_classes` (by name) from the defaults, then `--config FILE`, then the command line.
 
     `sections` are the names of all stages, `known_fields` those of their fields: a shared file may hold them and this
-    stage passes them over. `default_config` is read when the command line names neither `--config` nor a model: it
+    stage passes them over. `methods`: a field of a stage and its values, each of which may have a section too, read
+    after the stage's own where the field has that value. `default_config` is read when the command line names neither `--config` nor a model: it
     tunes the embedded default and would not suit another one; where it is not read, the log says what that changes. A
     file may extend any file of its directory by its bare name. `--local_rank`, which launchers add, is dropped: the
     rank is read from the environment. `--help` explains every field and exits. Returns an instance of each class.
@@ -48,6 +53,7 @@ def parse_config(
         config_classes.values(),
         [word for word in words if word not in HELP],
         sections=sections,
+        methods=methods,
         known_fields=known_fields,
         default_config=default_config,
     )
@@ -68,6 +74,7 @@ def fields_in_force(
     words: Sequence[str],
     *,
     sections: Collection[str],
+    methods: Mapping[str, Collection[str]] = NO_METHODS,
     known_fields: AbstractSet[str],
     default_config: str | Path | None,
 ) -> FieldsInForce:
@@ -78,11 +85,15 @@ def fields_in_force(
     default = None if default_config is None else Path(default_config)
     implicit = config_path is None and given.keys().isdisjoint(fields.models)
     path = default if implicit else config_path
-    read = None if path is None else _from_file(path, stage, sections, default, fields)
+
+    def from_file(file: Path) -> FileFields:
+        return _from_file(file, stage, sections, methods, None if default is None else default.parent, fields, given)
+
+    read = None if path is None else from_file(path)
     if read is not None:  # held-out data belongs to its training data; what the user's own file says stays
         not_named = {name: value for name, value in read.values.items() if read.sources[name] != config_path}
         read = _without(read, evaluation_data_left_out(not_named, given))
-    _tell(stage, read, given, default, fields, lambda other: _from_file(other, stage, sections, default, fields))
+    _tell(stage, read, given, default, fields, from_file)
     sources: dict[str, Path | str] = dict.fromkeys(given, "command line")
     if read is None:
         return FieldsInForce(classes, given, sources)
@@ -146,9 +157,28 @@ def _given(words: Sequence[str], fields: _Fields) -> tuple[Path | None, dict[str
     return path, given
 
 
-def _from_file(path: Path, stage: str, sections: Collection[str], default: Path | None, fields: _Fields) -> FileFields:
-    """What a file holds for this stage, converted."""
-    read = load_config_file(path, stage, sections=sections, presets=None if default is None else default.parent)
+def _from_file(
+    path: Path,
+    stage: str,
+    sections: Collection[str],
+    methods: Mapping[str, Collection[str]],
+    presets: Path | None,
+    fields: _Fields,
+    given: Mapping[str, Any],
+) -> FileFields:
+    """What a file holds for this stage and its method, converted. The command line's `given` may name the method."""
+    names = {*sections, *itertools.chain.from_iterable(methods.values())}
+    read = load_config_file(path, stage, sections=names, presets=presets)
+    for field in methods.keys() & fields.kinds.keys():
+        method = given.get(field, read.values.get(field, fields.defaults[field]))
+        if method not in methods[field]:
+            continue
+        read = load_config_file(path, stage, sections=names, presets=presets, method=method)
+        if read.values.get(field, method) != method and field not in given:
+            raise ConfigError(
+                f"{read.sources[field]}: section `{method}:` sets {field}, which says what sections are read: set it in "
+                f"section `{stage}:`"
+            )
     for name in read.values:
         check_names([name], fields.known | fields.kinds.keys(), str(read.sources[name]))
     values = {

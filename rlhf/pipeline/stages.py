@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from rlhf.algorithms.advantages import ESTIMATORS
-from rlhf.algorithms.config import OfflineConfig, PPOBatchConfig, PPOConfig, PPOOptimizerConfig, RewardConfig, SFTConfig
+from rlhf.algorithms.config import (
+    OFFLINE_CONSTANTS,
+    OfflineConfig,
+    PPOBatchConfig,
+    PPOConfig,
+    PPOOptimizerConfig,
+    RewardConfig,
+    SFTConfig,
+)
 from rlhf.config import (
     BatchConfig,
     ConfigError,
@@ -369,6 +377,9 @@ STAGES = {
 }
 """Every stage by name, in the order of a whole run."""
 
+METHODS = {"advantage": tuple(ESTIMATORS), "algorithm": tuple(OFFLINE_CONSTANTS)}
+"""The fields that choose between methods of a stage; each method may have a section of its own in a file."""
+
 
 def default_run() -> list[Stage]:
     """The stages of a run that names none."""
@@ -399,6 +410,7 @@ def _sources() -> dict[str, Any]:
     """Where a stage's fields may come from beside its own dataclasses."""
     return {
         "sections": STAGES.keys(),
+        "methods": METHODS,
         "known_fields": set().union(*(other.field_names() for other in STAGES.values())),
         "default_config": DEFAULT_CONFIG if DEFAULT_CONFIG.is_file() else None,
     }

@@ -366,6 +366,40 @@ def test_held_out_data_goes_with_the_training_data_it_belongs_to(config_file, ca
     assert sets("--config", own, "--some_data", "h") == Sets(["h"], ["g"])  # what the user's own file says stays
 
 
+METHODS = {"schedule": ("cosine", "linear")}
+
+
+def test_the_section_of_the_method_in_force_comes_after_that_of_its_stage(config_file):
+    path = config_file("ppo: {steps: 5, learning_rate: 2}\nlinear: {steps: 9}\ncosine: {learning_rate: 3}\n")
+    assert parse("--config", path, methods=METHODS) == parse("--steps", "5", "--learning_rate", "3")
+    linear = ("--schedule", "linear")
+    assert parse("--config", path, *linear, methods=METHODS) == parse("--steps", "9", "--learning_rate", "2", *linear)
+    assert parse("--config", path, *linear, "--steps", "1", methods=METHODS) == parse(
+        "--steps", "1", "--learning_rate", "2", *linear
+    )
+    named = config_file("extends: run\nppo: {schedule: linear}\n", "named.yaml")
+    default = config_file("steps: 77\n", "default.yaml")
+    assert parse("--config", named, methods=METHODS, default_config=default) == parse(
+        "--steps", "9", "--learning_rate", "2", *linear
+    )
+    # What a file says wins over the file that it extends, whichever section it is said in.
+    own = config_file("extends: run\nppo: {schedule: linear, steps: 4}\n", "own.yaml")
+    assert parse("--config", own, methods=METHODS, default_config=default) == parse(
+        "--steps", "4", "--learning_rate", "2", *linear
+    )
+
+
+def test_a_methods_section_holds_fields_and_does_not_choose_the_method(config_file):
+    for text, message in (
+        ("linear: {schedule: cosine}\nppo: {schedule: linear}\n", "section `linear:` sets schedule.*section `ppo:`"),
+        ("cosine: {stepz: 1}\n", "unknown field `stepz`; did you mean steps"),
+        ("cosine: 3\n", "section `cosine:` must hold a mapping"),
+        ("cosine: {extends: other.yaml}\n", "not in section `cosine:`"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse("--config", config_file(text), methods=METHODS)
+
+
 # ------------------------------------------------------------------------------------------------------ command line
 
 

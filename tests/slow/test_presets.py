@@ -16,7 +16,7 @@ from rlhf.config import ModelConfig, load_config_file
 from rlhf.engine import BatchPlan
 from rlhf.models.loading import load_causal_lm
 from rlhf.models.lora import apply_lora
-from rlhf.pipeline.stages import STAGES, parse_stage
+from rlhf.pipeline.stages import METHODS, STAGES, parse_stage
 from tests.support.tiny_models import save_tiny_model
 
 CONFIGS = Path(__file__).parents[2] / "training_scripts" / "configs"
@@ -69,17 +69,21 @@ def test_every_scale_and_every_recipe_is_there():
 @every_stage
 def test_parses_and_its_values_arrive(path, stage):
     parsed = parse(path, stage)
-    content = load_config_file(path, stage, sections=STAGES).values
+    written = yaml.safe_load(path.read_text(encoding="utf-8"))
+    methods = {method: field for field, names in METHODS.items() for method in names}
+    chosen = next((parsed[field] for field in METHODS if field in parsed), None)
+    content = load_config_file(path, stage, sections={*STAGES, *methods}, method=chosen).values
     own = STAGES[stage].field_names()
     for name, value in content.items():
         if name in own and isinstance(value, bool | int | str) and not isinstance(parsed[name], float):
             assert parsed[name] == value, f"{path.name}, {stage}: {name}"
         elif name in own and isinstance(parsed[name], float):
             assert parsed[name] == float(value), f"{path.name}, {stage}: {name}"
-    for section in STAGES:
-        stray = (yaml.safe_load(path.read_text(encoding="utf-8")).get(section) or {}).keys() - STAGES[
-            section
-        ].field_names()
+    for section in written.keys() & {*STAGES, *methods}:
+        owner = STAGES.get(section) or next(
+            each for each in STAGES.values() if methods[section] in each.field_names() - {section}
+        )
+        stray = (written[section] or {}).keys() - owner.field_names()
         assert not stray, f"{path.name}: {stray} under {section}: would be passed over in silence"
 
 
@@ -92,6 +96,38 @@ def test_batches_divide_over_the_intended_devices(path, stage):
         rollout = parsed["rollout_batch_size"]
         assert rollout % parsed["global_batch_size"] == 0
         assert rollout % world == 0 and parsed["generation_batch_size"] <= rollout // world
+
+
+METHODS_OF_FILES = [
+    (path, field, method)
+    for path in FILES
+    for field, names in METHODS.items()
+    for method in names
+    if method in yaml.safe_load(path.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize(
+    ("path", "field", "method"),
+    METHODS_OF_FILES,
+    ids=[f"{path.stem}-{method}" for path, _, method in METHODS_OF_FILES],
+)
+def test_a_methods_section_goes_together_with_its_stage(path, field, method):
+    stage = "ppo" if field == "advantage" else "offline"
+    parsed, world = parse(path, stage, f"--{field}", method), devices(path)
+    for name, value in yaml.safe_load(path.read_text(encoding="utf-8"))[method].items():
+        assert parsed[name] == type(parsed[name])(value)
+    assert BatchPlan(parsed["global_batch_size"], parsed["micro_batch_size"], world).most_per_device >= 1
+    if stage == "ppo":
+        plain = parse(path, stage)
+        assert parsed["rollout_batch_size"] * parsed["samples_per_prompt"] == plain["rollout_batch_size"]
+
+
+@pytest.mark.parametrize("name", ["default", "polyglot_ko_1.3b_1gpu", "llama2_ko_7b_1gpu"])
+def test_every_method_runs_with_the_presets_for_all_of_them(name):
+    for field, stage in (("advantage", "ppo"), ("algorithm", "offline")):
+        for method in METHODS[field]:
+            assert parse(CONFIGS / f"{name}.yaml", stage, f"--{field}", method)[field] == method
 
 
 @every_stage

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.algorithms.config import OFFLINE_CONSTANTS
+from rlhf.pipeline.arguments import sort_arguments
+from rlhf.pipeline.stages import parse_stage
 from tests.support.results import made_up_results
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +41,7 @@ def test_scripts_are_valid_bash_and_executable(script):
     assert os.access(script, os.X_OK)
 
 
-@pytest.mark.parametrize("script", ["run_all.sh", "run_sft.sh", "run_reward.sh", "run_ppo.sh", "run_offline.sh"])
+@pytest.mark.parametrize("script", ["run_all.sh", "run_sft.sh", "run_reward.sh", "run_ppo.sh", "run_dpo.sh", "run_rrhf.sh"])
 def test_help_explains_without_an_environment(script, tmp_path):
     done = bash(SCRIPTS / script, "--help", env=bare_environment(RLHF_PYTHON="/nowhere/python"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -46,6 +49,15 @@ def test_help_explains_without_an_environment(script, tmp_path):
         assert option in done.stdout
     assert len(done.stdout.splitlines()) <= 30, "one screen"
     assert "[setup]" not in done.stdout
+
+
+def test_every_offline_algorithm_has_a_script_of_its_own():
+    for algorithm in OFFLINE_CONSTANTS:
+        command = (SCRIPTS / f"run_{algorithm}.sh").read_text(encoding="utf-8").splitlines()[-1]
+        words = command.split('run_all.sh" ')[1].split(' "$@"')[0].split()
+        sorted_words = sort_arguments(words, user_dir=ROOT, over_an_earlier_run=True)
+        assert sorted_words.stages == ("offline",)
+        assert parse_stage("offline", sorted_words.stage_arguments["offline"]).offline.algorithm == algorithm
 
 
 def test_run_all_refuses_an_unknown_option_before_any_stage(tmp_path):
