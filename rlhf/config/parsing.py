@@ -41,11 +41,12 @@ def parse_config(
 
     `sections` are the names of all stages, `known_fields` those of their fields: a shared file may hold them and this
     stage passes them over. `methods`: a field of a stage and its values, each of which may have a section too, read
-    after the stage's own where the field has that value. `default_config` is read when the command line names neither `--config` nor a model: it
-    tunes the embedded default and would not suit another one; where it is not read, the log says what that changes. A
-    file may extend any file of its directory by its bare name. `--local_rank`, which launchers add, is dropped: the
-    rank is read from the environment. `--help` explains every field and exits. Returns an instance of each class.
-    Raises ConfigError for an unknown field (with the nearest known names) or a value of the wrong type.
+    after the stage's own where the field has that value. `default_config` is read when the command line names neither
+    `--config` nor a model: it tunes the embedded default and would not suit another one; where it is not read, the log
+    says what that changes. A file may extend any file of its directory by its bare name. `--local_rank`, which
+    launchers add, is dropped: the rank is read from the environment. `--help` explains every field and exits.
+    Returns an instance of each class. Raises ConfigError for an unknown field (with the nearest known names) or a
+    value of the wrong type.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     fields = fields_in_force(
@@ -176,8 +177,8 @@ def _from_file(
         read = load_config_file(path, stage, sections=names, presets=presets, method=method)
         if read.values.get(field, method) != method and field not in given:
             raise ConfigError(
-                f"{read.sources[field]}: section `{method}:` sets {field}, which says what sections are read: set it in "
-                f"section `{stage}:`"
+                f"{read.sources[field]}: section `{method}:` sets {field}, which says what sections are read: set it "
+                f"in section `{stage}:`"
             )
     for name in read.values:
         check_names([name], fields.known | fields.kinds.keys(), str(read.sources[name]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -46,7 +45,9 @@ class WithFallback:
             rows = range(len(responses)) if error.rows is None else error.rows
             logger.warning("%s; %d responses get the fallback, %g", error, len(rows), self.fallback)
             missing[list(rows)] = 1.0
-            numbers = [math.nan] * len(responses) if error.scores is None else list(error.scores)
-            scores = torch.tensor(numbers, dtype=torch.float32, device=missing.device)
-            return RewardOutput(scores.masked_fill(missing.bool(), self.fallback), None, {"fallback": missing})
+            lost, output = missing.bool(), error.output
+            if output is None:
+                return RewardOutput(torch.full_like(missing, self.fallback), None, {"fallback": missing})
+            tokens = None if output.per_token is None else output.per_token.masked_fill(lost[:, None], 0.0)
+            return RewardOutput(output.scores.masked_fill(lost, self.fallback), tokens, {"fallback": missing})
         return RewardOutput(found.scores, found.per_token, {"fallback": missing})

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.config import ConfigError
-from rlhf.rewards.reward import RewardError, RewardSources
+from rlhf.rewards.reward import RewardError, RewardSources, Score, reward_output
 
 if TYPE_CHECKING:
     from rlhf.types import Responses, RewardOutput, TokenizedPrompt
@@ -80,10 +80,6 @@ class FunctionReward:
         return {**given, "prompts": [asked(prompt) for prompt in prompts], "responses": list(responses.texts)}
 
     def _output(self, found: Any, responses: Responses) -> RewardOutput:
-        import torch
-
-        from rlhf.types import RewardOutput
-
         if hasattr(found, "tolist"):
             found = found.tolist()
         if isinstance(found, str | bytes) or not isinstance(found, Iterable):
@@ -95,44 +91,39 @@ class FunctionReward:
             )
         rows = [each.tolist() if hasattr(each, "tolist") else each for each in rows]
         by_token = [isinstance(each, list | tuple) for each in rows]
-        device = responses.rollout.response_ids.device
-        if not any(by_token):
-            scores = self._numbers(rows, responses)
-            return RewardOutput(torch.tensor(scores, dtype=torch.float32, device=device))
-        if not all(by_token):
+        if any(by_token) and not all(by_token):
             raise RewardError(f"reward {self.name} gave numbers for some responses and lists for others")
-        per_token = torch.zeros(responses.rollout.response_ids.shape, dtype=torch.float32, device=device)
-        for row, (each, tokens) in enumerate(zip(rows, responses.rollout.response_mask.sum(1).tolist(), strict=True)):
-            if len(each) != tokens:
-                raise RewardError(
-                    f"reward {self.name} gave {len(each)} numbers for the {tokens} tokens of the response to "
-                    f"{_named(responses, row)}, its end included"
-                )
-            numbers = [self._number(one, responses, row) for one in each]
-            per_token[row, :tokens] = torch.tensor(numbers, device=device)
-        return RewardOutput(torch.zeros(len(rows), device=device), per_token, {"tokens": per_token.sum(1)})
+        return self._checked(rows, responses, by_token=any(by_token))
 
-    def _numbers(self, rows: list[Any], responses: Responses) -> list[float]:
-        """A number for each response. RewardError that names those which have none."""
-        scores: list[float] = []
-        wrong: list[tuple[int, RewardError]] = []
+    def _checked(self, rows: list[Any], responses: Responses, *, by_token: bool) -> RewardOutput:
+        """The rows as tensors. RewardError that names those which have no score."""
+        tokens = responses.rollout.response_mask.sum(1).tolist()
+        scores: list[Score] = []
+        wrong: list[tuple[int, str]] = []
         for row, each in enumerate(rows):
-            try:
-                scores.append(self._number(each, responses, row))
-            except RewardError as error:
-                scores.append(float("nan"))
-                wrong.append((row, error))
+            numbers = list(each) if by_token else [each]
+            if strange := [one for one in numbers if not _is_number(one)]:
+                wrong.append(
+                    (row, f"{strange[0]!r:.80} for the response to {_named(responses, row)}: needed is a finite number")
+                )
+            elif by_token and len(numbers) != tokens[row]:
+                told = (
+                    f"{len(numbers)} numbers for the {tokens[row]} tokens of the response to {_named(responses, row)}"
+                )
+                wrong.append((row, f"{told}, its end included"))
+            else:
+                numbers = [float(one) for one in numbers]
+                scores.append(numbers if by_token else numbers[0])
+                continue
+            scores.append([] if by_token else float("nan"))
+        output = reward_output(scores, responses)
         if wrong:
-            raise RewardError(str(wrong[0][1]), rows=[row for row, _ in wrong], scores=scores)
-        return scores
+            raise RewardError(f"reward {self.name} gave {wrong[0][1]}", rows=[row for row, _ in wrong], output=output)
+        return output
 
-    def _number(self, value: Any, responses: Responses, row: int) -> float:
-        if isinstance(value, int | float) and abs(value) < float("inf"):  # not for nan either
-            return float(value)
-        raise RewardError(
-            f"reward {self.name} gave {value!r:.80} for the response to {_named(responses, row)}: needed is a finite "
-            "number"
-        )
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and abs(value) < float("inf")  # not for nan either
 
 
 def load_function(path: str) -> Callable[..., Any]:
@@ -193,11 +184,16 @@ def _parameters(function: Callable[..., Any], path: str) -> tuple[dict[str, bool
 
 
 def _fingerprint(function: Callable[..., Any], path: str) -> str:
-    """A checksum of the file that the function, or the class of a callable object, is in; `path` where none is."""
+    """A checksum of the file that the function, or the class of a callable object, is in, in a notebook of its own
+    lines; `path` where neither is known."""
+    source = function if inspect.isroutine(function) else type(function)
     try:
-        content = Path(inspect.getfile(function if inspect.isroutine(function) else type(function))).read_bytes()
+        content = Path(inspect.getfile(source)).read_bytes()
     except (TypeError, OSError):
-        return path
+        try:
+            content = inspect.getsource(source).encode()
+        except (TypeError, OSError):
+            return path
     return hashlib.sha256(content).hexdigest()[:16]
 
 

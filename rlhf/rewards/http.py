@@ -1,7 +1,7 @@
 """Scores that an HTTP endpoint gives: the client of the protocol in docs/reward_sources.md.
 
 A POST of `{"prompts": [...], "responses": [...], ...}` is answered with `{"scores": [...]}`, a number for each
-response. `rlhf serve-reward` is a server of it.
+response or a list of one for each of its tokens. `rlhf serve-reward` is a server of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rlhf.config import ConfigError
-from rlhf.rewards.reward import RewardError, RewardSources
+from rlhf.rewards.reward import RewardError, RewardSources, Score, reward_output
 
 if TYPE_CHECKING:
     from rlhf.types import Responses, RewardOutput, TokenizedPrompt
@@ -39,7 +39,9 @@ class _Refused(Exception):
     """An answer that is no list of scores; the sentence that says so."""
 
 
-_Key = tuple[str, str, str, bool]
+_Key = tuple[str, str, tuple[int, ...], bool]
+_Answer = list[Score] | str
+"""The scores of a request, or why there are none."""
 
 
 @dataclass(frozen=True)
@@ -48,15 +50,18 @@ class _Row:
 
     prompt: TokenizedPrompt
     text: str
+    ids: tuple[int, ...]
     ended: bool
 
     @property
     def key(self) -> _Key:
-        return self.prompt.id, self.prompt.text, self.text, self.ended
+        return self.prompt.id, self.prompt.text, self.ids, self.ended
 
 
 def _rows(responses: Responses) -> list[_Row]:
-    return [_Row(*row) for row in zip(responses.prompts, responses.texts, responses.ended.tolist(), strict=True)]
+    rollout = responses.rollout
+    ids = [tuple(row[mask].tolist()) for row, mask in zip(rollout.response_ids, rollout.response_mask, strict=True)]
+    return [_Row(*row) for row in zip(responses.prompts, responses.texts, ids, responses.ended.tolist(), strict=True)]
 
 
 class HttpReward:
@@ -106,7 +111,7 @@ class HttpReward:
         self.token_variable = token_variable
         self.fingerprint = url
         self._waiting: list[_Row] = []
-        self._sent: dict[_Key, deque[tuple[Future[list[float] | str], int, float]]] = {}
+        self._sent: dict[_Key, deque[tuple[Future[_Answer], int, float]]] = {}
 
     def check(self, prompts: Sequence[TokenizedPrompt]) -> None:
         """ConfigError for an endpoint that does not answer a request without responses with no scores."""
@@ -128,10 +133,6 @@ class HttpReward:
 
     def score(self, responses: Responses) -> RewardOutput:
         """See `rlhf.rewards.reward.Reward`. RewardError, with the prompt's id, where no score came in time."""
-        import torch
-
-        from rlhf.types import RewardOutput
-
         rows = _rows(responses)
         known = Counter(row.key for row in self._waiting)
         known.update({key: len(places) for key, places in self._sent.items()})
@@ -140,25 +141,23 @@ class HttpReward:
             if known[row.key] < 0:
                 self._add(row)
         self._send()
-        scores: list[float] = []
-        refused: dict[int, str] = {}
-        for number, row in enumerate(rows):
-            found = self._answer(*self._sent[row.key].popleft())
-            if isinstance(found, float) and not math.isfinite(found):
-                found = f"it gave {found}, and needed is a finite number"
-            if isinstance(found, str):
-                refused[number] = found
-            scores.append(math.nan if isinstance(found, str) else found)
+        found = [_checked(self._answer(*self._sent[row.key].popleft()), row) for row in rows]
         self._sent = {key: places for key, places in self._sent.items() if places}
+        by_token = any(isinstance(each, list) for each in found)
+        if by_token and any(isinstance(each, float) for each in found):
+            raise RewardError(f"reward http {self.url} gave numbers for some responses and lists for others")
+        refused = {number: each for number, each in enumerate(found) if isinstance(each, str)}
+        missing: Score = [] if by_token else math.nan
+        output = reward_output([missing if isinstance(each, str) else each for each in found], responses)
         if refused:
             number, message = next(iter(refused.items()))
             raise RewardError(
                 f"reward http {self.url}: no score for {len(refused)} of {len(rows)} responses, the first to prompt "
                 f"{rows[number].prompt.id!r}: {message}",
                 rows=list(refused),
-                scores=scores,
+                output=output,
             )
-        return RewardOutput(torch.tensor(scores, dtype=torch.float32, device=responses.rollout.response_ids.device))
+        return output
 
     @cached_property
     def _threads(self) -> ThreadPoolExecutor:
@@ -191,7 +190,7 @@ class HttpReward:
             "time included"
         )
 
-    def _answer(self, future: Future[list[float] | str], place: int, until: float) -> float | str:
+    def _answer(self, future: Future[_Answer], place: int, until: float) -> Score | str:
         """The score at `place` of a request, or why there is none."""
         done, _ = wait([future], timeout=max(0.0, until - time.monotonic()))
         if not done:
@@ -199,7 +198,7 @@ class HttpReward:
         found = future.result()
         return found if isinstance(found, str) else found[place]
 
-    def _scores_of(self, request: dict[str, Any], until: float) -> list[float] | str:
+    def _scores_of(self, request: dict[str, Any], until: float) -> _Answer:
         left = until - time.monotonic()
         if left <= 0:  # nobody waits for it any more
             return self._late
@@ -208,7 +207,7 @@ class HttpReward:
         except _Refused as error:
             return str(error)
 
-    def _ask(self, request: dict[str, Any], expected: int, *, retries: int, seconds: float = math.inf) -> list[float]:
+    def _ask(self, request: dict[str, Any], expected: int, *, retries: int, seconds: float = math.inf) -> list[Score]:
         """The scores of a request, a try of which takes no more than `seconds`. `_Refused` says why there are none."""
         import urllib3
 
@@ -249,6 +248,7 @@ def _request(rows: Sequence[_Row]) -> dict[str, Any]:
         "protocol": PROTOCOL,
         "prompts": [asked(prompt) for prompt in prompts],
         "responses": [row.text for row in rows],
+        "response_ids": [row.ids for row in rows],
         "messages": [list(map(dict, prompt.messages)) for prompt in prompts],
         "rendered_prompts": [prompt.text for prompt in prompts],
         "ended": [row.ended for row in rows],
@@ -257,8 +257,8 @@ def _request(rows: Sequence[_Row]) -> dict[str, Any]:
     }
 
 
-def _scores(text: str, expected: int) -> list[float]:
-    """The numbers of an answer; they need not be finite. `_Refused` for anything else."""
+def _scores(text: str, expected: int) -> list[Score]:
+    """The numbers of an answer, or lists of them; they need not be finite. `_Refused` for anything else."""
     try:
         scores = json.loads(text)["scores"]
     except (ValueError, TypeError, KeyError) as error:
@@ -266,10 +266,27 @@ def _scores(text: str, expected: int) -> list[float]:
     if not isinstance(scores, list) or len(scores) != expected:
         count = f"{len(scores)} scores" if isinstance(scores, list) else repr(scores)[:SHOWN]
         raise _Refused(f"it gave {count} for {expected} responses")
-    numbers = [math.nan if score is None else score for score in scores]  # JSON has no nan
-    if wrong := [each for each in numbers if isinstance(each, bool) or not isinstance(each, int | float)]:
-        raise _Refused(f"it gave {wrong[0]!r:.80} as a score, and needed is a number")
-    return [float(each) for each in numbers]
+    return [[_number(one) for one in each] if isinstance(each, list) else _number(each) for each in scores]
+
+
+def _number(value: Any) -> float:
+    if value is None:  # JSON has no nan
+        return math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _Refused(f"it gave {value!r:.80} as a score, and needed is a number")
+    return float(value)
+
+
+def _checked(found: Score | str, row: _Row) -> Score | str:
+    """The score, or why it is none for this response."""
+    if isinstance(found, str):
+        return found
+    numbers = found if isinstance(found, list) else [found]
+    if strange := [one for one in numbers if not math.isfinite(one)]:
+        return f"it gave {strange[0]}, and needed is a finite number"
+    if isinstance(found, list) and len(found) != len(row.ids):
+        return f"it gave {len(found)} numbers for the {len(row.ids)} tokens of the response, its end included"
+    return found
 
 
 def _require_urllib3() -> None:

@@ -13,15 +13,36 @@ if TYPE_CHECKING:
 class RewardError(ValueError):
     """A reward that gives no score: names the reward, the prompt and what came in its place.
 
-    `rows` are those of the call that have none (None: all); `scores` [B] hold what the others got, if any did.
+    `rows` are those of the call that have none (None: all); `output` holds what the others got, if any did.
     """
 
-    def __init__(
-        self, message: str, *, rows: Sequence[int] | None = None, scores: Sequence[float] | None = None
-    ) -> None:
+    def __init__(self, message: str, *, rows: Sequence[int] | None = None, output: RewardOutput | None = None) -> None:
         super().__init__(message)
         self.rows = rows
-        self.scores = scores
+        self.output = output
+
+
+Score = float | list[float]
+"""Of a response: one number, or one for each of its tokens, the end included."""
+
+
+def reward_output(rows: Sequence[Score], responses: Responses) -> RewardOutput:
+    """`rows`, the score of each response, as tensors: all are numbers, or all are lists of as many as there are tokens.
+
+    Of lists the scores are 0, and the part `tokens` is their sum.
+    """
+    import torch
+
+    from rlhf.types import RewardOutput
+
+    response_ids = responses.rollout.response_ids
+    if not any(isinstance(each, list) for each in rows):
+        return RewardOutput(torch.tensor(rows, dtype=torch.float32, device=response_ids.device))
+    per_token = torch.zeros(response_ids.shape, dtype=torch.float32, device=response_ids.device)
+    for row, each in enumerate(rows):
+        assert isinstance(each, list)
+        per_token[row, : len(each)] = torch.tensor(each, dtype=torch.float32, device=response_ids.device)
+    return RewardOutput(torch.zeros(len(rows), device=response_ids.device), per_token, {"tokens": per_token.sum(1)})
 
 
 class Reward(Protocol):

@@ -36,12 +36,16 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class ServedReward:
-    """A reward that scores texts, and what it takes to make token ids of them (None: it reads text alone)."""
+    """A reward that scores texts, and what it takes to make token ids of them (None: it reads text alone).
+
+    `reencodes`: it is a model with a vocabulary of its own, which has no use for the ids of a request.
+    """
 
     name: str
     reward: Reward
     encoder: TextEncoder | None = None
     template: Template | None = None
+    reencodes: bool = False
 
     @classmethod
     def load(cls, given: str, *, tokenizer: str | None = None, template: str | None = None) -> ServedReward:
@@ -74,7 +78,8 @@ class ServedReward:
             raise ConfigError(f"serve-reward: {spec.name} counts tokens: name the actor's directory with --tokenizer")
         reward = build_reward([spec], sources)
         encoder = None if read is None else TextEncoder(read, prompt_has_special_tokens=template == "chat")
-        return cls(spec.label, reward, encoder, None if template is None else load_template(template, read))
+        rendered = None if template is None else load_template(template, read)
+        return cls(spec.label, reward, encoder, rendered, reencodes=spec.name == "reward_model")
 
     @property
     def device(self) -> torch.device:
@@ -83,25 +88,31 @@ class ServedReward:
             (p.device for p in getattr(self.reward, "engine", torch.nn.Module()).parameters()), torch.device("cpu")
         )
 
-    def scores(self, request: dict[str, Any]) -> list[float | None]:
-        """A score for each response, None for one that is not finite, which JSON cannot say. RequestError and
-        RewardError say why there are none."""
+    def scores(self, request: dict[str, Any]) -> list[float | None] | list[list[float | None]]:
+        """A score for each response, or a list of those of its tokens; None for one that is not finite, which JSON
+        cannot say. RequestError and RewardError say why there are none."""
         prompts, texts = self._prompts(request), _strings(request, "responses", None)
         if len(prompts) != len(texts):
             raise RequestError(f"{len(prompts)} prompts and {len(texts)} responses: a prompt for each is needed")
         ended = request.get("ended") or [True] * len(texts)
         if not isinstance(ended, list) or len(ended) != len(texts) or not all(isinstance(end, bool) for end in ended):
             raise RequestError(f"ended must be a list of {len(texts)} truth values, one for each response")
-        scores: list[float] = []
+        ids = _ids(request, len(texts))
+        scores: list[float | None] = []
+        by_token: list[list[float | None]] = []
         for start in range(0, len(texts), MOST_COMPUTED):
             rows = slice(start, start + MOST_COMPUTED)
-            rollout = self._rollout(prompts[rows], texts[rows], ended[rows])
+            rollout = self._rollout(prompts[rows], texts[rows], ended[rows], None if ids is None else ids[rows])
             responses = Responses(rollout, prompts[rows], texts[rows], torch.tensor(ended[rows], dtype=torch.bool))
             found = self.reward.score(responses)
-            if found.per_token is not None:
-                raise RewardError(f"reward {self.name} gave a number for each token: the protocol knows one a response")
-            scores += found.scores.tolist()
-        return [score if math.isfinite(score) else None for score in scores]
+            if found.per_token is None:
+                scores += map(_json_number, found.scores.tolist())
+            else:
+                for numbers, mask in zip(found.per_token, rollout.response_mask, strict=True):
+                    by_token.append([_json_number(number) for number in numbers[mask].tolist()])
+        if scores and by_token:
+            raise RewardError(f"reward {self.name} gave numbers for some responses and lists for others")
+        return by_token or scores
 
     def _prompts(self, request: dict[str, Any]) -> list[TokenizedPrompt]:
         asked = _strings(request, "prompts", None)
@@ -161,10 +172,18 @@ class ServedReward:
             raise RequestError("rendered_prompts are missing, and the server has no --template to render prompts with")
         return turns[-1]["content"]
 
-    def _rollout(self, prompts: Sequence[TokenizedPrompt], texts: Sequence[str], ended: Sequence[bool]) -> Rollout:
-        """The rows as token ids; without a tokenizer none of them has any."""
-        responses: list[tuple[int, ...]] = [()] * len(texts)
-        if self.encoder is not None:
+    def _rollout(
+        self,
+        prompts: Sequence[TokenizedPrompt],
+        texts: Sequence[str],
+        ended: Sequence[bool],
+        ids: Sequence[Sequence[int]] | None,
+    ) -> Rollout:
+        """The rows as token ids: those that the request tells (`ids`), or what a tokenizer makes of the texts."""
+        responses: list[Sequence[int]] = [()] * len(texts)
+        if ids is not None and not self.reencodes:
+            responses = list(ids)
+        elif self.encoder is not None:
             responses = [
                 self.encoder.responses([text], append_eos=bool(end))[0].ids
                 for text, end in zip(texts, ended, strict=True)
@@ -173,6 +192,22 @@ class ServedReward:
         response_ids, response_mask = _padded(responses, left=False)
         logprobs = torch.zeros(response_ids.shape)
         return Rollout(prompt_ids, prompt_mask, response_ids, response_mask, logprobs).to(self.device)
+
+
+def _ids(request: dict[str, Any], count: int) -> list[list[int]] | None:
+    """The token ids of the responses, None where the request has none. RequestError for anything else."""
+    found = request.get("response_ids")
+    if found is None:
+        return None
+    if not isinstance(found, list) or len(found) != count or not all(isinstance(each, list) for each in found):
+        raise RequestError(f"response_ids must be a list of {count} lists of token ids, one for each response")
+    if not all(type(one) is int and 0 <= one < 2**31 for each in found for one in each):
+        raise RequestError("response_ids must be lists of token ids, whole numbers of at least 0")
+    return found
+
+
+def _json_number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def create_app(served: ServedReward, *, token: str | None = None) -> Any:
@@ -190,7 +225,7 @@ def create_app(served: ServedReward, *, token: str | None = None) -> Any:
     app = FastAPI(title=f"reward {served.name}", openapi_url=None)
     turn = threading.Lock()
 
-    def scored(request: dict[str, Any]) -> list[float | None]:
+    def scored(request: dict[str, Any]) -> list[float | None] | list[list[float | None]]:
         with turn:
             return served.scores(request)
 

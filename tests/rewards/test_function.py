@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import linecache
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +72,14 @@ def test_lists_are_rewards_of_the_single_tokens(reward):
     output = made.score(responses())
     assert output.per_token.tolist() == [[0.5, 0, 1], [2, 3, 0]] and output.scores.tolist() == [0, 0]
     assert output.parts["tokens"].tolist() == [1.5, 5]
+
+
+def test_a_fallback_leaves_the_other_responses_their_rewards_of_tokens(tmp_path):
+    file = tmp_path / "rules.py"
+    file.write_text("def score(prompts, responses):\n    return [[0.5, 0, 1], [2]]\n")
+    entry = json.dumps({"name": "function", "path": f"{file}:score", "fallback": -2.0})
+    output = build_reward([RewardSpec.parse(entry)], NO_SOURCES).score(responses())
+    assert output.per_token.tolist() == [[0.5, 0, 1], [0, 0, 0]] and output.scores.tolist() == [0, -2.0]
 
 
 @pytest.mark.parametrize("found", [np.array([0.5, 1]), torch.tensor([0.5, 1.0]), (np.float32(0.5), True)])
@@ -167,3 +179,24 @@ def test_a_function_of_another_content_is_another_reward(tmp_path):
     assert first[0] and first[1:] == [None, None] and reward_fingerprints(specs) == first
     file.write_text("def score(prompts, responses):\n    return [1] * len(prompts)\n")
     assert reward_fingerprints(specs)[0] != first[0]
+
+
+def test_a_function_of_a_notebooks_cell_is_a_reward_and_known_by_its_lines(monkeypatch):
+    """As IPython does: a cell is compiled under the name of no file, and its lines are kept for tracebacks."""
+
+    def run_cell(number, source):
+        name = f"/tmp/ipykernel_1/{number}.py"
+        monkeypatch.setitem(linecache.cache, name, (len(source), None, source.splitlines(True), name))
+        space = {"__name__": "__main__"}
+        exec(compile(source, name, "exec"), space)
+        monkeypatch.setattr(sys.modules["__main__"], "cell_score", space["cell_score"], raising=False)
+        spec = RewardSpec.parse("__main__:cell_score")
+        check_rewards([spec], PROMPTS)
+        return build_reward([spec], NO_SOURCES).score(responses()).scores.tolist(), reward_fingerprints([spec])
+
+    source = "def cell_score(prompts, responses, **columns):\n    return [len(each) for each in responses]\n"
+    scores, first = run_cell(1, source)
+    assert scores == [3.0, 1.0]
+    assert run_cell(2, source)[1] == first, "the same lines run again are the same reward"
+    scores, other = run_cell(3, source.replace("len(each)", "-len(each)"))
+    assert scores == [-3.0, -1.0] and other != first

@@ -50,12 +50,41 @@ def test_it_sends_what_the_protocol_says_and_returns_the_scores():
     assert output.scores.tolist() == [1.0, 3.0] and output.per_token is None
     assert endpoint.requests == [
         {
-            "protocol": 1, "prompts": ["Q0", "Q1"], "responses": ["a", "bbb"],
+            "protocol": 1, "prompts": ["Q0", "Q1"], "responses": ["a", "bbb"], "response_ids": [[1, 1], [1, 1]],
             "messages": [[{"role": "user", "content": "Q0"}], [{"role": "user", "content": "Q1"}]],
             "rendered_prompts": ["### 0 ->", "### 1 ->"], "ended": [False, True], "ids": ["p0", "p1"],
             "columns": {"level": [0, 1]},
         }
     ]  # fmt: skip
+
+
+def test_lists_are_rewards_of_the_single_tokens():
+    with served(Endpoint([[[0.5, 1], [2, -3.5]]])) as url:
+        output = reward(url).score(responses("a", "bbb"))
+    assert output.per_token.tolist() == [[0.5, 1.0], [2.0, -3.5]] and output.scores.tolist() == [0.0, 0.0]
+    assert output.parts["tokens"].tolist() == [1.5, -1.5]
+
+
+@pytest.mark.parametrize(
+    ("scores", "told"),
+    [
+        ([[0.5, 1], [2]], "prompt 'p1': it gave 1 numbers for the 2 tokens of the response, its end included"),
+        ([[0.5, None], [2, 3]], "prompt 'p0': it gave nan, and needed is a finite number"),
+        ([[0.5, "x"], [2, 3]], "prompt 'p0': it gave 'x' as a score, and needed is a number"),
+        ([[0.5, 1], 2.0], "gave numbers for some responses and lists for others"),
+    ],
+)
+def test_lists_that_are_no_rewards_of_tokens_are_refused(scores, told):
+    with served(Endpoint([scores])) as url, pytest.raises(RewardError) as error:
+        reward(url).score(responses("a", "bbb"))
+    assert told in str(error.value)
+
+
+def test_a_fallback_leaves_the_other_responses_their_rewards_of_tokens():
+    with served(Endpoint([[[0.5, 1], [2]]])) as url:
+        output = reward(url, fallback=-2.0).score(responses("a", "bbb"))
+    assert output.per_token.tolist() == [[0.5, 1.0], [0.0, 0.0]] and output.scores.tolist() == [0.0, -2.0]
+    assert output.parts["fallback"].tolist() == [0.0, 1.0]
 
 
 def test_a_text_that_no_encoding_knows_is_sent_too():

@@ -117,6 +117,9 @@ def test_a_function_is_given_what_the_request_has(function):
         ({"prompts": ["a"], "responses": ["b"], "ended": []}, 200, None),
         ({"prompts": ["a"], "responses": ["b"], "ended": [True, True]}, 422, "ended must be a list of 1"),
         ({"prompts": ["a"], "responses": ["b"], "columns": {"x": []}}, 422, "columns must be lists of 1"),
+        ({"prompts": ["a"], "responses": ["b"], "response_ids": [[1], [2]]}, 422, "response_ids must be a list of 1"),
+        ({"prompts": ["a"], "responses": ["b"], "response_ids": [[True]]}, 422, "whole numbers of at least 0"),
+        ({"prompts": ["a"], "responses": ["b"], "response_ids": [[2**31]]}, 422, "whole numbers of at least 0"),
         ({"prompts": ["a"], "responses": ["b"], "messages": [[], []]}, 422, "messages must be a list of 1"),
         (
             {"prompts": ["a"], "responses": ["b"], "messages": [[{"role": "user"}]]},
@@ -140,11 +143,36 @@ def test_a_request_that_cannot_be_scored_is_told_why(function, content, status, 
 
 
 def test_the_error_of_the_server_reaches_the_run(function):
-    rollout = Rollout(*[torch.ones(1, 1, dtype=torch.long)] * 4, torch.zeros(1, 1))
+    ids = torch.ones(1, 1, dtype=torch.long)
+    rollout = Rollout(ids, ids.bool(), ids, ids.bool(), torch.zeros(1, 1))
     responses = Responses(rollout, [TokenizedPrompt("p7", (1,), "q")], ["fail"], torch.tensor([True]))
     app, told = create_app(ServedReward.load(function)), "prompt 'p7': it answered 422: .*KeyError"
     with served(app) as url, pytest.raises(RewardError, match=told):
         asked(url).score(responses)
+
+
+def test_a_function_says_of_every_token_over_http_what_it_says_in_the_run(tmp_path):
+    """Three responses of 3, 1 and 2 tokens; the server knows no tokenizer, and is told the ids."""
+    file = tmp_path / "by_token.py"
+    file.write_text(
+        "def score(prompts, responses):\n"
+        "    return [[row + place / 10 for place in range(tokens)] for row, tokens in enumerate((3, 1, 2))]\n"
+    )
+    mask = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+    ids = torch.tensor([[5, 6, 0], [0, 9, 9], [7, 0, 9]])
+    prompts = [TokenizedPrompt(f"p{row}", (1,), "q") for row in range(3)]
+    responses = Responses(Rollout(ids, mask, ids, mask, torch.zeros(3, 3)), prompts, ["a", "b", "c"], mask[:, 1])
+    expected = build_reward([RewardSpec.parse(f"{file}:score")], NO_SOURCES).score(responses)
+    assert expected.per_token is not None
+    assert expected.per_token.tolist() == [pytest.approx(row) for row in ([0, 0.1, 0.2], [1, 0, 0], [2, 2.1, 0])]
+    with served(create_app(ServedReward.load(f"{file}:score"))) as url:
+        found = asked(url).score(responses)
+        told = "gave 3 numbers for the 2 tokens"
+        request = {"prompts": ["q"] * 3, "responses": ["a", "b", "c"], "response_ids": [[5, 6], [0], [7, 0]]}
+        status, answer = post(url, request)
+        assert status == 422 and told in answer["error"]
+    assert torch.equal(found.per_token, expected.per_token) and torch.equal(found.scores, expected.scores)
+    assert torch.equal(found.parts["tokens"], expected.parts["tokens"])
 
 
 def test_a_token_is_asked_for(function):

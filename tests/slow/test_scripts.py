@@ -41,7 +41,9 @@ def test_scripts_are_valid_bash_and_executable(script):
     assert os.access(script, os.X_OK)
 
 
-@pytest.mark.parametrize("script", ["run_all.sh", "run_sft.sh", "run_reward.sh", "run_ppo.sh", "run_dpo.sh", "run_rrhf.sh"])
+@pytest.mark.parametrize(
+    "script", ["run_all.sh", "run_sft.sh", "run_reward.sh", "run_ppo.sh", "run_dpo.sh", "run_rrhf.sh"]
+)
 def test_help_explains_without_an_environment(script, tmp_path):
     done = bash(SCRIPTS / script, "--help", env=bare_environment(RLHF_PYTHON="/nowhere/python"), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
