@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from algorithms_workloads import METHODS, AlignmentPlace, Trial
+from algorithms_workloads import ALL_METHODS, METHODS, AlignmentPlace, Trial
 from measure import ENVIRONMENTS, RESULTS, markdown_table, write_report
 
 Results = Mapping[Trial, Mapping[str, Any]]
@@ -48,8 +48,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out_dir", type=Path, default=RESULTS)
     arguments = parser.parse_args(argv)
     arguments.methods = arguments.methods.split(",")
-    if unknown := [name for name in arguments.methods if name not in METHODS]:
-        parser.error(f"--methods {','.join(unknown)}: choose from {', '.join(METHODS)}")
+    if unknown := [name for name in arguments.methods if name not in ALL_METHODS]:
+        parser.error(f"--methods {','.join(unknown)}: choose from {', '.join(ALL_METHODS)}")
     arguments.seeds = [int(seed) for seed in arguments.seeds.split(",")]
     arguments.rates = arguments.rates.split(",") if arguments.rates else [""]
     return arguments
@@ -74,7 +74,7 @@ def table_rows(results: Results) -> list[Row]:
     for method, rate in dict.fromkeys((trial.method, trial.learning_rate) for trial in results):
         found = [result for trial, result in results.items() if (trial.method, trial.learning_rate) == (method, rate)]
         ends = [result["end"] for result in found]
-        row: Row = {"algorithm": method, "learns from": METHODS[method].source, "seeds": len(found)}
+        row: Row = {"algorithm": method, "learns from": ALL_METHODS[method].source, "seeds": len(found)}
         if rate:
             row["learning rate"] = rate
         row["gold before"] = fmean(result["start"]["gold"] for result in found)

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from learning_workloads import CONFIG, QUICK, Run, Workplace, points_of, read_lines
+from measure import BENCHMARKS
+from ppo_workloads import write_job
 
 ITERATIONS = 40
 KL_COEF = 0.1
@@ -25,7 +27,10 @@ CALIBRATION_STEPS = 16
 """Steps of an offline run that tells how long one takes."""
 GROUPED = (f"rollout_batch_size={RESPONSES // SAMPLES}", f"samples_per_prompt={SAMPLES}")
 
-Source = Literal["rollouts", "rankings", "own responses"]
+Source = Literal["rollouts", "rankings", "own responses", "pairs"]
+PAIR_STEPS = 250
+"""Steps of 16 pairs, or of 32 of their responses: the 4,000 pairs of `sample:preference_train`, once."""
+PAIRS = ("preference_data=sample:preference_train",)
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,15 @@ class Method:
 
     `rollouts` are sampled as it learns (step3_ppo/main.py). `rankings` are those of the world (step3_ppo/offline.py).
     `own responses` are sampled once from the SFT model, as many as the rollouts of a run, and scored by the reward
-    model: `form` is what `rlhf sample` makes of them.
+    model: `form` is what `rlhf sample` makes of them. `pairs` are the world's, read once: what TRL's trainers take.
+    `trl`: TRL's trainer of that name, with the same options.
     """
 
     name: str
     source: Source
     options: tuple[str, ...] = ()
     form: str = ""
+    trl: str = ""
 
 
 METHODS = {
@@ -66,6 +73,25 @@ METHODS = {
 }
 """By name, in the order of the table."""
 
+_DPO_PAIRS = ("algorithm=dpo", "learning_rate=3e-5", *PAIRS)
+_KTO_PAIRS = ("algorithm=kto", "learning_rate=3e-5", "global_batch_size=32", "micro_batch_size=32", *PAIRS)
+BESIDE_TRL = {
+    method.name: method
+    for method in (
+        Method("dpo_pairs", "pairs", _DPO_PAIRS),
+        Method("trl_dpo", "pairs", _DPO_PAIRS, trl="DPOTrainer"),
+        Method("kto_pairs", "pairs", _KTO_PAIRS),
+        Method("trl_kto", "pairs", _KTO_PAIRS, trl="KTOTrainer"),
+        METHODS["grpo_kl_0.3"],
+        Method("trl_grpo", "rollouts", METHODS["grpo_kl_0.3"].options, trl="GRPOTrainer"),
+        METHODS["rloo"],
+        Method("trl_rloo", "rollouts", METHODS["rloo"].options, trl="RLOOTrainer"),
+    )
+}
+"""By name: what learns with TRL's trainers, after ours with the same data, settings and steps."""
+
+ALL_METHODS = {**METHODS, **BESIDE_TRL}
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -84,7 +110,7 @@ class Trial:
     @property
     def options(self) -> list[str]:
         """What a stage's script is given beside the configuration."""
-        changes = list(METHODS[self.method].options)
+        changes = list(ALL_METHODS[self.method].options)
         if self.learning_rate:
             changes.append(f"learning_rate={self.learning_rate}")
         return [word for change in changes for word in _as_words(change)]
@@ -116,9 +142,13 @@ class AlignmentPlace(Workplace):
             print(f"running {trial.key}", file=sys.stderr, flush=True)
             directory = self.directory / "runs" / trial.key
             shutil.rmtree(directory, ignore_errors=True)
-            source = METHODS[trial.method].source
-            run = {"rollouts": self._rollouts, "rankings": self._rankings, "own responses": self._own_responses}[source]
-            found = run(trial, directory)
+            run = {
+                "rollouts": self._rollouts,
+                "rankings": self._rankings,
+                "own responses": self._own_responses,
+                "pairs": self._pairs,
+            }[ALL_METHODS[trial.method].source]
+            found = (self._trl if ALL_METHODS[trial.method].trl else run)(trial, directory)
             policies = [[0, None], [1, str(found.pop("actor"))]]
             judged = self.judged(Run("ours", trial.seed, KL_COEF, ITERATIONS), policies, directory)
             start, end = judged["evaluations"]
@@ -159,8 +189,30 @@ class AlignmentPlace(Workplace):
         steps = max(1, round(self.offline_seconds / self._step_seconds(trial.method)))
         return self._offline(trial, directory, ["--max_steps", str(2 if self.quick else steps)])
 
+    def _pairs(self, trial: Trial, directory: Path) -> dict[str, Any]:
+        return self._offline(trial, directory, ["--max_steps", str(2 if self.quick else PAIR_STEPS)])
+
+    def _trl(self, trial: Trial, directory: Path) -> dict[str, Any]:
+        """TRL's trainer on what `trial`'s own side is given."""
+        method, model = ALL_METHODS[trial.method], directory / "model"
+        job: dict[str, Any] = {"seed": trial.seed, "model": str(model)}
+        if method.source == "pairs":
+            steps = ["--max_steps", str(2 if self.quick else PAIR_STEPS)]
+            options = [*self._offline_options(trial, directory), *trial.options]
+            job["arguments"] = ["--actor_model", str(self.sft_model(trial.seed)), *steps, *options]
+        else:
+            run = Run("ours", trial.seed, KL_COEF, ITERATIONS, changes=method.options)
+            job["arguments"] = [*self.arguments(run), "--output_dir", str(directory)]
+            iterations = 1 if self.quick else ITERATIONS
+            job["prompts"] = self.judged(run, [], directory, iterations=iterations)["prompts"]
+        script = BENCHMARKS / "peers" / "trl_alignment.py"
+        job_file, out_file = write_job(job, directory / "trl-job.json"), directory / "trl-out.json"
+        peak = self.run([str(script), str(job_file), str(out_file)], directory / "trl.log")
+        trained = json.loads(out_file.read_text(encoding="utf-8"))
+        return {"actor": model, "peak_bytes": peak, "points": [], **trained}
+
     def _own_responses(self, trial: Trial, directory: Path) -> dict[str, Any]:
-        method, file = METHODS[trial.method], directory / "responses.jsonl"
+        method, file = ALL_METHODS[trial.method], directory / "responses.jsonl"
         prompts = (16 if self.quick else ITERATIONS * RESPONSES) // SAMPLES
         data = json.dumps({"path": "sample:prompts_train", "weight": prompts / PROMPTS})
         command = [
@@ -208,12 +260,14 @@ class AlignmentPlace(Workplace):
         command = ["-m", "step1_sft.main", "--base_model", str(self.sft_model(trial.seed)), "--sft_data", str(file)]
         return self._trained(trial, [*command, *quick], directory, "sft", "model")
 
+    def _offline_options(self, trial: Trial, directory: Path) -> list[str]:
+        return ["--config", str(CONFIG), "--seed", str(trial.seed), "--cache_dir", str(self.cache_dir),
+                "--tensorboard", "false", "--log_every_steps", "1", "--eval_every_steps", "0",
+                "--output_dir", str(directory)]  # fmt: skip
+
     def _trained(self, trial: Trial, command: Sequence[str], directory: Path, stage: str, model: str) -> dict[str, Any]:
         """What an offline stage's script came to; seconds are those of its steps."""
-        shared = ["--config", str(CONFIG), "--seed", str(trial.seed), "--cache_dir", str(self.cache_dir),
-                  "--tensorboard", "false", "--log_every_steps", "1", "--eval_every_steps", "0",
-                  "--output_dir", str(directory)]  # fmt: skip
-        peak = self.run([*command, *shared, *trial.options], directory / "log.txt")
+        peak = self.run([*command, *self._offline_options(trial, directory), *trial.options], directory / "log.txt")
         lines = read_lines(directory / stage / "metrics.jsonl")
         began = next(line["seconds"] for line in lines if "eval_progress" in line)
         steps = [line["seconds"] for line in lines if "loss" in line]
