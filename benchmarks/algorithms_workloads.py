@@ -23,8 +23,8 @@ PROMPTS = 3000
 """Rows of `sample:prompts_train`."""
 SAMPLES = 4
 """Responses to a prompt where they are compared with each other."""
-CALIBRATION_STEPS = 16
-"""Steps of an offline run that tells how long one takes."""
+CALIBRATION_STEPS = (4, 36)
+"""Steps of two offline runs whose difference tells what one takes."""
 GROUPED = (f"rollout_batch_size={RESPONSES // SAMPLES}", f"samples_per_prompt={SAMPLES}")
 
 Source = Literal["rollouts", "rankings", "own responses", "pairs"]
@@ -169,7 +169,7 @@ class AlignmentPlace(Workplace):
             *trial.options,
         ]
         command += ["--output_dir", str(directory), *(QUICK["stage"] if self.quick else [])]
-        peak = self.run(command, directory / "log.txt")
+        peak = self.run(command, directory / "log.txt").peak_bytes
         lines = read_lines(directory / "ppo" / "metrics.jsonl")
         seconds = [one["seconds_experience"] + one["seconds_update"] for one in lines if "seconds_update" in one]
         evaluations = [
@@ -186,8 +186,10 @@ class AlignmentPlace(Workplace):
         }
 
     def _rankings(self, trial: Trial, directory: Path) -> dict[str, Any]:
-        steps = max(1, round(self.offline_seconds / self._step_seconds(trial.method)))
-        return self._offline(trial, directory, ["--max_steps", str(2 if self.quick else steps)])
+        step, rest = self._step_seconds(trial.method)
+        steps = 2 if self.quick else max(1, round(self.offline_seconds / step))
+        found = self._offline(trial, directory, ["--max_steps", str(steps)])
+        return {**found, "seconds": found["cpu_seconds"] - rest}
 
     def _pairs(self, trial: Trial, directory: Path) -> dict[str, Any]:
         return self._offline(trial, directory, ["--max_steps", str(2 if self.quick else PAIR_STEPS)])
@@ -207,7 +209,7 @@ class AlignmentPlace(Workplace):
             job["prompts"] = self.judged(run, [], directory, iterations=iterations)["prompts"]
         script = BENCHMARKS / "peers" / "trl_alignment.py"
         job_file, out_file = write_job(job, directory / "trl-job.json"), directory / "trl-out.json"
-        peak = self.run([str(script), str(job_file), str(out_file)], directory / "trl.log")
+        peak = self.run([str(script), str(job_file), str(out_file)], directory / "trl.log").peak_bytes
         trained = json.loads(out_file.read_text(encoding="utf-8"))
         return {"actor": model, "peak_bytes": peak, "points": [], **trained}
 
@@ -229,7 +231,7 @@ class AlignmentPlace(Workplace):
         command += ["--max_prompt_tokens", "64", "--max_response_tokens", "64", "--temperature", "0.7"]
         command += ["--samples", str(SAMPLES), "--seed", str(trial.seed), "--cache_dir", str(self.cache_dir)]
         started = time.perf_counter()
-        peak = self.run(command, directory / "sample.txt")
+        peak = self.run(command, directory / "sample.txt").peak_bytes
         seconds = time.perf_counter() - started
         if method.form == "pairs":
             found = self._offline(trial, directory, ["--epochs", "3", "--preference_data", str(file)])
@@ -237,18 +239,23 @@ class AlignmentPlace(Workplace):
             found = self._imitate(trial, directory, file)
         return {**found, "seconds": seconds + found["seconds"], "peak_bytes": max(peak, found["peak_bytes"])}
 
-    def _step_seconds(self, method: str) -> float:
-        """Seconds that an optimizer step of an offline method takes here, measured once."""
+    def _step_seconds(self, method: str) -> tuple[float, float]:
+        """CPU seconds of an optimizer step of an offline method, what the reference says of its rows included, and of
+        everything else in a run; measured once."""
         path = self.directory / "step_seconds" / f"{method}.json"
         if not path.is_file():
             directory = self.directory / "runs" / f"step-seconds-{method}"
-            shutil.rmtree(directory, ignore_errors=True)
-            steps = 2 if self.quick else CALIBRATION_STEPS
-            found = self._offline(Trial(method, 1), directory, ["--max_steps", str(steps)])
+            few, many = (1, 3) if self.quick else CALIBRATION_STEPS
+            spent = {}
+            for steps in (few, many):
+                shutil.rmtree(directory, ignore_errors=True)
+                spent[steps] = self._offline(Trial(method, 1), directory, ["--max_steps", str(steps)])["cpu_seconds"]
+            step = max(1e-3, (spent[many] - spent[few]) / (many - few))
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(found["seconds"] / found["steps"]), encoding="utf-8")
+            path.write_text(json.dumps([step, spent[few] - few * step]), encoding="utf-8")
             shutil.rmtree(directory)
-        return float(json.loads(path.read_text(encoding="utf-8")))
+        step, rest = json.loads(path.read_text(encoding="utf-8"))
+        return float(step), float(rest)
 
     def _offline(self, trial: Trial, directory: Path, options: Sequence[str]) -> dict[str, Any]:
         quick = QUICK["ppo"][6:] if self.quick else []
@@ -261,15 +268,23 @@ class AlignmentPlace(Workplace):
         return self._trained(trial, [*command, *quick], directory, "sft", "model")
 
     def _offline_options(self, trial: Trial, directory: Path) -> list[str]:
-        return ["--config", str(CONFIG), "--seed", str(trial.seed), "--cache_dir", str(self.cache_dir),
+        # A cache of its own: what the reference says is part of what a run takes.
+        return ["--config", str(CONFIG), "--seed", str(trial.seed), "--cache_dir", str(directory / "cache"),
                 "--tensorboard", "false", "--log_every_steps", "1", "--eval_every_steps", "0",
                 "--output_dir", str(directory)]  # fmt: skip
 
     def _trained(self, trial: Trial, command: Sequence[str], directory: Path, stage: str, model: str) -> dict[str, Any]:
         """What an offline stage's script came to; seconds are those of its steps."""
-        peak = self.run([*command, *self._offline_options(trial, directory), *trial.options], directory / "log.txt")
+        usage = self.run([*command, *self._offline_options(trial, directory), *trial.options], directory / "log.txt")
         lines = read_lines(directory / stage / "metrics.jsonl")
         began = next(line["seconds"] for line in lines if "eval_progress" in line)
         steps = [line["seconds"] for line in lines if "loss" in line]
         actor = directory / stage / model
-        return {"actor": actor, "steps": len(steps), "seconds": steps[-1] - began, "peak_bytes": peak, "points": []}
+        return {
+            "actor": actor,
+            "steps": len(steps),
+            "seconds": steps[-1] - began,
+            "cpu_seconds": usage.cpu_seconds,
+            "peak_bytes": usage.peak_bytes,
+            "points": [],
+        }

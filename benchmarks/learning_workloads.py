@@ -72,6 +72,14 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Usage:
+    """What a process took: its peak resident bytes, and its CPU seconds, which other work beside it hardly changes."""
+
+    peak_bytes: int
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
 class Workplace:
     """Where models and runs are kept, and what every process is given."""
 
@@ -85,9 +93,8 @@ class Workplace:
 
     # ------------------------------------------------------------------------------------------------- processes
 
-    def run(self, command: Sequence[str], log: Path, *, python: Path | str = sys.executable) -> int:
-        """Run `python *command` with its output in `log`; its peak resident bytes. SystemExit with the last lines if
-        it fails."""
+    def run(self, command: Sequence[str], log: Path, *, python: Path | str = sys.executable) -> Usage:
+        """Run `python *command` with its output in `log`. SystemExit with the last lines if it fails."""
         environment = {**worker_environment(self.threads), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w", encoding="utf-8") as output:
@@ -97,7 +104,7 @@ class Workplace:
         if process.returncode != 0:
             tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-30:])
             raise SystemExit(f"{' '.join(command)[:300]} ended with status {process.returncode} ({log}):\n{tail}")
-        return usage.ru_maxrss * 1024  # kilobytes on Linux
+        return Usage(usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)  # kilobytes on Linux
 
     def job(self, script: Path, content: dict[str, Any], directory: Path, *, python: Any = sys.executable) -> Any:
         """What `script` writes of a job, in a process of its own."""

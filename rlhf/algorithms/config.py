@@ -196,6 +196,9 @@ class PPOConfig:
     """Responses sampled per held-out prompt in an evaluation."""
     sample_table_rows: int = setting(4, may_change_on_resume=True)
     """Prompts shown with their responses at each evaluation."""
+    keep_samples: int = setting(8, may_change_on_resume=True)
+    """Responses of each rollout that are kept in `rollouts.jsonl`, from the highest score to the lowest; 0 keeps none.
+    `rlhf samples` shows them."""
 
     def __post_init__(self) -> None:
         for name, table in (("advantage", ESTIMATORS), ("generation_backend", BACKENDS)):
@@ -214,7 +217,7 @@ class PPOConfig:
             )
         require_at_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "entropy_coef", "ptx_coef")
         require_at_least(self, 0, "eval_prompts", "critic_warmup_iterations", "length_calibration_prompts")
-        require_at_least(self, 0, "length_calibration_every", "resample_equal_groups")
+        require_at_least(self, 0, "length_calibration_every", "resample_equal_groups", "keep_samples")
         require_at_least(self, 0, "overlong_penalty", "overlong_buffer_tokens")
         if 0 < self.length_calibration_prompts < FEWEST_CALIBRATION_PROMPTS:
             raise ConfigError(

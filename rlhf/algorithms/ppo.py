@@ -31,7 +31,7 @@ from rlhf.data.collate import collate_responses
 from rlhf.data.stage_data import StageData
 from rlhf.distributed.collectives import all_gather_rows
 from rlhf.distributed.log import logger
-from rlhf.distributed.place import rank
+from rlhf.distributed.place import is_main, rank
 from rlhf.numerics.logprobs import estimate_kl
 from rlhf.numerics.statistics import masked_variance, masked_whiten
 from rlhf.rewards.rules import overlong_penalties
@@ -41,6 +41,7 @@ from rlhf.training.loop import RunContext
 from rlhf.training.metrics import MeanMeter
 from rlhf.training.nonfinite import check_rollout
 from rlhf.training.on_policy import OnPolicyTrainer, Selection
+from rlhf.training.rollout_samples import rollout_lines
 from rlhf.training.rollouts import RolloutWorker, ScoredRollout, one_for_each_rank
 from rlhf.training.scoring import label_loss, response_logprobs, response_logprobs_and_entropy, response_values
 from rlhf.training.step import accumulate_step, learning_rate
@@ -186,6 +187,8 @@ class PPOTrainer(OnPolicyTrainer):
         if config.length_calibration_every and iteration > 1 and (iteration - 1) % config.length_calibration_every == 0:
             self.prepare()
         scored, sampled = self.sample(iteration)
+        if is_main():
+            self.rollout_lines = list(rollout_lines(self.rollouts, scored, iteration, config.keep_samples))
         rollout, mask = scored.rollout, scored.rollout.response_mask
         if not bool((mask.sum(1) > scored.ended.long()).any()):
             raise EmptyRolloutError(

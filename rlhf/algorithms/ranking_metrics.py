@@ -107,8 +107,43 @@ def ranking_metrics(
     result["eval_score_length_correlation"] = within["value"]
     if matched["accuracy"] is not None:
         result["eval_accuracy_like_length"] = matched["accuracy"]
+    calibrated = calibration(margin, correct)
+    result["eval_calibration_error"] = calibrated["error"]
     histograms = histogram(rows.scores[better], rows.scores[worse])
-    return {**result, "by_category": by_category, "histogram": histograms, "shortcuts": shortcuts}
+    return {
+        **result,
+        "by_category": by_category,
+        "histogram": histograms,
+        "calibration": calibrated,
+        "shortcuts": shortcuts,
+    }
+
+
+CALIBRATION_BINS = 10
+"""Equal widths of confidence between 0.5 and 1."""
+
+
+def calibration(margin: torch.Tensor, correct: torch.Tensor) -> dict[str, Any]:
+    """How often the model is right when it is so sure: confidence is the probability that Bradley-Terry gives the
+    response it prefers, sigmoid(|margin|), over pairs [pairs]; `correct` as `accuracy_of`.
+
+    "bins" that hold a pair: {"confidence", "accuracy", "pairs"}, means. "error": the expected calibration error (Guo
+    et al., arXiv 1706.04599, eq. 3), the mean distance of the two over pairs.
+    """
+    confidence = torch.sigmoid(margin.double().abs())
+    number = ((confidence - 0.5) * 2 * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    bins = []
+    for each in number.unique().tolist():
+        member = number == each
+        bins.append(
+            {
+                "confidence": float(confidence[member].mean()),
+                "accuracy": float(correct[member].double().mean()),
+                "pairs": int(member.sum()),
+            }
+        )
+    error = sum(each["pairs"] * abs(each["accuracy"] - each["confidence"]) for each in bins) / max(1, len(margin))
+    return {"bins": bins, "error": error}
 
 
 def _pairs_by_group(rows: ScoredRows, groups: torch.Tensor, names: Sequence[str]) -> dict[str, dict[str, Any]]:

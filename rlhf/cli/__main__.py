@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rlhf.cli import base, doctor, sample, serve_reward, summary, world
+from rlhf.cli import base, doctor, report, sample, serve_reward, summary, world
 
 SUBCOMMANDS = {
     "base": (base, "train a tokenizer and a small base model on your own texts"),
     "doctor": (doctor, "diagnose a run from its files"),
+    "report": (report, "write an HTML report of a run, or of several beside one another"),
     "sample": (sample, "write a data set of a model's own responses: best of N, pairs, rankings"),
     "serve-reward": (serve_reward, "serve a reward over HTTP"),
     "summary": (summary, "write summary.json of a finished run and print its table"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import nn
 
 from rlhf.algorithms.ppo import EmptyRolloutError
@@ -18,7 +20,7 @@ from rlhf.checkpoint.export import check_writable
 from rlhf.checkpoint.run_lock import RunLock
 from rlhf.config import EMBEDDED_BASE, ConfigError, RunConfig, save_config
 from rlhf.data import DataError, StageData, load_stage_data
-from rlhf.distributed.collectives import any_rank, raise_on_all
+from rlhf.distributed.collectives import all_reduce_max, any_rank, raise_on_all
 from rlhf.distributed.job_exit import run_to_end
 from rlhf.distributed.log import logger, setup_logging
 from rlhf.distributed.place import is_main, world_size
@@ -42,6 +44,7 @@ from rlhf.pipeline.earlier_run import (
     remove_summary,
 )
 from rlhf.pipeline.stages import STAGES, Stage, StageConfig, config_files, default_run, find_stage_model, parse_stage
+from rlhf.pipeline.surroundings import note_start
 from rlhf.report.summary import BASE_SECONDS
 from rlhf.rewards.reward import RewardError
 from rlhf.training.data_order import planned_steps
@@ -237,12 +240,13 @@ def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]
                 if _is_finished(run):
                     return _read_result(run)
                 _clear_the_way(run)
-                seed_everything(config.run.seed)
-                result = work(run)
                 if is_main():
                     save_config(run.directory / "config.yaml", config.parts())
+                    note_start(run.directory, resumes=config.run.resume == "auto")
+                seed_everything(config.run.seed)
+                result = work(run)
                 result = {**result, "seconds": round(result["seconds"], 1), "seed": config.run.seed}
-                result |= read_json(run.directory / PREPARATION)
+                result |= {**read_json(run.directory / PREPARATION), "peak_memory_bytes": _peak_memory()}
                 write_json(run.directory / RESULT, result)
                 remove_states(run.directory / STATES, config.run, keep_permanent=True)
             return result
@@ -250,6 +254,16 @@ def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]
         return main
 
     return wrap
+
+
+def _peak_memory() -> dict[str, int]:
+    """The most that any rank held, of this machine's memory and of its device's. A collective."""
+    device = init_world()
+    on_gpu = torch.cuda.is_available()
+    return {
+        "host": all_reduce_max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, device),  # kilobytes on Linux
+        "device": all_reduce_max(torch.cuda.max_memory_allocated() if on_gpu else 0, device),
+    }
 
 
 def run_as_script(main: Callable[[], Any]) -> None:

@@ -34,9 +34,10 @@ from rlhf.config import (
     check_together,
     parse_config,
 )
-from rlhf.config.explain import FieldsInForce
+from rlhf.config.explain import FieldsInForce, default_of
 from rlhf.config.parsing import fields_in_force
 from rlhf.doctor.checks import OFFLINE, ON_POLICY, PREFERENCE, REWARD, Check
+from rlhf.report.charts import Chart
 from rlhf.report.figures import Figure, NoteFigure, PartsFigure, ShortcutFigure
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -141,7 +142,7 @@ class Stage:
     `takes`: configuration field -> the stage whose saved model it is where it is unset. `unit`: what its metrics are
     numbered by. `figures`: its lines in the summary; `result_keys`: further entries of its `result.json` that
     `summary.json` holds, `optional_result_keys` such ones that results of an earlier release lack. `checks`: the
-    doctor's; `curves`: metrics that the doctor shows as first -> last value.
+    doctor's; `curves`: metrics that the doctor shows as first -> last value; `charts`: the pictures of the report.
     `logged`: the figures of an evaluation that its line in the log shows, the first five of them that there are;
     `metrics.jsonl` has all.
     `in_default_run`: `run_all.sh` runs it unasked, `stage_split` has a share for it, and the summary shows it.
@@ -156,6 +157,7 @@ class Stage:
     figures: Sequence[Figure | NoteFigure | PartsFigure | ShortcutFigure]
     checks: Sequence[Check]
     curves: Sequence[str]
+    charts: Sequence[Chart]
     logged: Sequence[str]
     takes: Mapping[str, str] = field(default_factory=dict)
     result_keys: Sequence[str] = ()
@@ -167,6 +169,12 @@ class Stage:
         """The configuration dataclasses by the name of their part."""
         hints = get_type_hints(self.config)
         return {item.name: hints[item.name] for item in dataclasses.fields(self.config)}
+
+    def defaults(self) -> dict[str, Any]:
+        """Every configuration field with its default."""
+        return {
+            item.name: default_of(item) for kind in self.config_classes().values() for item in dataclasses.fields(kind)
+        }
 
     def field_names(self) -> set[str]:
         """The names of all configuration fields."""
@@ -212,6 +220,11 @@ def _wins(gold: Mapping[str, Any]) -> str:
     return f"better than SFT on {gold['win_rate']:.0%} of n prompts; well-formed responses {formed}"
 
 
+LEARNING_CHARTS = (
+    Chart("gradient norm", ("gradient_norm",), logarithmic=True),
+    Chart("learning rate", ("learning_rate",)),
+)
+
 STAGES = {
     stage.name: stage
     for stage in (
@@ -233,6 +246,7 @@ STAGES = {
             ),
             checks=OFFLINE,
             curves=("loss", "eval_loss", "gradient_norm"),
+            charts=(Chart("loss, nats per token", ("loss",)), *LEARNING_CHARTS),
             logged=("eval_loss", "eval_perplexity"),
         ),
         Stage(
@@ -260,6 +274,15 @@ STAGES = {
             ),
             checks=REWARD,
             curves=("loss", "accuracy", "margin", "eval_accuracy"),
+            charts=(
+                Chart("loss", ("loss",)),
+                Chart("accuracy", ("accuracy", "length_baseline_accuracy"), level=0.5),
+                Chart("margin of chosen over rejected", ("margin",)),
+                Chart("accuracy by category", ("accuracy/",), level=0.5),
+                Chart("correlation of score and length within prompts", ("score_length_correlation",), level=0.0),
+                Chart("calibration error", ("calibration_error",)),
+                *LEARNING_CHARTS,
+            ),
             logged=("eval_loss", "eval_accuracy", "eval_length_baseline_accuracy", "eval_margin"),
         ),
         Stage(
@@ -327,6 +350,29 @@ STAGES = {
                 "entropy_estimate",
                 "explained_variance",
             ),
+            charts=(
+                Chart("score", ("score", "held_out_score")),
+                Chart("parts of the score", ("score/",)),
+                Chart("gold", ("gold",)),
+                Chart("parts of gold", ("gold/",)),
+                Chart("reward: the score less penalties and KL", ("reward",)),
+                Chart("KL per response, nats", ("kl_per_response",), level=0.0),
+                Chart("score against KL", ("score",), along="kl_per_response"),
+                Chart("gold against KL", ("gold",), along="kl_per_response"),
+                Chart("responses that end", ("eos_rate",), level=1.0),
+                Chart("tokens of a response", ("response_tokens",)),
+                Chart("entropy, nats per token (estimate)", ("entropy_estimate",)),
+                Chart("repeated 4-grams", ("repeated_4grams",)),
+                Chart("clipped ratios and values", ("clip_fraction", "value_clip_fraction")),
+                Chart("policy loss", ("policy_loss",)),
+                Chart("value loss", ("value_loss",)),
+                Chart("variance that the critic explains", ("explained_variance",), level=0.0),
+                Chart("groups whose responses are all worth the same", ("equal_groups",)),
+                Chart("gradient norm", ("gradient_norm", "critic_gradient_norm"), logarithmic=True),
+                Chart("learning rate", ("learning_rate", "critic_learning_rate")),
+                Chart("KL coefficient", ("kl_coef",), varying=True),
+                Chart("seconds of an iteration", ("seconds_generation", "seconds_scoring", "seconds_update")),
+            ),
             logged=(
                 "eval_gold",
                 "eval_held_out_score",
@@ -370,6 +416,17 @@ STAGES = {
             result_keys=("algorithm", "best_step"),
             checks=PREFERENCE,
             curves=("loss", "accuracy", "margin", "chosen_logprob", "eval_accuracy"),
+            charts=(
+                Chart("loss", ("loss",)),
+                Chart("accuracy", ("accuracy",), level=0.5),
+                Chart("margin", ("margin",), level=0.0),
+                Chart("log-probability by token", ("chosen_logprob", "rejected_logprob")),
+                Chart("gold of sampled responses", ("gold",)),
+                Chart("parts of gold", ("gold/",)),
+                Chart("responses that end", ("eos_rate",), level=1.0),
+                Chart("tokens of a response", ("response_tokens",)),
+                *LEARNING_CHARTS,
+            ),
             logged=("eval_gold", "eval_loss", "eval_accuracy", "eval_margin", "eval_chosen_logprob", "eval_eos_rate"),
             in_default_run=False,
         ),

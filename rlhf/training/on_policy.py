@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main
 from rlhf.distributed.progress import Progress
 from rlhf.numerics.intervals import standard_error
 from rlhf.training.loop import Loop, RunContext
+from rlhf.training.metrics import LineFile
 from rlhf.training.peaks import Peaks
+from rlhf.training.rollout_samples import ROLLOUTS_FILE
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,9 @@ class OnPolicyTrainer(Loop):
         super().__init__(context, total_steps=total_steps)
         self.selection = selection
         self.peaks = Peaks()
+        self.rollout_lines: list[str] = []
+        """What `make_experience` keeps of its responses for people to read, on rank 0."""
+        self.kept_responses = LineFile(self.directory / ROLLOUTS_FILE)
 
     @abstractmethod
     def make_experience(self, iteration: int) -> Any:
@@ -58,6 +64,12 @@ class OnPolicyTrainer(Loop):
     @abstractmethod
     def evaluate(self, iteration: int) -> dict[str, Any]:
         """Metrics on held-out prompts; every rank gets the same."""
+
+    def begin(self) -> int:
+        done = super().begin()
+        if done == 0 and is_main():
+            self.kept_responses.open()
+        return done
 
     def fit(self) -> dict[str, Any]:
         """Train; returns {"before", "after", "kept_iteration", "iterations", "seconds"}: the evaluations of the first
@@ -84,6 +96,7 @@ class OnPolicyTrainer(Loop):
                     self._evaluate_and_log(iteration)
                 self.end_step(iteration)
         self.outcome["iterations"] = self.step
+        self.kept_responses.close()
         return self.ended()
 
     def _past_its_best(self) -> bool:
@@ -103,6 +116,8 @@ class OnPolicyTrainer(Loop):
     def _iterate(self, iteration: int) -> dict[str, float]:
         started = time.perf_counter()
         experience = self.make_experience(iteration)
+        for line in self.rollout_lines:
+            self.kept_responses.write(line)
         update_started = time.perf_counter()
         metrics = self.update(experience, iteration)
         metrics["seconds_experience"] = update_started - started
@@ -132,11 +147,16 @@ class OnPolicyTrainer(Loop):
     def state(self) -> dict[str, Any]:
         return {**super().state(), "peaks": self.peaks.state()}
 
+    def rank_state(self) -> dict[str, Any]:
+        return {**super().rank_state(), "kept_responses_bytes": self.kept_responses.position()}
+
     def load_state(
         self, state: dict[str, Any], rank_states: Sequence[dict[str, Any]], tensors: dict[str, torch.Tensor]
     ) -> None:
         super().load_state(state, rank_states, tensors)
         self.peaks.load_state(state["peaks"])
+        if is_main():  # an earlier release kept no responses
+            self.kept_responses.open(rank_states[0].get("kept_responses_bytes", 0) if rank_states else 0)
 
 
 def score_gain(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, float]:
