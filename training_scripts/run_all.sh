@@ -206,6 +206,7 @@ remove_earlier_run() {
     }
 }
 
+export RLHF_PIPELINE=1  # the report is written here, once
 mkdir -p "$OUTPUT_DIR"
 if command -v flock >/dev/null; then
     pipeline_lock="$OUTPUT_DIR/.pipeline.lock"
@@ -253,3 +254,5 @@ if [ -n "$SUMMARISED" ]; then
     echo "=== what came out"
     "$RLHF_PYTHON" -m rlhf.cli.summary "$OUTPUT_DIR" --stages "$(IFS=,; echo "${STAGES[*]}")"
 fi
+echo
+"$RLHF_PYTHON" -m rlhf.cli.report "$OUTPUT_DIR" || say "the run is finished; its report could not be written"

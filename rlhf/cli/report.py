@@ -1,9 +1,13 @@
-"""`rlhf report RUN [RUN ...]`: one HTML file of a run, or of several beside one another."""
+"""`rlhf report RUN [RUN ...]`: one HTML file of a run, or of several beside one another.
+
+Also `python -m rlhf.cli.report RUN ...`.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rlhf.doctor.report import NotARunError
@@ -44,3 +48,14 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     print(f"written to {path}" + (f" ({', '.join(distinct_names(records))})" if len(records) > 1 else ""))
     return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command as a module of its own; its exit status."""
+    parser = argparse.ArgumentParser(prog="python -m rlhf.cli.report")
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

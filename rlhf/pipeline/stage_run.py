@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,6 +55,8 @@ from rlhf.training.resume import TrainingStates, refusal, remove_states, run_ide
 
 PREPARATION = "preparation.json"
 """What was made for the stage before it could train, and how long it took; a resumed run counts it too."""
+PIPELINE_VARIABLE = "RLHF_PIPELINE"
+"""Set in the environment of a stage that is one of several, after which the report is written."""
 STATES = "states"
 """Where the training states of a stage lie, under its directory."""
 USER_ERRORS = (ConfigError, DataError, NonFiniteError, EmptyRolloutError, RewardError)
@@ -251,9 +254,24 @@ def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]
                 remove_states(run.directory / STATES, config.run, keep_permanent=True)
             return result
 
+        main.stage = name  # type: ignore[attr-defined]
         return main
 
     return wrap
+
+
+def _write_run_report(main: Callable[[], Any]) -> None:
+    """`report.html` of the run that this stage belongs to; that it cannot be written is no failure of the run."""
+    from rlhf.report.page import REPORT_FILE, ReportError, write_report
+    from rlhf.report.run_record import read_run
+
+    directory = Path(parse_stage(main.stage).run.output_dir)  # type: ignore[attr-defined]
+    try:
+        path = write_report([read_run(directory, STAGES.values())], directory / REPORT_FILE)
+    except ReportError as error:
+        logger.warning("no report: %s", error)
+    else:
+        logger.info("report: %s", path)
 
 
 def _peak_memory() -> dict[str, int]:
@@ -267,7 +285,8 @@ def _peak_memory() -> dict[str, int]:
 
 
 def run_as_script(main: Callable[[], Any]) -> None:
-    """Run a stage's `main`; what a user can mend ends it with a sentence, not with a traceback.
+    """Run a stage's `main`; what a user can mend ends it with a sentence, not with a traceback. Rank 0 writes a report
+    at the end, unless a pipeline does.
 
     A rank of several leaves at once: a library's thread that outlives the interpreter would end it with an abort, and
     a finished job with a false status.
@@ -275,6 +294,8 @@ def run_as_script(main: Callable[[], Any]) -> None:
     setup_logging()
     run_to_end(main, USER_ERRORS)
     ranks = world_size()
+    if is_main() and PIPELINE_VARIABLE not in os.environ:
+        _write_run_report(main)
     close_world()
     if ranks > 1:
         exit_now(0)

@@ -200,5 +200,5 @@ def _data_uri(figure: Any) -> str:
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # matplotlib's own font has no Hangul
         figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", content.getvalue(), flags=re.DOTALL)
-    text = re.sub(r"font: ([\d.]+px) 'DejaVu Sans'[^;\"]*", r"font: \1 sans-serif", text)
+    text = re.sub(r"'DejaVu Sans'[^;\"]*", "sans-serif", text)
     return "data:image/svg+xml;base64," + base64.b64encode(text.encode()).decode("ascii")

@@ -37,6 +37,8 @@ class ReportedStage(Protocol):
     @property
     def figures(self) -> Sequence[Figure | NoteFigure | PartsFigure | ShortcutFigure]: ...
     @property
+    def logged(self) -> Sequence[str]: ...
+    @property
     def charts(self) -> Sequence[Chart]: ...
     def defaults(self) -> Mapping[str, Any]: ...
 
@@ -46,7 +48,8 @@ class StageRecord:
     """One stage that was begun. What a file that is not there would hold is empty.
 
     `metrics`: the lines of `metrics.jsonl`. `config`: the fields in force; `data`, `evaluation`, `result`: the files of
-    these names. `starts`: what it ran on, each time. `notes`: what could not be read.
+    these names. `plan`: how many steps there are to be. `starts`: what it ran on, each time. `notes`: what could not
+    be read.
     """
 
     stage: ReportedStage
@@ -57,6 +60,7 @@ class StageRecord:
     data: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Mapping[str, Any] = field(default_factory=dict)
     result: Mapping[str, Any] = field(default_factory=dict)
+    plan: Mapping[str, Any] = field(default_factory=dict)
     starts: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
 
@@ -122,6 +126,7 @@ def _read_stage(directory: Path, stage: ReportedStage, diagnosis: StageDiagnosis
         data=_mapping(directory / "data.json", notes),
         evaluation=_mapping(directory / "evaluation.json", notes),
         result=_mapping(directory / "result.json", notes),
+        plan=_mapping(directory / "plan.json", notes),
         starts=lines(STARTS_FILE),
         notes=list(dict.fromkeys([*diagnosis.notes, *notes])),
     )

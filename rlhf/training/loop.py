@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 
+from rlhf.checkpoint.atomic import write_json
 from rlhf.config import RunConfig
 from rlhf.distributed.log import logger
+from rlhf.distributed.place import is_main
 from rlhf.distributed.rank_watch import Stopped, beat, note_saved, stop_requested
 from rlhf.doctor.checks import Check
 from rlhf.doctor.monitor import HealthMonitor
 from rlhf.training.metrics import MeanMeter, MetricsWriter
 from rlhf.training.resume import TrainingStates
 
+PLAN_FILE = "plan.json"
+"""How many steps (PPO: iterations) the run is to have, for whoever looks on."""
 SHOWN = 5
 """Figures of an evaluation in a line of the log, where a stage names those that matter."""
 
@@ -86,6 +90,8 @@ class Loop(ABC):
             self.writer.open()
         if self.step:
             note_saved(self.step)
+        if is_main():
+            write_json(self.directory / PLAN_FILE, {"unit": self.unit, "planned": self.total_steps})
         beat(f"step {self.step}")
         return self.step
 

@@ -9,6 +9,8 @@ from rlhf.pipeline.stage_run import StageRun, stage_main
 from tests.support.results import write_results
 
 SEEN: list[list[str]] = []
+STARTED = ["config.yaml", "starts.jsonl"]
+"""What a stage leaves before it begins its work."""
 
 
 @stage_main("sft")
@@ -48,10 +50,10 @@ def test_a_finished_stage_is_refused_and_kept(finished, words):
 
 def test_overwrite_removes_it_whole_before_the_stage_starts(finished):
     main(["--output_dir", str(finished), "--overwrite"])
-    assert SEEN == [[]], "nothing of the earlier run is left when the new one starts"
+    assert SEEN == [STARTED], "nothing of the earlier run is left when the new one starts"
     assert not (finished / "summary.json").exists(), "it described a model that is gone"
     assert (finished / "ppo" / "result.json").exists()
-    assert visible(finished / "sft") == ["config.yaml", "result.json"]
+    assert visible(finished / "sft") == ["config.yaml", "result.json", "starts.jsonl"]
     assert "overwrite: true" not in (finished / "sft" / "config.yaml").read_text(encoding="utf-8")
 
 
@@ -60,7 +62,7 @@ def test_overwrite_removes_an_unfinished_run_too(finished):
     with pytest.raises(ConfigError, match="unfinished run"):
         main(["--output_dir", str(finished)])
     main(["--output_dir", str(finished), "--overwrite"])
-    assert SEEN == [[]]
+    assert SEEN == [STARTED]
 
 
 def test_a_finished_stage_that_is_resumed_stays_with_its_summary(finished):
@@ -81,7 +83,7 @@ def test_a_link_to_another_disk_stays_a_link(finished, tmp_path_factory):
     (finished / "sft").rename(elsewhere)
     (finished / "sft").symlink_to(elsewhere)
     main(["--output_dir", str(finished), "--overwrite"])
-    assert SEEN == [[]] and (elsewhere / "result.json").exists()
+    assert SEEN == [STARTED] and (elsewhere / "result.json").exists()
 
 
 def test_overwriting_and_resuming_contradict_each_other(finished):

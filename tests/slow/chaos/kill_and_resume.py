@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf.models.tiny_base import TinyRecipe, build_tiny_base
+from rlhf.training.rollout_samples import ROLLOUTS_FILE
 from tests.support.launch import start_ranks
 from tests.support.samples import sample_lines, write_sample
 
@@ -122,6 +123,9 @@ def differences(first: Path, second: Path, stages: Sequence[str] = STAGES) -> li
         if lines != other_lines:
             wrong = [(a, b) for a, b in zip(lines, other_lines, strict=False) if a != b][:1]
             found.append(f"{stage}/metrics.jsonl: {len(lines)} and {len(other_lines)} lines; {wrong}")
+        kept = [run / stage / ROLLOUTS_FILE for run in (first, second)]
+        if kept[0].is_file() and kept[0].read_bytes() != kept[1].read_bytes():
+            found.append(f"{stage}/{ROLLOUTS_FILE} differs")
         results = [_without_seconds(json.loads((run / stage / "result.json").read_text())) for run in (first, second)]
         if results[0] != results[1]:
             found.append(f"{stage}/result.json: {results[0]} and {results[1]}")
@@ -135,7 +139,8 @@ def metrics(directory: Path) -> list[dict[str, float]]:
 
 
 def _without_seconds(row: dict) -> dict:
-    return {name: value for name, value in row.items() if not name.startswith("seconds")}
+    """Without what tells of the machine and not of what was learnt."""
+    return {name: value for name, value in row.items() if not name.startswith(("seconds", "peak_memory"))}
 
 
 def _newest(output: Path) -> str:
