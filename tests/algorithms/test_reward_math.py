@@ -13,6 +13,7 @@ from rlhf.algorithms.ranking_metrics import (
     RowNames,
     ScoredRows,
     accuracy_of,
+    calibration,
     certainty,
     histogram,
     prompt_numbers,
@@ -226,3 +227,16 @@ def test_rankings_of_one_prompt_share_a_number():
 
     rankings = [ranking((1, 2), (3,), (4,)), ranking((1,), (2, 3), (4,)), ranking((1, 2), (5, 6), (3,), (9,))]
     assert prompt_numbers(rankings).tolist() == [0, 1, 0]
+
+
+def test_calibration_is_accuracy_against_confidence():
+    """Margins whose confidences are 0.52, 0.54 (one bin), 0.77 and 0.99; right, wrong, right, a tie's half."""
+    sure = torch.tensor([0.52, 0.54, 0.77, 0.99], dtype=torch.float64)
+    margin = torch.log(sure / (1 - sure)) * torch.tensor([1, -1, 1, 1])
+    found = calibration(margin, torch.tensor([1.0, 0.0, 1.0, 0.5]))
+    assert [each["pairs"] for each in found["bins"]] == [2, 1, 1]
+    assert [each["confidence"] for each in found["bins"]] == pytest.approx([0.53, 0.77, 0.99])
+    assert [each["accuracy"] for each in found["bins"]] == pytest.approx([0.5, 1.0, 0.5])
+    assert found["error"] == pytest.approx((2 * 0.03 + 0.23 + 0.49) / 4)
+    certain = calibration(torch.tensor([1e4, 0.0]), torch.tensor([1.0, 0.5]))
+    assert [each["pairs"] for each in certain["bins"]] == [1, 1] and certain["error"] == pytest.approx(0.0)

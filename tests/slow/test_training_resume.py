@@ -99,6 +99,13 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(whole, micro_base, data, tmp_pa
         assert not (tmp_path / stage / "stopped.json").exists()
     assert differences(whole, tmp_path, tuple(lines)) == []
     assert [row["step"] for row in metrics(tmp_path / "sft")] == [0, 2, 4, 6, 6]
+    starts = [json.loads(line) for line in (tmp_path / "ppo" / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 2 and all(start["packages"]["torch"] == torch.__version__ for start in starts)
+    kept = [json.loads(line) for line in (tmp_path / "ppo" / "rollouts.jsonl").read_text().splitlines()]
+    assert {line["iteration"] for line in kept} == {1, 2, 3, 4} and len(kept) % 4 == 0
+    for iteration in range(1, 5):
+        scores = [line["score"] for line in kept if line["iteration"] == iteration]
+        assert scores == sorted(scores, reverse=True)
 
 
 @pytest.mark.parametrize(
