@@ -156,7 +156,10 @@ class ScalarModel(nn.Module):
         )
         save_tokenizer(tokenizer, directory)
         if self._scores_measured:
-            (directory / SCORE_RANGE_FILE).write_text(json.dumps(self.score_range, indent=2) + "\n", encoding="utf-8")
+            # Scores as they were trained are what Bradley and Terry's probabilities are of.
+            units = {"raw_mean": self.score_mean, "raw_std": self.score_std}
+            text = json.dumps({**(self.score_range or {}), **units}, indent=2) + "\n"
+            (directory / SCORE_RANGE_FILE).write_text(text, encoding="utf-8")
         if self.length_curve is not None:
             text = json.dumps(self.length_curve.content(), indent=2) + "\n"
             (directory / LENGTH_CURVE_FILE).write_text(text, encoding="utf-8")
