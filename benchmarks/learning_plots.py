@@ -14,7 +14,7 @@ from learning_workloads import REWARD_DATA, Run
 try:
     from matplotlib import pyplot as plt
 except ImportError:
-    raise SystemExit("--plots needs matplotlib: `pip install -e '.[benchmarks]'`, or leave --plots out") from None
+    raise SystemExit("--plots needs matplotlib: `pip install matplotlib`, or leave --plots out") from None
 
 LOOK = {
     "svg.fonttype": "none",  # text stays text: smaller files
