@@ -28,6 +28,7 @@ from rlhf.algorithms.policy_loss import (
 )
 from rlhf.config import ConfigError
 from rlhf.data.collate import collate_responses
+from rlhf.data.rendered import asked
 from rlhf.data.stage_data import StageData
 from rlhf.distributed.collectives import all_gather_rows
 from rlhf.distributed.log import logger
@@ -131,6 +132,7 @@ class PPOTrainer(OnPolicyTrainer):
         iterations = planned_iterations(batch, self.plan, len(prompts.train))
         lengths = [len(prompt.input_ids) for prompt in prompts.train]
         self.order = DataOrder(lengths, self.plan, context.run.seed, size=batch.rollout_batch_size)
+        self.questions = {prompt.input_ids: asked(prompt) for prompt in prompts.train}
         self.evaluated = chosen_prompts(prompts.evaluation, config.eval_prompts, context.run.seed)
         self.warmup = warmup_iterations(config, batch, self.plan, len(prompts.train))
         self.optimizer_step = 0
@@ -188,7 +190,9 @@ class PPOTrainer(OnPolicyTrainer):
             self.prepare()
         scored, sampled = self.sample(iteration)
         if is_main():
-            self.rollout_lines = list(rollout_lines(self.rollouts, scored, iteration, config.keep_samples))
+            self.rollout_lines = list(
+                rollout_lines(self.rollouts, scored, self.questions, iteration=iteration, count=config.keep_samples)
+            )
         rollout, mask = scored.rollout, scored.rollout.response_mask
         if not bool((mask.sum(1) > scored.ended.long()).any()):
             raise EmptyRolloutError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,10 +23,17 @@ def spread_over_scores(scores: Sequence[float], count: int) -> list[int]:
     return [order[round(place * (len(order) - 1) / (count - 1))] for place in range(count)]
 
 
-def rollout_lines(worker: RolloutWorker, scored: ScoredRollout, iteration: int, count: int) -> Iterator[str]:
+def rollout_lines(
+    worker: RolloutWorker,
+    scored: ScoredRollout,
+    questions: Mapping[tuple[int, ...], str],
+    *,
+    iteration: int,
+    count: int,
+) -> Iterator[str]:
     """`count` responses of a rollout, see `spread_over_scores`.
 
-    "prompt" is what the actor read, "kl" the log-ratio of the whole response to the reference in nats, "parts" the
+    "prompt" is what was asked, which `questions` tells by the ids that the actor read, "kl" the log-ratio of the whole response to the reference in nats, "parts" the
     scores of the single rewards where there are several.
     """
     import torch
@@ -34,7 +41,8 @@ def rollout_lines(worker: RolloutWorker, scored: ScoredRollout, iteration: int, 
     rollout, tokenizer = scored.rollout, worker.tokenizer
     scores = scored.scores.tolist()
     kept = spread_over_scores(scores, count)
-    prompts = tokenizer.batch_decode([rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist() for row in kept])
+    read = [tuple(rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist()) for row in kept]
+    prompts = [questions[ids] if ids in questions else tokenizer.decode(ids) for ids in read]
     responses = worker.texts(rollout.rows(torch.tensor(kept, device=rollout.response_ids.device)))
     log_ratios = ((scored.logprobs - scored.ref_logprobs) * rollout.response_mask).sum(1)
     for place, row in enumerate(kept):
