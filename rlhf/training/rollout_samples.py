@@ -33,8 +33,8 @@ def rollout_lines(
 ) -> Iterator[str]:
     """`count` responses of a rollout, see `spread_over_scores`.
 
-    "prompt" is what was asked, which `questions` tells by the ids that the actor read, "kl" the log-ratio of the whole response to the reference in nats, "parts" the
-    scores of the single rewards where there are several.
+    "prompt" is what was asked, which `questions` tells by the ids that the actor read, "kl" the log-ratio of the whole
+    response to the reference in nats, "parts" the scores of the single rewards where there are several.
     """
     import torch
 
