@@ -43,7 +43,7 @@ def test_quick_run_of_our_side(tmp_path):
 
 def test_quick_run_of_learning_keeps_its_runs(tmp_path, micro_base):
     command = [sys.executable, str(BENCHMARKS / "learning.py"), "--quick", "--peer", "none", "--threads", "1"]
-    command += ["--sections", "A,B,C,E,D", "--variants", "ppo_epochs=1", "--base_model", str(micro_base)]
+    command += ["--sections", "A,C,E,D", "--variants", "ppo_epochs=1", "--base_model", str(micro_base)]
     command += ["--work_dir", str(tmp_path / "work"), "--out_dir", str(tmp_path / "out")]
     command += ["--cache_dir", str(tmp_path / "cache")]
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -51,10 +51,8 @@ def test_quick_run_of_learning_keeps_its_runs(tmp_path, micro_base):
     assert done.returncode == 0, done.stderr[-3000:]
     content = json.loads((tmp_path / "out" / "learning-quick.json").read_text())
     sections = content["sections"]
-    (compared,), (biased,) = sections["A"]["table"], sections["B"]["table"]
-    assert compared["gold before"] == biased["gold before"], "one SFT model, whatever the reward model"
-    assert compared["score"] != biased["score"]
-    assert [row["rankings"] for row in sections["C"]["table"]] == [250]
+    (compared,), (fewer,) = sections["A"]["table"], sections["C"]["table"]
+    assert fewer["rankings"] == 250 and compared["gold before"] > 0
     assert [row["variant"] for row in sections["D"]["table"]] == ["default", "ppo_epochs=1"]
     assert [row["length_control"] for row in sections["E"]["table"]] == ["none"]
     (run,) = sections["A"]["runs"]
