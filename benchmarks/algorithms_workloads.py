@@ -187,9 +187,9 @@ class AlignmentPlace(Workplace):
 
     def _rankings(self, trial: Trial, directory: Path) -> dict[str, Any]:
         step, rest = self._step_seconds(trial.method)
-        steps = 2 if self.quick else max(1, round(self.offline_seconds / step))
+        steps = 2 if self.quick else max(1, round(self.offline_seconds * self.threads / step))
         found = self._offline(trial, directory, ["--max_steps", str(steps)])
-        return {**found, "seconds": found["cpu_seconds"] - rest}
+        return {**found, "seconds": (found["cpu_seconds"] - rest) / self.threads}
 
     def _pairs(self, trial: Trial, directory: Path) -> dict[str, Any]:
         return self._offline(trial, directory, ["--max_steps", str(2 if self.quick else PAIR_STEPS)])
@@ -242,7 +242,7 @@ class AlignmentPlace(Workplace):
     def _step_seconds(self, method: str) -> tuple[float, float]:
         """CPU seconds of an optimizer step of an offline method, what the reference says of its rows included, and of
         everything else in a run; measured once."""
-        path = self.directory / "step_seconds" / f"{method}.json"
+        path = self.directory / "step_cpu_seconds" / f"{method}.json"
         if not path.is_file():
             directory = self.directory / "runs" / f"step-seconds-{method}"
             few, many = (1, 3) if self.quick else CALIBRATION_STEPS

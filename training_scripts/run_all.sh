@@ -157,7 +157,7 @@ run_stage() {
         # The stage removes an earlier run's result itself, once it has agreed to start; with `auto` it would stop there.
         # What the summary says is then no longer so.
         case " ${RESUME_STAGES[*]} ${again[*]} " in
-            *" $stage "* | *" auto "*) [ ! -e "$result" ] || rm -f "$OUTPUT_DIR/summary.json" "$result" ;;
+            *" $stage "* | *" auto "*) [ ! -e "$result" ] || rm -f "$OUTPUT_DIR/summary.json" "$OUTPUT_DIR/report.html" "$result" ;;
         esac
         launch "$directory" "$script" "${arguments[@]}" "${again[@]}"
         # The launcher may return 0 when a signal killed it, so look for a new result too.
@@ -200,7 +200,7 @@ remove_earlier_run() {
     [ ${#old[@]} -gt 0 ] || return 0
     say "removing the earlier run in ${old[*]}"
     # The content and not the directory, which may be a link to another disk; locks stay, as they do after a run.
-    rm -f "$OUTPUT_DIR/summary.json" "${old[@]/%//result.json}" && find -H "${old[@]}" -mindepth 1 ! -name .lock -delete || {
+    rm -f "$OUTPUT_DIR/summary.json" "$OUTPUT_DIR/report.html" "${old[@]/%//result.json}" && find -H "${old[@]}" -mindepth 1 ! -name .lock -delete || {
         say "error: the earlier run could not be removed; mend that, or choose another --output_dir"
         exit 2
     }

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from rlhf.config import ConfigError
 from rlhf.numerics.intervals import effective_number
 
+COMPARED_AT_ONCE = 4096
+"""Candidates that are compared with one another in one matrix."""
 BUCKETS, RARER_SIDE = 10, 0.05
 """Buckets of length differences at most, and the least share of a bucket's pairs that its rarer side has."""
 
@@ -21,6 +23,21 @@ def ranked_pairs(groups: torch.Tensor, ranks: torch.Tensor) -> tuple[torch.Tenso
 
     `groups`, `ranks` [N]. Ties make no pair.
     """
+    if len(groups) <= COMPARED_AT_ONCE or bool((groups[1:] < groups[:-1]).any()):
+        return _pairs_of(groups, ranks)
+    # Some whole prompts at a time, which gives the same pairs in the same order: all at once take N^2 places.
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    start = end = 0
+    for size in [*groups.unique_consecutive(return_counts=True)[1].tolist(), COMPARED_AT_ONCE]:
+        if end > start and end + size - start > COMPARED_AT_ONCE:
+            first, second = _pairs_of(groups[start:end], ranks[start:end])
+            found.append((first + start, second + start))
+            start = end
+        end += size
+    return torch.cat([first for first, _ in found]), torch.cat([second for _, second in found])
+
+
+def _pairs_of(groups: torch.Tensor, ranks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     same_prompt = groups.unsqueeze(1) == groups.unsqueeze(0)
     better = ranks.unsqueeze(1) < ranks.unsqueeze(0)
     first, second = (same_prompt & better).nonzero(as_tuple=True)

@@ -11,6 +11,7 @@ SUBCOMMANDS = {
     "base": "train a tokenizer and a small base model on your own texts",
     "doctor": "diagnose a run from its files",
     "eval": "evaluate a reward model on preferences, an actor on conversations and prompts",
+    "judge": "have a language model score answers, or say which of two are better",
     "report": "write an HTML report of a run, or of several beside one another",
     "sample": "write a data set of a model's own responses: best of N, pairs, rankings",
     "samples": "show responses of a run's rollouts: the worst, the best, of an iteration",

@@ -64,6 +64,9 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
     yield f"{found['kind']} {found['model']}"
     if "rewardbench" in found:
         yield from _bench_lines(found["rewardbench"])
+        if "second" in found:
+            yield f"reward model {found['second']['model']}"
+            yield from _bench_lines(found["second"]["rewardbench"])
     elif found["kind"] == "reward model":
         yield from _reward_lines(found)
     if "perplexity" in found:

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     for line in found:
         print(json.dumps(line, ensure_ascii=False) if arguments.json else shown(line))
     if not found:
-        print("none has that text")
+        print("none has that text", file=sys.stderr)
     return 0
 
 

@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+from rlhf.checkpoint.run_lock import is_held
 from rlhf.doctor.report import NotARunError
+from rlhf.doctor.run_state import PIPELINE_LOCK
 from rlhf.pipeline.stages import STAGES
 from rlhf.report.run_record import RunRecord, read_run
 
@@ -57,5 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _ended(record: RunRecord) -> bool:
-    """Whether nothing will change any more."""
+    """Whether nothing will change any more: no stage runs, and no `run_all.sh` is between two of them."""
+    if is_held(record.directory / PIPELINE_LOCK):
+        return False
     return all(stage.diagnosis.kind in ("finished", "incomplete") for stage in record.stages)

@@ -149,6 +149,7 @@ def load_stage_data(
         for line in _warnings(kind, part):
             logger.warning(line)
     fingerprint = f"{train_report.key} {eval_report.key}"
+    train = [_with_source(row, record) for row, record in zip(train, records, strict=True)]
     evaluation = [_with_source(row, record) for row, record in zip(evaluation, heldout, strict=True)]
     keys = frozenset(str(record.meta["prompt_key"]) for record in [*records, *heldout])
     return StageData(train, evaluation, report, fingerprint, _summary(report, config, skipped_file), keys)

@@ -12,13 +12,14 @@ import torch
 
 from rlhf.algorithms.ranking_metrics import RowNames, ScoredRows, candidate_columns
 from rlhf.algorithms.shortcuts import common_openings
-from rlhf.config import ConfigError, DataConfig
+from rlhf.config import ConfigError, DataConfig, require_at_least
 from rlhf.data.collate import collate_prompts, collate_responses
 from rlhf.data.sources import read_rows
 from rlhf.data.spec import DataError, DatasetSpec, Row
-from rlhf.data.stage_data import StageData, load_stage_data
+from rlhf.data.stage_data import StageData, load_stage_data, reads_special_tokens
 from rlhf.data.templates import load_template
 from rlhf.data.tokenize import TextEncoder
+from rlhf.distributed.log import logger
 from rlhf.evaluation.generations import generation_statistics
 from rlhf.evaluation.gold import measure_gold
 from rlhf.evaluation.reward_accuracy import agreement, reward_metrics
@@ -60,6 +61,11 @@ class EvalJob:
     cache_dir: Path = Path("runs/.cache")
     report_dir: Path = Path("runs/.cache/evaluation")
 
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "max_prompt_tokens", "max_response_tokens", "samples", "rows")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature={self.temperature:g} must be above 0; a small one, 0.01, is nearly greedy")
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the weights."""
@@ -87,15 +93,19 @@ def _reward_model(job: EvalJob) -> dict[str, Any]:
         raise ConfigError(f"{job.model} is a reward model: name the preferences to judge it by with --data")
     if job.prompts:
         raise ConfigError(f"{job.model} is a reward model and answers no prompts: leave --prompts out")
+    if job.second is not None and not is_scalar_directory(job.second):
+        raise ConfigError(f"--second {job.second} is no reward model's directory")
     bench = [bench_row(row) for row in _bench_rows(job.data)]
     if bench:
-        return {"rewardbench": bench_scores(bench, _bench_scored(job, bench))}
+        own = {"rewardbench": bench_scores(bench, _bench_scored(job, job.model, bench))}
+        if job.second is None:
+            return own
+        theirs = bench_scores(bench, _bench_scored(job, job.second, bench))
+        return {**own, "second": {"model": job.second, "rewardbench": theirs}}
     first, names, texts = _scored(job, job.model)
     found = reward_metrics(first, names, texts)
     if job.second is None:
         return found
-    if not is_scalar_directory(job.second):
-        raise ConfigError(f"--second {job.second} is no reward model's directory")
     second, _, _ = _scored(job, job.second)
     return {**found, "second": {"model": job.second, **agreement(first, second)}}
 
@@ -138,18 +148,32 @@ def _scored(job: EvalJob, model: str) -> tuple[ScoredRows, RowNames, list[str]]:
     return rows, names, [decode(candidate.input_ids[candidate.prompt_tokens :]) for candidate in candidates]
 
 
-def _bench_scored(job: EvalJob, bench: Sequence[BenchRow]) -> list[list[float]]:
-    """The scores of the responses of each row."""
-    tokenizer, module = load_tokenizer(job.model), _scalar(job, job.model)
+def _bench_scored(job: EvalJob, model: str, bench: Sequence[BenchRow]) -> list[list[float]]:
+    """The scores that `model` gives the responses of each row. What is too long is cut as in training, and counted."""
+    tokenizer, module = load_tokenizer(model), _scalar(job, model)
     template = load_template(job.template, tokenizer)
-    encoder = TextEncoder(tokenizer, prompt_has_special_tokens=job.template == "chat")
+    encoder = TextEncoder(
+        tokenizer,
+        max_prompt_tokens=job.max_prompt_tokens,
+        max_response_tokens=job.max_response_tokens,
+        prompt_has_special_tokens=reads_special_tokens(template, tokenizer),
+    )
     rows: list[tuple[int, ...]] = []
     lengths: list[int] = []
+    cut = {"prompts": 0, "responses": 0}
     for row in bench:
-        prompt = encoder.prompts([template.render_messages([{"role": "user", "content": row.prompt}])])[0].ids
-        for response in encoder.responses(list(row.responses), append_eos=True):
-            rows.append((*prompt[-job.max_prompt_tokens :], *response.ids[: job.max_response_tokens]))
-            lengths.append(min(len(response.ids), job.max_response_tokens))
+        (prompt,) = encoder.prompts([template.render_messages([{"role": "user", "content": row.prompt}])])
+        responses = encoder.responses(list(row.responses), append_eos=True)
+        rows += [(*prompt.ids, *response.ids) for response in responses]
+        lengths += [len(response.ids) for response in responses]
+        cut["prompts"] += prompt.truncated
+        cut["responses"] += sum(response.truncated for response in responses)
+    if any(cut.values()):
+        logger.warning(
+            "cut: %d of %d prompts have more than max_prompt_tokens=%d, %d of %d responses more than "
+            "max_response_tokens=%d",
+            cut["prompts"], len(bench), job.max_prompt_tokens, cut["responses"], len(rows), job.max_response_tokens,
+        )  # fmt: skip
     scores = _scores(module, rows, tokenizer.pad_token_id)
     if module.length_curve is not None:
         scores = scores - module.length_curve.at(torch.tensor(lengths))
@@ -260,10 +284,13 @@ def _load(job: EvalJob, kind: str, specs: Sequence[str], tokenizer: Any) -> Stag
         eval_fraction=0.0,
     )
     job.report_dir.mkdir(parents=True, exist_ok=True)
-    return load_stage_data(
+    data = load_stage_data(
         kind, list(specs), [], config=config, stage="eval", tokenizer=tokenizer, seed=job.seed,
         cache_dir=job.cache_dir, report_dir=job.report_dir, field="--prompts" if kind == "prompt" else "--data",
     )  # fmt: skip
+    for line in data.summary:
+        logger.info(line)
+    return data
 
 
 def _batches(lengths: Sequence[int], *, by: Sequence[str] | None = None) -> Iterator[list[int]]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf.config import ConfigError, RunConfig, facts_of
 from rlhf.pipeline.stages import StageConfig
+from rlhf.report.page import REPORT_FILE
 
 RESULT = "result.json"
 """Written last by a stage: where it lies, the stage is finished."""
@@ -88,5 +89,6 @@ def remove_earlier_run(directory: Path) -> None:
 
 
 def remove_summary(directory: Path) -> None:
-    """Remove the summary of the run that the stage's `directory` belongs to: it is about to be out of date."""
-    (directory.parent / SUMMARY).unlink(missing_ok=True)
+    """Remove summary and report of the run that the stage's `directory` belongs to: they will soon be out of date."""
+    for name in (SUMMARY, REPORT_FILE):
+        (directory.parent / name).unlink(missing_ok=True)

@@ -219,7 +219,14 @@ class StageRun(Generic[Config]):
         """What the loop is given. `content`: fingerprints of all it loads, compared when the run is resumed."""
         identity = run_identity(self.config.parts(), **content)
         states = TrainingStates(self.directory / STATES, self.run, identity)
-        return RunContext(self.stage.name, self.run, self.directory, self.stage.checks, states, self.stage.logged)
+        return RunContext(
+            self.stage.name, self.run, self.directory, self.stage.checks, states, self.stage.logged, self._note_start
+        )
+
+    def _note_start(self, step: int) -> None:
+        """Write down what the run goes on with after `step`: only now is it sure that it is the same run."""
+        save_config(self.directory / "config.yaml", self.config.parts())
+        note_start(self.directory, step=step)
 
 
 def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]], Callable[..., dict[str, Any]]]:
@@ -243,11 +250,10 @@ def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]
                 if _is_finished(run):
                     return _read_result(run)
                 _clear_the_way(run)
-                if is_main():
-                    save_config(run.directory / "config.yaml", config.parts())
-                    note_start(run.directory, resumes=config.run.resume == "auto")
                 seed_everything(config.run.seed)
                 result = work(run)
+                if is_main():
+                    save_config(run.directory / "config.yaml", config.parts())
                 result = {**result, "seconds": round(result["seconds"], 1), "seed": config.run.seed}
                 result |= {**read_json(run.directory / PREPARATION), "peak_memory_bytes": _peak_memory()}
                 write_json(run.directory / RESULT, result)
@@ -262,14 +268,14 @@ def stage_main(name: str) -> Callable[[Callable[[StageRun[Any]], dict[str, Any]]
 
 def _write_run_report(main: Callable[[], Any]) -> None:
     """`report.html` of the run that this stage belongs to; that it cannot be written is no failure of the run."""
-    from rlhf.report.page import REPORT_FILE, ReportError, write_report
-    from rlhf.report.run_record import read_run
-
-    directory = Path(parse_stage(main.stage).run.output_dir)  # type: ignore[attr-defined]
     try:
+        from rlhf.report.page import REPORT_FILE, write_report
+        from rlhf.report.run_record import read_run
+
+        directory = Path(parse_stage(main.stage).run.output_dir)  # type: ignore[attr-defined]
         path = write_report([read_run(directory, STAGES.values())], directory / REPORT_FILE)
-    except ReportError as error:
-        logger.warning("no report: %s", error)
+    except Exception as error:  # whatever it is, the models are there
+        logger.warning("no report: %s: %s", type(error).__name__, error)
     else:
         logger.info("report: %s", path)
 
@@ -293,10 +299,10 @@ def run_as_script(main: Callable[[], Any]) -> None:
     """
     setup_logging()
     run_to_end(main, USER_ERRORS)
-    ranks = world_size()
-    if is_main() and PIPELINE_VARIABLE not in os.environ:
-        _write_run_report(main)
+    ranks, first = world_size(), is_main()
     close_world()
+    if first and PIPELINE_VARIABLE not in os.environ:
+        _write_run_report(main)
     if ranks > 1:
         exit_now(0)
 

@@ -24,15 +24,15 @@ STARTS_FILE = "starts.jsonl"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "numpy")
 
 
-def note_start(directory: Path, *, resumes: bool) -> None:
-    """Add this start to `STARTS_FILE`, in the place of all earlier ones unless it `resumes` them; rank 0 alone calls.
+def note_start(directory: Path, *, step: int) -> None:
+    """Add this start after `step` to `STARTS_FILE`; one at step 0 takes the place of all earlier ones. Rank 0 calls.
 
     A disk that cannot be written stops no run.
     """
     path = directory / STARTS_FILE
     try:
-        with path.open("a" if resumes else "w", encoding="utf-8") as file:
-            file.write(json.dumps(surroundings(), ensure_ascii=False) + "\n")
+        with path.open("a" if step else "w", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **surroundings()}) + "\n")  # ASCII: arguments may be of any encoding
     except OSError as error:
         logger.error("%s cannot be written: %s", path, error.strerror or error)
 

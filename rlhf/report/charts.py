@@ -7,17 +7,33 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from itertools import groupby
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+Given = ParamSpec("Given")
+Drawn = TypeVar("Drawn")
 COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#65a30d", "#dc2626")
 MOST_POINTS = 400
 """Of a line in a picture: of more points neighbours are drawn as their mean."""
 EVALUATION = "eval_"
 WIDTH, HEIGHT = 4.6, 2.5
 """Of a picture, in inches of 72 points."""
+
+
+def _plainly(draw: Callable[Given, Drawn]) -> Callable[Given, Drawn]:
+    """Whatever a name holds is text: matplotlib would take what stands between dollar signs for a formula."""
+
+    @wraps(draw)
+    def drawn(*args: Given.args, **kwargs: Given.kwargs) -> Drawn:
+        import matplotlib
+
+        with matplotlib.rc_context({"text.parse_math": False, "svg.fonttype": "none", "svg.hashsalt": "report"}):
+            return draw(*args, **kwargs)
+
+    return drawn
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,7 @@ def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
 
 
+@_plainly
 def picture(chart: Chart, lines: Sequence[Line], *, unit: str) -> str | None:
     """`chart` for one run or for several over one another, as a data URI of an SVG; None where nothing was measured.
 
@@ -123,6 +140,7 @@ def picture(chart: Chart, lines: Sequence[Line], *, unit: str) -> str | None:
     return _data_uri(figure)
 
 
+@_plainly
 def bars(groups: Sequence[str], series: Mapping[str, Sequence[float | None]], *, level: float | None = None,
          errors: Mapping[str, Sequence[tuple[float, float]]] | None = None) -> str:  # fmt: skip
     """Bars side by side for each of `groups`, one colour for each of `series`; `errors`: (low, high) of each bar."""
@@ -143,6 +161,7 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[float | None]], *,
     return _data_uri(figure)
 
 
+@_plainly
 def histogram(edges: Sequence[float], series: Mapping[str, Sequence[float]], *, label: str) -> str:
     """Counts between `edges`, the series over one another."""
     figure, axes = _figure()
@@ -153,6 +172,7 @@ def histogram(edges: Sequence[float], series: Mapping[str, Sequence[float]], *, 
     return _data_uri(figure)
 
 
+@_plainly
 def reliability(bins: Sequence[Mapping[str, float]]) -> str:
     """How often a reward model is right against how sure it says it is."""
     figure, axes = _figure()
@@ -193,10 +213,8 @@ def _figure() -> tuple[Any, Any]:
 
 def _data_uri(figure: Any) -> str:
     """The figure as an SVG in which letters are text, which whoever shows it draws in a font that it has."""
-    import matplotlib
-
     content = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "report"}), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # matplotlib's own font has no Hangul
         figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
     text = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>", "", content.getvalue(), flags=re.DOTALL)

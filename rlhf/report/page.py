@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def write_report(runs: Sequence[RunRecord], path: Path) -> Path:
     part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8")
+        part.write_text(page, encoding="utf-8", errors="backslashreplace")  # a text may hold half a surrogate pair
         os.replace(part, path)
     except OSError as error:
         raise ReportError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -87,47 +88,69 @@ def number(value: Any) -> str:
 # ------------------------------------------------------------------------------------------------------- one run
 
 
+class _Sections:
+    """Makes the parts of a page: one that cannot be made costs itself, and is told in `notes`."""
+
+    def __init__(self) -> None:
+        self.notes: list[tuple[str, str]] = []
+
+    def made(self, name: str, make: Callable[..., Any], *given: Any, instead: Any) -> Any:
+        """What `make` gives of `given`, or `instead`."""
+        try:
+            return make(*given)
+        except Exception as error:  # files of a run that died, of another release, or changed by hand
+            self.notes.append((name, f"cannot be shown: {type(error).__name__}: {error}"))
+            return instead
+
+
+NO_SAMPLES: dict[str, Any] = {"samples": [], "sample_names": (), "samples_left_out": 0}
+
+
 def _single(run: RunRecord) -> dict[str, Any]:
-    return {
+    parts = _Sections()
+    made = parts.made
+    notes = [(stage.stage.label, note) for stage in run.stages for note in stage.notes]
+    none: list[Any] = []
+    content = {
         "title": run.name,
-        "runs": [_overview(run)],
+        "runs": [_overview(run, parts)],
         "headline": [_headline(stage) for stage in run.stages],
         "findings": _findings(run),
-        "notes": [(stage.stage.label, note) for stage in run.stages for note in stage.notes],
-        "charts": [(stage.stage.label, _charts([(run.name, stage)])) for stage in run.stages],
-        "reward": _reward(run.stage("reward")),
-        **_samples(run),
-        "configuration": _configuration([run]),
-        "data": _data(run),
-        "time": _time(run),
+        "charts": [(stage.stage.label, _charts([(run.name, stage)], parts)) for stage in run.stages],
+        "reward": made("reward model", _reward, run.stage("reward"), parts, instead=None),
+        **made("answers", _samples, run, instead=NO_SAMPLES),
+        "configuration": made("configuration", _configuration, [run], instead={"columns": (), "rows": []}),
+        "data": made("data", _data, run, instead=none),
+        "time": made("time and memory", _time, run, instead=none),
         "starts": [(stage.stage.label, start) for stage in run.stages for start in stage.starts],
     }
+    return {**content, "notes": [*notes, *parts.notes]}
 
 
 def _several(runs: Sequence[RunRecord]) -> dict[str, Any]:
-    names = distinct_names(runs)
-    stages = list(dict.fromkeys(stage.stage.name for run in runs for stage in run.stages))
-    charts = []
-    for name in stages:
-        having = [(label, stage) for label, run in zip(names, runs, strict=True) if (stage := run.stage(name))]
-        charts.append((having[0][1].stage.label, _charts(having)))
+    parts, names = _Sections(), distinct_names(runs)
+    together = list(zip(names, runs, strict=True))
+    charts, headline = [], []
+    for name in dict.fromkeys(stage.stage.name for run in runs for stage in run.stages):
+        having = [(label, stage) for label, run in together if (stage := run.stage(name))]
+        charts.append((having[0][1].stage.label, _charts(having, parts)))
+        headline.append(_side_by_side(names, [run.stage(name) for run in runs]))
+    notes = [(f"{name}: {stage.stage.label}", note) for name, run in together for stage in run.stages
+             for note in stage.notes]  # fmt: skip
     return {
         "title": " | ".join(names),
-        "runs": [_overview(run, name) for name, run in zip(names, runs, strict=True)],
-        "headline": [_side_by_side(names, [run.stage(name) for run in runs]) for name in stages],
-        "findings": [{**each, "run": name} for name, run in zip(names, runs, strict=True) for each in _findings(run)],
-        "notes": [(f"{name}: {stage.stage.label}", note) for name, run in zip(names, runs, strict=True)
-                  for stage in run.stages for note in stage.notes],
+        "runs": [_overview(run, parts, name) for name, run in together],
+        "headline": headline,
+        "findings": [{**each, "run": name} for name, run in together for each in _findings(run)],
+        "notes": [*notes, *parts.notes],
         "charts": charts,
         "reward": None,
-        "samples": [],
-        "sample_names": [],
-        "samples_left_out": 0,
+        **NO_SAMPLES,
         "configuration": _configuration(runs, names),
         "data": [],
         "time": [],
         "starts": [],
-    }  # fmt: skip
+    }
 
 
 def distinct_names(runs: Sequence[RunRecord]) -> list[str]:
@@ -140,14 +163,14 @@ def distinct_names(runs: Sequence[RunRecord]) -> list[str]:
     return [f"{run.name} ({place})" for place, run in enumerate(runs, 1)]
 
 
-def _overview(run: RunRecord, name: str = "") -> dict[str, Any]:
+def _overview(run: RunRecord, parts: _Sections, name: str = "") -> dict[str, Any]:
     starts = [start for stage in run.stages for start in stage.starts]
     return {
         "name": name or run.name,
         "directory": str(run.directory.resolve()),
         "states": [(stage.stage.label, stage.diagnosis.kind, stage.diagnosis.state) for stage in run.stages],
         "start": starts[0] if starts else {},
-        "verdict": _verdict(run),
+        "verdict": parts.made("verdict", _verdict, run, instead=[]),
     }
 
 
@@ -208,41 +231,52 @@ def _findings(run: RunRecord) -> list[dict[str, Any]]:
     ]
 
 
-def _charts(stages: Sequence[tuple[str, StageRecord]]) -> list[Picture]:
+def _charts(stages: Sequence[tuple[str, StageRecord]], parts: _Sections) -> list[Picture]:
     lines = [
         Curves(name, record.metrics, [(found.since, found.check) for found in record.diagnosis.findings])
         for name, record in stages
     ]
     first = stages[0][1].stage
-    drawn = [(chart.title, picture(chart, lines, unit=first.unit)) for chart in first.charts]
+    drawn = [
+        (chart.title, parts.made(chart.title, partial(picture, unit=first.unit), chart, lines, instead=None))
+        for chart in first.charts
+    ]
     return [Picture(title, source) for title, source in drawn if source is not None]
 
 
-def _reward(record: StageRecord | None) -> dict[str, Any] | None:
+def _reward(record: StageRecord | None, parts: _Sections) -> dict[str, Any] | None:
     """What the evaluation of a reward model says beside its curves."""
     evaluation = {} if record is None else record.evaluation
     if not evaluation:
         return None
-    pictures: list[Picture] = []
-    by_category = evaluation.get("by_category") or {}
-    if by_category:
-        groups = list(by_category)
-        each = [by_category[name] for name in groups]
-        series = {
-            "reward model": [entry["accuracy"] for entry in each],
-            "longer response": [entry.get("length_baseline_accuracy") for entry in each],
-        }
-        errors = {}
-        if all("accuracy_low" in entry for entry in each):
-            errors["reward model"] = [(entry["accuracy_low"], entry["accuracy_high"]) for entry in each]
-        pictures.append(Picture("accuracy by category", bars(groups, series, level=0.5, errors=errors)))
-    if scores := evaluation.get("histogram"):
-        counts = {name: scores[name] for name in ("chosen", "rejected")}
-        pictures.append(Picture("held-out scores", histogram(scores["edges"], counts, label="score")))
-    if calibrated := evaluation.get("calibration"):
-        title = f"calibration (expected error {calibrated['error']:.3f})"
-        pictures.append(Picture(title, reliability(calibrated["bins"])))
-    return {"pictures": pictures, "audit": _audit(evaluation.get("shortcuts"))}
+    makers = {"by_category": _by_category, "histogram": _histogram, "calibration": _calibration}
+    pictures = [
+        parts.made(f"reward model: {name}", make, evaluation[name], instead=None)
+        for name, make in makers.items()
+        if evaluation.get(name)
+    ]
+    audit = parts.made("audit of the reward model", _audit, evaluation.get("shortcuts"), instead=None)
+    return {"pictures": [each for each in pictures if each is not None], "audit": audit}
+
+
+def _by_category(found: Mapping[str, Any]) -> Picture | None:
+    groups, each = list(found), list(found.values())
+    series = {
+        "reward model": [entry["accuracy"] for entry in each],
+        "longer response": [entry.get("length_baseline_accuracy") for entry in each],
+    }
+    known = all("accuracy_low" in entry for entry in each)
+    errors = {"reward model": [(entry["accuracy_low"], entry["accuracy_high"]) for entry in each]} if known else None
+    return Picture("accuracy by category", bars(groups, series, level=0.5, errors=errors))
+
+
+def _histogram(found: Mapping[str, Any]) -> Picture | None:
+    counts = {name: found[name] for name in ("chosen", "rejected")}
+    return Picture("held-out scores", histogram(found["edges"], counts, label="score"))
+
+
+def _calibration(found: Mapping[str, Any]) -> Picture | None:
+    return Picture(f"calibration (expected error {found['error']:.3f})", reliability(found["bins"]))
 
 
 def _audit(shortcuts: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -282,7 +316,7 @@ def _samples(run: RunRecord) -> dict[str, Any]:
 
 def _within(ordered: Sequence[dict[str, Any]], limit: int) -> list[dict[str, Any]]:
     """As many from both ends as have `limit` bytes, in order."""
-    sizes = [len(json.dumps(sample, ensure_ascii=False).encode()) for sample in ordered]
+    sizes = [len(json.dumps(sample, ensure_ascii=False).encode("utf-8", "surrogatepass")) for sample in ordered]
     first, last, left = 0, len(ordered), limit
     while first < last:
         place = first if first <= len(ordered) - last else last - 1
@@ -348,7 +382,7 @@ def _time(run: RunRecord) -> list[dict[str, Any]]:
     """Seconds and the most memory of each stage; the phases of an on-policy one by its logged iterations."""
     rows = []
     for record in run.stages:
-        last = max((float(line.get("seconds", 0.0)) for line in record.metrics), default=0.0)
+        last = max((float(line.get("seconds") or 0.0) for line in record.metrics), default=0.0)
         sums: dict[str, float] = {}
         for name in PHASES:
             values = [float(line[name]) for line in record.metrics if isinstance(line.get(name), int | float)]

@@ -13,7 +13,7 @@ import yaml
 from rlhf.config.yaml_text import read_yaml
 from rlhf.doctor.checks import Check
 from rlhf.doctor.report import StageDiagnosis, StageView, diagnose, read_lines
-from rlhf.doctor.run_state import METRICS_FILE
+from rlhf.doctor.run_state import METRICS_FILE, begun
 from rlhf.report.charts import Chart
 from rlhf.report.figures import Figure, NoteFigure, PartsFigure, ShortcutFigure
 
@@ -96,7 +96,7 @@ def read_run(directory: Path, stages: Iterable[ReportedStage]) -> RunRecord:
     by_name = {stage.name: stage for stage in stages}
     views = [StageView(stage.name, stage.checks, stage.curves, stage.unit) for stage in by_name.values()]
     diagnosis = diagnose(directory, views)
-    single = len(diagnosis.stages) == 1 and (directory / METRICS_FILE).is_file()
+    single = begun(directory)  # as the doctor tells the directory of one stage from that of a run
     found = [each for each in diagnosis.stages if each.kind != "not started"]
     return RunRecord(
         directory,

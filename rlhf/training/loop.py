@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ SHOWN = 5
 @dataclass(frozen=True)
 class RunContext:
     """What a stage gives its loop: its name, the directory it writes to, the doctor's checks of its metrics, its
-    training states (None saves nothing), and the figures of an evaluation that the log shows (none named: all)."""
+    training states (None saves nothing), the figures of an evaluation that the log shows (none named: all), and what
+    rank 0 calls with the step that the loop begins after, once a saved state has been accepted."""
 
     stage: str
     run: RunConfig
@@ -38,6 +39,7 @@ class RunContext:
     checks: Sequence[Check]
     states: TrainingStates | None = None
     logged: Sequence[str] = ()
+    begins: Callable[[int], None] | None = None
 
 
 class Loop(ABC):
@@ -56,6 +58,7 @@ class Loop(ABC):
         self.stage = context.stage
         self.states = context.states
         self.logged = context.logged
+        self.begins = context.begins
         self.meter = MeanMeter()
         self.writer = MetricsWriter(self.directory, self.run, stage=self.stage)
         self.health = HealthMonitor(self.directory, self.stage, context.checks)
@@ -92,6 +95,8 @@ class Loop(ABC):
             note_saved(self.step)
         if is_main():
             write_json(self.directory / PLAN_FILE, {"unit": self.unit, "planned": self.total_steps})
+            if self.begins is not None:
+                self.begins(self.step)
         beat(f"step {self.step}")
         return self.step
 

@@ -41,6 +41,8 @@ def rollout_lines(
     rollout, tokenizer = scored.rollout, worker.tokenizer
     scores = scored.scores.tolist()
     kept = spread_over_scores(scores, count)
+    if not kept:
+        return
     read = [tuple(rollout.prompt_ids[row][rollout.prompt_mask[row]].tolist()) for row in kept]
     prompts = [questions[ids] if ids in questions else tokenizer.decode(ids) for ids in read]
     responses = worker.texts(rollout.rows(torch.tensor(kept, device=rollout.response_ids.device)))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from rlhf.algorithms import ranking_losses
 from rlhf.algorithms.ranking_losses import ranked_pairs, ranking_loss
 from rlhf.algorithms.ranking_metrics import (
     RowNames,
@@ -240,3 +241,17 @@ def test_calibration_is_accuracy_against_confidence():
     assert found["error"] == pytest.approx((2 * 0.03 + 0.23 + 0.49) / 4)
     certain = calibration(torch.tensor([1e4, 0.0]), torch.tensor([1.0, 0.5]))
     assert [each["pairs"] for each in certain["bins"]] == [1, 1] and certain["error"] == pytest.approx(0.0)
+
+
+def test_pairs_of_many_candidates_are_those_of_all_at_once(monkeypatch):
+    generator = torch.Generator().manual_seed(2)
+    sizes = torch.randint(1, 6, (40,), generator=generator)
+    groups = torch.arange(40).repeat_interleave(sizes)
+    ranks = torch.randint(0, 3, (len(groups),), generator=generator)
+    expected = ranked_pairs(groups, ranks)
+    for limit in (1, 7, 30):
+        monkeypatch.setattr(ranking_losses, "COMPARED_AT_ONCE", limit)
+        found = ranked_pairs(groups, ranks)
+        assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+        mixed = torch.randperm(len(groups), generator=generator)
+        assert len(ranked_pairs(groups[mixed], ranks[mixed])[0]) == len(expected[0])

@@ -243,8 +243,10 @@ def test_files_of_rewardbench_2_are_scored_as_it_does(reward_model, tmp_path, ca
         "--cache_dir",
         str(tmp_path / "cache"),
     ]
-    assert rlhf([*words, "--output", str(tmp_path / "out.json")]) == 0
-    found = json.loads((tmp_path / "out.json").read_text())["rewardbench"]
+    assert rlhf([*words, "--output", str(tmp_path / "out.json"), "--second", str(reward_model)]) == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    found = written["rewardbench"]
+    assert written["second"]["rewardbench"] == found, "the same model"
     assert found["subsets"]["Math"]["prompts"] == 5 and found["subsets"]["Ties"]["prompts"] == 1
     assert "RewardBench 2" in capsys.readouterr().out
     assert found["score"] == pytest.approx(sum(each["score"] for each in found["subsets"].values()) / 2)
@@ -259,6 +261,8 @@ def test_files_of_rewardbench_2_are_scored_as_it_does(reward_model, tmp_path, ca
         (["{actor}"], "nothing to evaluate on"),
         (["{actor}", "--second", "{reward}", "--data", "{pairs}"], "leave it out"),
         (["{reward}", "--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
+        (["{actor}", "--prompts", "{pairs}", "--samples", "0"], "samples=0"),
+        (["{actor}", "--prompts", "{pairs}", "--temperature", "0"], "temperature=0 must be above 0"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(words, told, reward_model, tiny_models, tmp_path, capsys):

@@ -9,8 +9,6 @@ from rlhf.pipeline.stage_run import StageRun, stage_main
 from tests.support.results import write_results
 
 SEEN: list[list[str]] = []
-STARTED = ["config.yaml", "starts.jsonl"]
-"""What a stage leaves before it begins its work."""
 
 
 @stage_main("sft")
@@ -29,7 +27,8 @@ def visible(directory: Path) -> list[str]:
 def finished(tmp_path) -> Path:
     """A finished run of one stage, beside a summary and a later stage."""
     write_results(tmp_path, {"sft": {"seconds": 1.0, "seed": 1}, "ppo": {"seed": 1}})
-    (tmp_path / "summary.json").write_text("{}", encoding="utf-8")
+    for name in ("summary.json", "report.html"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
     (tmp_path / "sft" / "model").mkdir()
     (tmp_path / "sft" / "model" / "weights").write_text("old", encoding="utf-8")
     (tmp_path / "sft" / "states" / "step-00000004").mkdir(parents=True)  # one that keep_every keeps for good
@@ -50,10 +49,11 @@ def test_a_finished_stage_is_refused_and_kept(finished, words):
 
 def test_overwrite_removes_it_whole_before_the_stage_starts(finished):
     main(["--output_dir", str(finished), "--overwrite"])
-    assert SEEN == [STARTED], "nothing of the earlier run is left when the new one starts"
-    assert not (finished / "summary.json").exists(), "it described a model that is gone"
+    assert SEEN == [[]], "nothing of the earlier run is left when the new one starts"
+    for name in ("summary.json", "report.html"):
+        assert not (finished / name).exists(), "it described a model that is gone"
     assert (finished / "ppo" / "result.json").exists()
-    assert visible(finished / "sft") == ["config.yaml", "result.json", "starts.jsonl"]
+    assert visible(finished / "sft") == ["config.yaml", "result.json"]
     assert "overwrite: true" not in (finished / "sft" / "config.yaml").read_text(encoding="utf-8")
 
 
@@ -62,7 +62,7 @@ def test_overwrite_removes_an_unfinished_run_too(finished):
     with pytest.raises(ConfigError, match="unfinished run"):
         main(["--output_dir", str(finished)])
     main(["--output_dir", str(finished), "--overwrite"])
-    assert SEEN == [STARTED]
+    assert SEEN == [[]]
 
 
 def test_a_finished_stage_that_is_resumed_stays_with_its_summary(finished):
@@ -83,7 +83,7 @@ def test_a_link_to_another_disk_stays_a_link(finished, tmp_path_factory):
     (finished / "sft").rename(elsewhere)
     (finished / "sft").symlink_to(elsewhere)
     main(["--output_dir", str(finished), "--overwrite"])
-    assert SEEN == [STARTED] and (elsewhere / "result.json").exists()
+    assert SEEN == [[]] and (elsewhere / "result.json").exists()
 
 
 def test_overwriting_and_resuming_contradict_each_other(finished):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
+import shutil
 
 import pytest
 from rich.console import Console
 
 from rlhf.cli.__main__ import SUBCOMMANDS
 from rlhf.cli.__main__ import main as rlhf
+from rlhf.cli.watch import _ended
 from rlhf.pipeline.stages import STAGES
 from rlhf.report.rollouts import KeptResponses, NoRolloutsError
 from rlhf.report.run_record import read_run
@@ -65,6 +68,25 @@ def test_looking_once_tells_how_the_run_is(run, tmp_path, capsys):
     assert rlhf(["watch", str(tmp_path / "nowhere")]) == 2
 
 
+def test_it_goes_on_between_two_stages_of_a_pipeline(run):
+    """SFT is finished, the reward model has not begun, and run_all.sh lives."""
+    shutil.rmtree(run / "ppo")
+    (run / ".pipeline.stages").write_text("sft\nreward\nppo\n")
+    with (run / ".pipeline.lock").open("w") as lock:
+        assert _ended(read_run(run, STAGES.values()))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert not _ended(read_run(run, STAGES.values()))
+
+
+def test_a_stage_that_has_measured_nothing_yet_is_one_too(run):
+    stage = run / "reward"
+    stage.mkdir()
+    (stage / "health.jsonl").write_text("")
+    (stage / "plan.json").write_text('{"planned": 9}')
+    (record,) = read_run(stage, STAGES.values()).stages
+    assert record.directory == stage and progress(record) == (0, 9)
+
+
 def test_small_curves():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert sparkline([2.0, 2.0]) == "▅▅" and sparkline([]) == "" and sparkline([float("nan"), 1.0, 0.0]) == "█▁"
@@ -95,7 +117,8 @@ def test_the_command_shows_them_for_reading_or_as_json(run, tmp_path, capsys):
     assert rlhf(["samples", str(tmp_path / "sft")]) == 2
     assert "has no rollouts.jsonl" in capsys.readouterr().err
     assert rlhf(["samples", str(run), "--contains", "없는 말"]) == 0
-    assert capsys.readouterr().out == "none has that text\n"
+    told = capsys.readouterr()
+    assert told.out == "" and "none has that text" in told.err
 
 
 def test_every_subcommand_is_a_module_that_is_imported_when_it_is_asked_for(capsys):

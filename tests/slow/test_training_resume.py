@@ -190,6 +190,8 @@ def test_what_is_not_the_same_run_is_refused_with_the_difference_named(whole, mi
         sft(line)
     with pytest.raises(ConfigError, match="learning_rate was 0.001 and is 0.002"):
         sft([*line, "--learning_rate", "2e-3", "--resume", "auto"])
+    assert "learning_rate: 0.001" in (tmp_path / "sft" / "config.yaml").read_text(), "a refusal changes nothing"
+    assert len((tmp_path / "sft" / "starts.jsonl").read_text().splitlines()) == 1
     less = tmp_path / "less.jsonl"
     less.write_text("".join((data / "sft.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)[:-1]))
     with pytest.raises(ConfigError, match="data was"):
