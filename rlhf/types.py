@@ -114,7 +114,7 @@ class TokenizedResponse:
 class TokenizedRanking:
     """K tokenised responses to one prompt with their ranks (a preference pair is K = 2, ranks (0, 1)).
 
-    `source` is the file that it comes from, where that matters (held-out rows).
+    `source` is the file that it comes from.
     """
 
     id: str

@@ -75,7 +75,7 @@ def test_comparisons_and_prompts(load, tmp_path):
     assert isinstance(prompts.train[0], TokenizedPrompt) and prompts.train[0].text == "### 질문: 질문\n\n### 답변:"
 
 
-def test_held_out_rankings_know_their_file(load, tmp_path):
+def test_rankings_know_their_file(load, tmp_path):
     """Two files with the same ids; the second read of each comes from the token cache."""
     files = [
         write(
@@ -86,7 +86,7 @@ def test_held_out_rankings_know_their_file(load, tmp_path):
     for _ in range(2):
         data = load("comparison", files[:1], files[1:], stage="reward")
         assert [row.source for row in data.evaluation] == files[1:]
-        assert [row.source for row in data.train] == [""]
+        assert [row.source for row in data.train] == files[:1]
 
 
 def test_long_texts_are_cut_and_counted(load, tokenizer, tmp_path):
