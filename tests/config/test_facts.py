@@ -86,7 +86,8 @@ DATA = {
 HOW_IT_RUNS = {
     "output_dir", "cache_dir", "overwrite", "resume", "save_every_steps", "keep_last", "keep_every", "log_every_steps",
     "tensorboard", "wandb_project", "rank_timeout_minutes", "sample_table_rows", "keep_samples", "on_bad_row",
-    "trust_remote_code", "zero_stage", "offload", "deepspeed_config", "share_base", "side_by_side", "attn_implementation",
+    "trust_remote_code", "zero_stage", "offload", "deepspeed_config", "share_base", "side_by_side",
+    "attn_implementation",
     "gradient_checkpointing", "micro_batch_size", "micro_batch_tokens", "generation_batch_size", "scoring_batch_tokens",
 }  # fmt: skip
 """What changes where and how fast a run is computed, and what it leaves: not what is learnt."""
