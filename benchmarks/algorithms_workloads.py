@@ -27,6 +27,9 @@ CALIBRATION_STEPS = (4, 36)
 """Steps of two offline runs whose difference tells what one takes."""
 GROUPED = (f"rollout_batch_size={RESPONSES // SAMPLES}", f"samples_per_prompt={SAMPLES}")
 
+BARE = ("kl_ratio=false",)
+"""The KL penalty in the loss as GRPO's and Dr. GRPO's papers have it."""
+
 Source = Literal["rollouts", "rankings", "own responses", "pairs"]
 PAIR_STEPS = 250
 """Steps of 16 pairs, or of 32 of their responses: the 4,000 pairs of `sample:preference_train`, once."""
@@ -55,9 +58,11 @@ METHODS = {
     for method in (
         Method("ppo", "rollouts"),
         Method("rloo", "rollouts", ("advantage=rloo", *GROUPED)),
-        Method("grpo", "rollouts", ("advantage=grpo", "kl_coef=0.04", *GROUPED)),
+        Method("grpo", "rollouts", ("advantage=grpo", "kl_coef=0.04", *BARE, *GROUPED)),
+        Method("grpo_bare_kl_0.3", "rollouts", ("advantage=grpo", "kl_coef=0.3", *BARE, *GROUPED)),
+        Method("grpo_kl_0.04", "rollouts", ("advantage=grpo", "kl_coef=0.04", *GROUPED)),
         Method("grpo_kl_0.3", "rollouts", ("advantage=grpo", "kl_coef=0.3", *GROUPED)),
-        Method("dr_grpo", "rollouts", ("advantage=dr_grpo", *GROUPED)),
+        Method("dr_grpo", "rollouts", ("advantage=dr_grpo", *BARE, *GROUPED)),
         Method("reinforce_pp", "rollouts", ("advantage=reinforce_pp",)),
         Method("reinforce_pp_baseline", "rollouts", ("advantage=reinforce_pp_baseline", *GROUPED)),
         Method("dpo", "rankings", ("algorithm=dpo", "learning_rate=3e-5")),

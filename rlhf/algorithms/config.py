@@ -123,7 +123,10 @@ class PPOConfig:
     """Where the KL penalty stands: in the rewards of the tokens, or in the policy loss. Unset: as the source of
     `advantage` has it (grpo, dr_grpo: loss; the others: reward)."""
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    """Per-token KL estimate (Schulman 2020). Unset: k1 in the rewards; k3 in the loss, where k1 says nothing."""
+    """Per-token KL estimate (Schulman 2020). Unset: k1 in the rewards, k3 in the loss."""
+    kl_ratio: bool = True
+    """With the KL penalty in the loss: weigh it by the ratio of the new policy to the old one so that its gradient is
+    that of the KL divergence (DeepSeek-V3.2, arXiv 2512.02556). Off: the bare estimate, as GRPO's paper has it."""
     kl_target: float | None = None
     """Steer `kl_coef` towards this many nats per response (Ziegler et al.: 6); unset keeps it fixed."""
     kl_horizon: int = 10_000
@@ -210,10 +213,10 @@ class PPOConfig:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name}={value} must be above 0")
-        if self.kl_coef > 0 and (self.kl_place, self.kl_estimator) == ("loss", "k1"):
+        if self.kl_coef > 0 and not self.kl_ratio and (self.kl_place, self.kl_estimator) == ("loss", "k1"):
             raise ConfigError(
                 "kl_estimator=k1 with the KL penalty in the loss: the gradient of k1 is 0 on average, whatever the "
-                "policies; use k3 or k2, or kl_in=reward"
+                "policies; use k3 or k2, kl_ratio=true, or kl_in=reward"
             )
         require_at_least(self, 0, "kl_coef", "score_clip", "missing_eos_penalty", "entropy_coef", "ptx_coef")
         require_at_least(self, 0, "eval_prompts", "critic_warmup_iterations", "length_calibration_prompts")

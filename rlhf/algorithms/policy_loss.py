@@ -78,6 +78,27 @@ def policy_loss(
     return loss, metrics
 
 
+def loss_kl(
+    logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    estimator: KLEstimator,
+    *,
+    ratio: bool,
+) -> torch.Tensor:
+    """The KL penalty of each token as it stands in the loss: [B, T] like its arguments.
+
+    With `ratio` its gradient is on average that of the KL divergence to the reference: k1 and k3 times rho_t, which has
+    a gradient itself (DeepSeek-V3.2, arXiv 2512.02556), k2, whose own gradient is that already, times rho_t as a
+    weight. Without it the bare estimate (GRPO, arXiv 2402.03300, eq. 4).
+    """
+    kl = estimate_kl(logprobs, ref_logprobs, estimator)
+    if not ratio:
+        return kl
+    weight = (logprobs - old_logprobs).exp()
+    return kl * (weight.detach() if estimator == "k2" else weight)
+
+
 def loss_weights(mask: torch.Tensor, mean: LossMean, *, max_tokens: int) -> torch.Tensor:
     """What the loss of each row's tokens is multiplied by before it is divided by `loss_count`: [B, 1].
 

@@ -21,6 +21,7 @@ from rlhf.algorithms.policy_loss import (
     KLController,
     explained_variance,
     loss_count,
+    loss_kl,
     loss_weights,
     policy_loss,
     shape_rewards,
@@ -33,7 +34,6 @@ from rlhf.data.stage_data import StageData
 from rlhf.distributed.collectives import all_gather_rows
 from rlhf.distributed.log import logger
 from rlhf.distributed.place import is_main, rank
-from rlhf.numerics.logprobs import estimate_kl
 from rlhf.numerics.statistics import masked_variance, masked_whiten
 from rlhf.rewards.rules import overlong_penalties
 from rlhf.training.data_order import DataOrder, Plan, planned_steps
@@ -409,7 +409,8 @@ class PPOTrainer(OnPolicyTrainer):
         )  # fmt: skip
         meter.add({"policy_loss": metrics.pop("policy_loss")}, self._count(part))
         if config.kl_place == "loss" and self.kl.value > 0:
-            kl = torch.where(mask, estimate_kl(logprobs, part.ref_logprobs, config.kl_estimate), 0.0)
+            kl = loss_kl(logprobs, rollout.logprobs, part.ref_logprobs, config.kl_estimate, ratio=config.kl_ratio)
+            kl = torch.where(mask, kl, 0.0)
             metrics["kl_loss"] = kl.detach().sum()
             loss = loss + self.kl.value * (kl * weights).sum()
         if entropy is not None:

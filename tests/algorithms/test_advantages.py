@@ -10,7 +10,7 @@ import torch
 
 from rlhf.algorithms.advantages import ESTIMATORS, EstimatorInput, group_means
 from rlhf.algorithms.config import PPOConfig
-from rlhf.algorithms.policy_loss import loss_count, loss_weights, policy_loss
+from rlhf.algorithms.policy_loss import loss_count, loss_kl, loss_weights, policy_loss
 from rlhf.config import ConfigError
 from rlhf.engine import BatchPlan
 from rlhf.numerics.logprobs import estimate_kl
@@ -149,12 +149,13 @@ def test_each_estimator_brings_what_its_source_does():
     assert (own.whitens, own.kl_place, own.kl_estimate) == (True, "reward", "k2")
 
 
-def test_k1_in_the_loss_is_refused():
+def test_k1_alone_in_the_loss_is_refused():
     with pytest.raises(ConfigError, match="kl_estimator=k1 with the KL penalty in the loss: the gradient of k1 is 0"):
-        PPOConfig(advantage="grpo", kl_estimator="k1")
+        PPOConfig(advantage="grpo", kl_estimator="k1", kl_ratio=False)
+    assert PPOConfig(advantage="grpo", kl_estimator="k1").kl_estimate == "k1"
     with pytest.raises(ConfigError, match="clip_range_high=0 must be above 0"):
         PPOConfig(clip_range_high=0)
-    assert PPOConfig(advantage="grpo", kl_estimator="k1", kl_coef=0.0).kl_coef == 0
+    assert PPOConfig(advantage="grpo", kl_estimator="k1", kl_coef=0.0, kl_ratio=False).kl_coef == 0
 
 
 def group_trainer(make, tiny_models, **config):
@@ -180,12 +181,29 @@ def test_every_estimator_without_a_critic_trains(make_trainer, tiny_models, name
     assert not any("critic" in key or "value" in key for key in metrics)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_an_estimate_times_the_ratio_has_the_gradient_of_the_divergence(estimator):
+    """Over all five tokens of a distribution, each as likely as the old policy has it; without the ratio it has not."""
+    generator = torch.Generator().manual_seed(4)
+    logits, reference = torch.randn(2, 5, generator=generator, dtype=torch.float64)
+    logits.requires_grad_()
+    new, ref = logits.log_softmax(0), reference.log_softmax(0)
+    old = new.detach()
+    (exact,) = torch.autograd.grad((new.exp() * (new - ref)).sum(), logits, retain_graph=True)
+    for ratio in (False, True):
+        penalty = (old.exp() * loss_kl(new, old, ref, estimator, ratio=ratio)).sum()
+        (found,) = torch.autograd.grad(penalty, logits, retain_graph=True)
+        assert torch.allclose(found, exact) == (ratio or estimator == "k2"), "k2's own gradient is that already"
+
+
+@pytest.mark.parametrize("kl_ratio", [False, True])
 def test_with_the_penalty_in_the_loss_the_rewards_have_none_and_the_gradient_is_that_of_the_estimate(
     make_trainer,  # noqa: F811
     tiny_models,
+    kl_ratio,
 ):
     """The advantages are put to 0: what is left is kl_coef times the mean k3 over responses of their tokens' mean."""
-    trainer = group_trainer(make_trainer, tiny_models, advantage="grpo", kl_coef=0.7)
+    trainer = group_trainer(make_trainer, tiny_models, advantage="grpo", kl_coef=0.7, kl_ratio=kl_ratio)
     experience = trainer.make_experience(1)
     mask = experience.rollout.response_mask
     assert torch.equal(experience.rewards.sum(1), experience.scores), "the score alone"
@@ -196,6 +214,7 @@ def test_with_the_penalty_in_the_loss_the_rewards_have_none_and_the_gradient_is_
     actor = load(tiny_models["gpt_neox"]).eval()
     logprobs = response_logprobs(actor, experience.rollout, trainer.rollouts.sampling)
     kl = estimate_kl(logprobs, experience.ref_logprobs, "k3")
+    kl = kl * (logprobs - logprobs.detach()).exp() if kl_ratio else kl
     loss = 0.7 * (torch.where(mask, kl, 0.0).sum(1) / mask.sum(1)).mean()
     loss.backward()
     assert float(loss) > 1e-3 and math.isfinite(float(loss))

@@ -39,8 +39,8 @@ def even_tokens(rollout, texts):
     return ((rollout.response_ids % 2 == 0) & rollout.response_mask).sum(1).float()
 
 
-@pytest.fixture
-def trainer(tiny_models, tokenizer, tmp_path):
+@pytest.fixture(params=[True, False], ids=["kl times ratio", "kl alone"])
+def trainer(request, tiny_models, tokenizer, tmp_path):
     def load():
         return transformers.AutoModelForCausalLM.from_pretrained(tiny_models["gpt_neox"], dtype=torch.float32).eval()
 
@@ -54,7 +54,13 @@ def trainer(tiny_models, tokenizer, tmp_path):
         tokenizer=tokenizer,
         plan=plan,
         directory=tmp_path,
-        config=PPOConfig(advantage="grpo", kl_coef=BETA, temperature=TEMPERATURE, missing_eos_penalty=1.0),
+        config=PPOConfig(
+            advantage="grpo",
+            kl_coef=BETA,
+            kl_ratio=request.param,
+            temperature=TEMPERATURE,
+            missing_eos_penalty=1.0,
+        ),
         batch=PPOBatchConfig(rollout_batch_size=4, samples_per_prompt=SAMPLES, max_steps=1),
     )
 
@@ -65,7 +71,7 @@ def trl_advantages(scores):
     return ((grouped - grouped.mean(1, keepdim=True)) / (grouped.std(1, keepdim=True) + 1e-4)).flatten()
 
 
-def trl_loss(model, experience, advantages, vocabulary):
+def trl_loss(model, experience, advantages, vocabulary, *, kl_ratio):
     """`GRPOTrainer._compute_loss`, with nothing around it but what it reads.
 
     The model's rows beyond the tokenizer's `vocabulary` are never sampled, and count in no probability of ours.
@@ -82,7 +88,7 @@ def trl_loss(model, experience, advantages, vocabulary):
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=logprobs, aux_loss_enabled=False, top_entropy_quantile=1.0,
         off_policy_mask_threshold=None, importance_sampling_level="token", beta=BETA, loss_type="grpo",
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=None), epsilon_low=0.2, epsilon_high=0.2,
+        args=SimpleNamespace(use_bias_correction_kl=kl_ratio, delta=None), epsilon_low=0.2, epsilon_high=0.2,
         use_vllm=False, model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1,
         _entropy_bonus_enabled=False, accelerator=alone, _metrics={"train": defaultdict(list)},
     )  # fmt: skip
@@ -119,7 +125,8 @@ def test_advantages_and_gradients_are_those_of_trl(trainer):
     with torch.no_grad():  # back to where that step began
         for name, parameter in actor.named_parameters():
             parameter += trainer.engine.actor.optimizer.param_groups[0]["lr"] * gradients[name]
-    loss = trl_loss(actor, experience, advantages, len(trainer.rollouts.tokenizer))
+    vocabulary = len(trainer.rollouts.tokenizer)
+    loss = trl_loss(actor, experience, advantages, vocabulary, kl_ratio=trainer.config.kl_ratio)
     loss.backward()
     for name, parameter in actor.named_parameters():
         torch.testing.assert_close(
