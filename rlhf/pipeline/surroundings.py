@@ -18,9 +18,8 @@ from rlhf import __version__
 from rlhf.distributed.log import logger
 from rlhf.distributed.place import world_size
 from rlhf.pipeline.stages import PROJECT
+from rlhf.report.run_record import STARTS_FILE
 
-STARTS_FILE = "starts.jsonl"
-"""In a stage's directory: a line for each start of the run that lies there, the first and those that resumed it."""
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "bitsandbytes", "numpy")
 
 
